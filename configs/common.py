@@ -1,0 +1,89 @@
+"""Every field of an mmrjax configuration, with the values of the MMR paper's official code.
+
+Not run by itself: each data set's file calls `get_config` here and changes what differs. Sources:
+arXiv 2304.02216 and its official code (MMR), arXiv 2106.08265 and its official code (PatchCore).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the full configuration."""
+    config = ConfigDict()
+    config.title = ""
+
+    config.method = ConfigDict()
+    config.method.names = ("mmr",)  # any of mmr, patchcore; each is trained and compared
+
+    config.data = data = ConfigDict()
+    data.name = ""  # a builder of data_builders
+    data.categories = ()  # () = all of them, in turn
+    data.raw_dir = ""  # the data set as its publisher ships it
+    data.data_dir = "~/.cache/mmrjax/records"  # where records are built
+    data.protocol = "one_class"  # one_class | image_split (leaks groups; for comparison only)
+    data.image_size = (224, 224)  # what the networks see, (height, width) in px
+    data.resize = (256, 256)  # evaluation: resize to this, then centre-crop to image_size
+    data.interpolation = "bilinear"  # of that resize: bilinear | bicubic | lanczos
+    data.max_side = 0  # shrink training images whose longer side exceeds this; 0 = never
+    data.feed = "auto"  # resident (uint8 in device memory) | stream (Grain) | auto
+    data.resident_gib = 4.0  # "auto" keeps the training images resident up to this size
+    data.reference_domain = ""  # the unshifted domain, to which gaps are reported
+
+    config.teacher = teacher = ConfigDict()
+    teacher.name = "wide_resnet50_2"
+    teacher.weights = "imagenet"  # imagenet | random | a .safetensors, .npz or .pth file
+    teacher.seed = 0  # of random weights
+
+    config.student = student = ConfigDict()
+    student.size = "base"  # tiny | small | base | large, or "" with width, depth and heads given
+    student.width = 0  # 0 = from size
+    student.depth = 0
+    student.heads = 0
+    student.init = "mae"  # mae | scratch | a file
+    student.layers = (1, 2, 3)  # which teacher layers to reconstruct (paper, table 9)
+    student.mask_ratio = 0.4  # paper, figure 8
+    student.unroll = 0  # transformer blocks per scan iteration; 0 = by platform
+
+    config.patchcore = patchcore = ConfigDict()
+    patchcore.layers = (2, 3)
+    patchcore.patch = 3  # neighbourhood that one feature sees
+    patchcore.width = 1024  # of an embedded patch
+    patchcore.coreset = 0.01  # share of all patches kept in the memory bank
+    patchcore.projection = 128  # width of the random projection in which the coreset is chosen
+    patchcore.start_points = 10
+    patchcore.score = "smoothed"  # smoothed (maximum of the map) | patch (maximum of raw patches)
+
+    config.train = train = ConfigDict()
+    train.seeds = (54,)  # official code: 54
+    train.epochs = 200
+    train.batch_size = 16
+    train.steps_per_call = 0  # steps per dispatch; 0 = 1 on CPU, up to an epoch elsewhere
+    train.augment = "rrc_flip"  # rrc_flip | rrc | none
+    train.crop_scale = (0.7, 1.0)  # share of the image's area
+    train.crop_ratio = (3 / 4, 4 / 3)  # width / height
+    train.compute_dtype = "auto"  # float32 | bfloat16 | auto (bfloat16 on accelerators)
+
+    config.optim = optim = ConfigDict()
+    optim.learning_rate = 1e-3
+    optim.beta1 = 0.9
+    optim.beta2 = 0.95
+    optim.epsilon = 1e-8
+    optim.weight_decay = 0.05
+    # Official schedule on 200 epochs: warm-up over 50 from exactly 0, / 10 at 119 and at 159.
+    optim.warmup = 50 / 200
+    optim.drops = (119 / 200, 159 / 200)
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.batch_size = 32
+    evaluation.resize = ()  # () = data.resize; another view of a finished run otherwise
+    evaluation.metrics_mode = "standard"  # standard | mmr (official masks and labels)
+    evaluation.bootstrap = 1000  # resamples for the 95 % intervals; 0 = none
+    evaluation.save_maps = False  # keep every float32 map as maps/maps.npy
+
+    config.report = ConfigDict()
+    config.report.gallery = 24  # pictures per run
+
+    config.ckpt = ConfigDict()
+    config.ckpt.every_seconds = 60.0
+    config.ckpt.keep = 2
+    return config

@@ -1,0 +1,307 @@
+"""What all data sets share: the record schema and the TFDS builder that writes such records.
+
+A data set is one folder `data_builders/<name>/` with one class:
+
+    class Builder(common.RecordBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        CATEGORIES = ("tile",)                       # one TFDS BuilderConfig each
+        EXPECTED = {"tile": {"train good": 578, ...}}  # keys as `count_key` makes them
+        HOW_TO_GET = "download it from ... and unpack it so that <raw_dir>/... exists"
+
+        @classmethod
+        def category_folders(cls, root): ...         # {category: folder} of what lies there
+        def examples(self, raw_dir, category): ...   # yields (split, example)
+
+The base class checks every example, encodes it and writes ArrayRecord shards, without TensorFlow.
+Run through `data_builders.build`, which also decides what needs building. The schema is the only
+contract with mmrjax, which reads the records and never imports this package.
+"""
+
+import abc
+import collections
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from data_builders import images
+
+SCHEMA_VERSION = 1  # raise it when the features or their meaning change: records are then rebuilt
+LABELS = ("good", "anomaly")
+SOURCES = ("real", "synthetic")
+
+_IGNORED_NAMES = ("__MACOSX", "Thumbs.db")
+_REQUIRED_KEYS = {"id", "image", "label"}
+_KNOWN_KEYS = _REQUIRED_KEYS | {"mask", "defect", "domain", "group", "frame", "source", "twin"}
+
+Example = dict[str, Any]
+
+
+def record_features() -> tfds.features.FeaturesDict:
+    """The schema: what every record of every data set holds."""
+    text = tfds.features.Text
+    return tfds.features.FeaturesDict(
+        {
+            "id": text(doc="unique over the data set; normally the image's path in the raw folder"),
+            "dataset": text(),
+            "category": text(),
+            "image": tfds.features.Image(shape=(None, None, 3), doc="original bytes and size"),
+            "mask": tfds.features.Image(
+                shape=(None, None, 1), encoding_format="png", doc="0/255, of the image's size"
+            ),
+            "has_mask": tfds.features.Scalar(np.bool_, doc="False: no pixel truth is known"),
+            "label": tfds.features.ClassLabel(names=LABELS),
+            "defect": text(doc="type of defect; 'good' for good images"),
+            "domain": text(doc="shooting condition; empty if the data set names none"),
+            "group": text(doc="images of one group must stay together in a split"),
+            "frame": tfds.features.Scalar(np.int32, doc="position in a video, or -1"),
+            "source": tfds.features.ClassLabel(names=SOURCES),
+            "twin": text(doc="id of the normal image this one was made from, or empty"),
+        }
+    )
+
+
+def list_images(folder: os.PathLike, recursive: bool = True) -> list[pathlib.Path]:
+    """Returns the image files of a folder, sorted by path; links to folders are followed.
+
+    Names that start with "." (macOS writes `._x.png`), `__MACOSX` and `Thumbs.db` do not count.
+    """
+    found, visited = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        is_new = real not in visited  # a link may lead back up
+        visited.add(real)
+        folders[:] = [name for name in folders if is_new and recursive and is_visible(name)]
+        if is_new:
+            found += [pathlib.Path(parent, n) for n in names if is_visible(n) and is_image(n)]
+    return sorted(found, key=pathlib.Path.as_posix)
+
+
+def list_folders(folder: os.PathLike) -> list[pathlib.Path]:
+    """Returns the visible sub-folders, sorted; an empty list if there is no such folder."""
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and is_visible(p.name))
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder name belongs to the data, not to an operating system."""
+    return not name.startswith(".") and name not in _IGNORED_NAMES
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name ends as an image's does."""
+    return name.lower().endswith(images.SUFFIXES)
+
+
+def folder_fingerprint(folder: os.PathLike) -> str:
+    """Returns a hash of the relative names and sizes of a folder's image files."""
+    digest = hashlib.sha256()
+    for path in list_images(folder):
+        name = path.relative_to(folder).as_posix()
+        digest.update(f"{name}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Base of all builders; see the module's docstring for what a subclass gives.
+
+    An example is a dict with `id`, `image` and `label`, and optionally the other features:
+      image: pathlib.Path, encoded bytes, or RGB pixels uint8 [h, w, 3]
+      mask: pathlib.Path, pixels [h, w] (not 0 = defect), or None. A path goes through `binarise`;
+        one where no file lies counts as None. Good images need none: theirs is all zero. A
+        defective image whose mask is None or empty gets has_mask False.
+      defect ("good", or "anomaly" for defective ones), domain (""), group (the id), frame (-1),
+        source ("real"), twin (""): the default in brackets applies when the key is absent.
+    """
+
+    CATEGORIES: ClassVar[tuple[str, ...]] = ()
+    EXPECTED: ClassVar[Mapping[str, Mapping[str, int]]] = {}
+    HOW_TO_GET: ClassVar[str] = ""
+    PROCEDURAL: ClassVar[bool] = False  # drawn by a program: no raw folder, `raw_dir` is None
+
+    def __init_subclass__(cls, **kwargs):
+        if not cls.BUILDER_CONFIGS:
+            cls.BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in cls.CATEGORIES]
+        if not cls.PROCEDURAL:
+            cls.MANUAL_DOWNLOAD_INSTRUCTIONS = cls.HOW_TO_GET
+        super().__init_subclass__(**kwargs)
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.log: Callable[[str], None] = logging.info
+        self.on_record: Callable[[int, int], None] = lambda done, total: None  # progress
+        self.full_scale = 65535  # value of a 16-bit image that becomes 255
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._planned: dict[str, list[Example | Callable[[], Example]]] = {}
+        self._ids: set[str] = set()
+        self._twins: dict[str, str] = {}
+
+    # What a subclass gives
+
+    @classmethod
+    def category_folders(cls, root: pathlib.Path) -> dict[str, pathlib.Path]:
+        """Returns the folder of each category whose images lie under `root`; empty if none."""
+        raise NotImplementedError(f"{cls.__name__} must say where its categories lie")
+
+    @abc.abstractmethod
+    def examples(
+        self, raw_dir: pathlib.Path | None, category: str
+    ) -> Iterator[tuple[str, Example | Callable[[], Example]]]:
+        """Yields (split, example) with split "train" or "test".
+
+        Args:
+          raw_dir: the folder that holds the data set, as `find_root` found it; None if PROCEDURAL.
+          category: one of CATEGORIES.
+
+        Yields:
+          The split, and the example: a dict as the class describes, or a function without
+          arguments that returns it. Give a function when making the pixels takes time; it is
+          called when the record is written, under the progress bar.
+        """
+
+    def binarise(self, grey: np.ndarray) -> np.ndarray:
+        """The data set's mask rule: grey levels [h, w] of a mask file -> defect or not, bool."""
+        return images.above_127(grey)
+
+    def count_key(self, split: str, record: Example) -> str:
+        """The line of the found-vs-expected table that a record counts for."""
+        return f"{split} {record['label']}"
+
+    @classmethod
+    def fingerprint(cls, root: pathlib.Path | None, category: str) -> str:
+        """Returns a text that changes when the raw data does: names and sizes, or the version."""
+        if cls.PROCEDURAL:
+            return f"{cls.name} {cls.VERSION}"
+        return folder_fingerprint(cls.category_folders(root)[category])
+
+    # What the base class does with it
+
+    @classmethod
+    def select_categories(
+        cls, raw_dir: pathlib.Path | None, in_raw: set[str], built: set[str]
+    ) -> list[str]:
+        """Returns the categories meant when none is named: all in the raw data or built."""
+        return [category for category in cls.CATEGORIES if category in in_raw | built]
+
+    @classmethod
+    def config(cls, category: str) -> tfds.core.BuilderConfig:
+        """Returns the TFDS config of a category."""
+        return next(config for config in cls.BUILDER_CONFIGS if config.name == category)
+
+    @classmethod
+    def find_root(cls, raw_dir: pathlib.Path) -> pathlib.Path | None:
+        """Returns the folder with the published layout: `raw_dir`, or one up to two levels below.
+
+        Raises:
+          ValueError: several sub-folders hold the layout.
+        """
+        level = [raw_dir] if raw_dir.is_dir() else []
+        for _ in range(3):
+            found = [folder for folder in level if cls.category_folders(folder)]
+            if len(found) > 1:
+                names = ", ".join(str(folder) for folder in found)
+                raise ValueError(
+                    f"{cls.name}: {raw_dir} holds it several times ({names}): name one"
+                )
+            if found:
+                return found[0]
+            level = [child for folder in level for child in list_folders(folder)]
+        return None
+
+    def check_twins(self) -> None:
+        """Raises ValueError if a record names a twin that is not in this data set."""
+        for name, twin in self._twins.items():
+            if twin not in self._ids:
+                raise ValueError(f"{name}: its twin {twin!r} is no record of {self.name}")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        info = self.dataset_info_from_configs(features=record_features(), supervised_keys=None)
+        # TFDS would ask its bucket for a description and leave an empty folder in /tmp each time.
+        info.initialize_from_bucket = lambda: None
+        return info
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator[tuple[str, Example]]]:
+        root = None
+        if not self.PROCEDURAL:
+            root = self.find_root(pathlib.Path(dl_manager.manual_dir))
+        self._planned = {"train": [], "test": []}
+        for split, example in self.examples(root, self.builder_config.name):
+            self._planned[split].append(example)
+        if not self._planned["train"]:
+            raise ValueError(f"{self.builder_config.name}: found no good image to train on")
+        return {
+            split: self._generate_examples(split)
+            for split, examples in self._planned.items()
+            if examples  # TFDS cannot write an empty split
+        }
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, Example]]:
+        total = sum(len(examples) for examples in self._planned.values())
+        for example in self._planned[split]:
+            record = self._record(example() if callable(example) else example)
+            self.counts[self.count_key(split, record)] += 1
+            if record["label"] == "anomaly":
+                self.counts["defective with mask"] += record["has_mask"]
+            yield record["id"], record
+            self.on_record(len(self._ids), total)
+
+    def _record(self, example: Example) -> Example:
+        """Checks an example, fills in the defaults and encodes its pixels."""
+        name = str(example.get("id"))
+        if missing := _REQUIRED_KEYS - example.keys():
+            raise ValueError(f"{name}: the example lacks {sorted(missing)}")
+        if unknown := example.keys() - _KNOWN_KEYS:
+            raise ValueError(f"{name}: unknown {sorted(unknown)}; known: {sorted(_KNOWN_KEYS)}")
+        if name in self._ids:
+            raise ValueError(f"{name}: two records have this id")
+        self._ids.add(name)
+        label = example["label"]
+        if label not in LABELS:
+            raise ValueError(f"{name}: label {label!r} is none of {LABELS}")
+        defaults = {"defect": label, "domain": "", "group": name, "frame": -1}
+        record = {**defaults, "source": "real", "twin": "", **example}
+        if (record["defect"] == "good") != (label == "good"):
+            raise ValueError(f"{name}: defect {record['defect']!r} contradicts label {label!r}")
+        if record["twin"]:
+            self._twins[name] = record["twin"]
+        record["image"], size_hw = images.encode_image(example["image"], name, self.full_scale)
+        mask = self._mask(example.get("mask"), size_hw, name)
+        if label == "good" and mask.any():
+            raise ValueError(f"{name}: a good image, but its mask marks {mask.sum()} pixels")
+        record["mask"] = images.encode_mask(mask)
+        record["has_mask"] = bool(label == "good" or mask.any())
+        record |= {"dataset": self.name, "category": self.builder_config.name}
+        return record
+
+    def _mask(self, source: Any, size_hw: tuple[int, int], name: str) -> np.ndarray:
+        """Returns the mask [h, w] as bool, all false where there is none."""
+        if isinstance(source, os.PathLike):
+            path = pathlib.Path(source)
+            source = self.binarise(images.read_grey(path)) if path.is_file() else None
+        if source is None:
+            return np.zeros(size_hw, bool)
+        if source.shape != tuple(size_hw):
+            raise ValueError(
+                f"{name}: the mask is {_size(source.shape)}, its image {_size(size_hw)}; "
+                "they must be of one size"
+            )
+        return source != 0
+
+    # TFDS prints these two to stdout; `build` logs one line instead.
+
+    def _log_download_bytes(self) -> None:
+        pass
+
+    def _log_download_done(self) -> None:
+        pass
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}" if len(shape) == 2 else str(shape)

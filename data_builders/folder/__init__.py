@@ -1,0 +1,1 @@
+"""Any directory of images of the user's own."""

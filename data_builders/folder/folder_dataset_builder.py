@@ -1,0 +1,101 @@
+"""A directory of the user's own, in any of the layouts that `layout` understands.
+
+Its name is the category; a directory of several directories in MVTec's layout is one category each.
+"""
+
+import pathlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data_builders import common, images
+from data_builders.folder import layout
+
+_BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras whose images are kept in 16 bits
+
+
+class Builder(common.RecordBuilder):
+    """Categories are not fixed: each is the slug of a folder's name."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    HOW_TO_GET = (
+        "Give a folder that holds train/good, test/good and test/<type> (masks in "
+        "ground_truth/<type>), or good and one folder per type of defect (masks in masks/<type>), "
+        "or good images only; png, jpg, bmp, tif or webp."
+    )
+
+    @classmethod
+    def category_folders(cls, root: pathlib.Path) -> dict[str, pathlib.Path]:
+        """The folder itself, or its sub-folders if several have train folders of their own."""
+        several = [folder for folder in common.list_folders(root) if _has_train_folder(folder)]
+        if len(several) < 2 or _has_train_folder(root):
+            return {slug(root): root} if common.list_images(root) else {}
+        categories = {slug(folder): folder for folder in several}
+        if len(categories) < len(several):
+            raise ValueError(f"{root}: sub-folders must differ by letters or digits in their names")
+        return categories
+
+    @classmethod
+    def select_categories(
+        cls, raw_dir: pathlib.Path | None, in_raw: set[str], built: set[str]
+    ) -> list[str]:
+        """Those in the raw folder; without it, the one of its name, or all that are built."""
+        if in_raw or raw_dir is None:
+            return sorted(in_raw or built)
+        return [slug(raw_dir)] if slug(raw_dir) in built else []
+
+    @classmethod
+    def config(cls, category: str) -> tfds.core.BuilderConfig:
+        """Returns a TFDS config for a name not known beforehand."""
+        return tfds.core.BuilderConfig(name=category)
+
+    def _create_builder_config(self, builder_config, version):
+        # TFDS warns of configs that the class does not list; here none can be listed.
+        return builder_config
+
+    def binarise(self, grey: np.ndarray) -> np.ndarray:
+        """Masks of unknown making: label numbers or soft edges."""
+        return images.labels_or_soft(grey)
+
+    def count_key(self, split: str, record: common.Example) -> str:
+        """Counts by type of defect."""
+        return f"{split} {record['defect']}"
+
+    def examples(
+        self, raw_dir: pathlib.Path, category: str
+    ) -> Iterator[tuple[str, common.Example]]:
+        """Yields what `layout` understood, and logs it in one line."""
+        items, description = layout.read_layout(self.category_folders(raw_dir)[category])
+        self.log(description)
+        self.full_scale = full_scale(max(images.largest_value(item.path) for item in items))
+        for item in items:
+            yield (
+                item.split,
+                {
+                    "id": item.path.relative_to(raw_dir).as_posix(),
+                    "image": item.path,
+                    "mask": item.mask,
+                    "label": "good" if item.defect == "good" else "anomaly",
+                    "defect": item.defect,
+                },
+            )
+
+
+def slug(folder: pathlib.Path) -> str:
+    """Returns a folder's name in lower case with `_` for all but letters and digits."""
+    name = folder.resolve().name.lower()
+    return re.sub(r"[^a-z0-9]+", "_", name).strip("_") or "folder"
+
+
+def full_scale(largest: int) -> int:
+    """Returns the white level of 16-bit images whose largest value is known, such as 4095.
+
+    One level for the whole directory: images keep their brightness relative to each other.
+    """
+    return next(2**bits - 1 for bits in _BIT_DEPTHS if largest < 2**bits)
+
+
+def _has_train_folder(folder: pathlib.Path) -> bool:
+    return any(f.name.lower() in layout.TRAIN_NAMES for f in common.list_folders(folder))

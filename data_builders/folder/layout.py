@@ -1,0 +1,239 @@
+"""Understands a user's directory: which images are good, which defective, where the masks lie.
+
+Understood are (names of folders in any case; folders are searched to their depth):
+  train/good, test/good, test/<type> [, ground_truth/<type>]   the layout of MVTec AD
+  good, <type> ... [, masks/<type>]        any other folder beside `good` is a type of defect
+  images side by side                      all good, unless a mask beside one says otherwise
+A mask lies in a folder of masks under the same sub-folder and name, also as `<stem>_mask` or
+`<stem>_GT`, with any image suffix; or beside its image as `<stem>_mask.png` or `<stem>_GT.png`.
+Without a test folder, a fifth of the good images is tested (`hold_out`). Defective images are
+always tested.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import pathlib
+import re
+from collections.abc import Iterable
+
+from data_builders import common, images
+
+GOOD_NAMES = ("good", "ok", "normal")
+TRAIN_NAMES = ("train", "val", "valid", "validation")
+TEST_NAMES = ("test",)
+MASK_NAMES = ("ground_truth", "ground truth", "groundtruth", "gt", "masks", "mask")
+TEST_SHARE = 0.2
+
+Places = dict[pathlib.Path, tuple[str, ...]]  # image -> the folders it lies in, below the root
+
+_KNOWN_NAMES = (*GOOD_NAMES, *TRAIN_NAMES, *TEST_NAMES)
+_MASK_STEM = re.compile(r"(.+)_(?:mask|gt)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One image; `place` are the folders that say what it shows, below wrappers and the split."""
+
+    path: pathlib.Path
+    place: tuple[str, ...]
+    split: str | None = None  # None: the directory does not say
+    defect: str = "good"
+    mask: pathlib.Path | None = None
+
+
+def read_layout(root: pathlib.Path) -> tuple[list[Item], str]:
+    """Returns the images of a directory with split, defect and mask, and a line that describes it.
+
+    Raises:
+      ValueError: the directory does not say which images are good, or a mask is ambiguous.
+    """
+    pictures, masks = _tell_masks_apart(root)
+    wrapper = _wrapper(pictures.values())
+    items, layout = _place_in_splits(
+        [Item(path, place[len(wrapper) :]) for path, place in pictures.items()]
+    )
+    ignored = len(pictures) - len(items)
+    items = _attach_masks(items, {mask: _inner(place, wrapper) for mask, place in masks.items()})
+    if not any(item.defect == "good" and item.split != "test" for item in items):
+        folders = sorted({"/".join(place) or "." for place in pictures.values()})
+        raise ValueError(
+            f"{root}: cannot tell which images are good ones to train on; found images in "
+            f"{folders[:8]}. Put good images into a folder named good and defective ones into "
+            "folders named after their defects, or use train/good and test/<type>"
+        )
+    items = _complete_splits(root, items)
+    return items, _describe(items, layout, ignored)
+
+
+def hold_out(paths: Iterable[pathlib.PurePath], root: pathlib.PurePath) -> set[pathlib.PurePath]:
+    """Returns the images to test: a fifth, at least one of two, chosen by the hash of their names.
+
+    The choice depends on the names below `root` alone, and a new image changes it little.
+    """
+
+    def rank(path: pathlib.PurePath) -> str:
+        name = path.relative_to(root).as_posix()
+        return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+
+    ranked = sorted(paths, key=rank)
+    count = max(1, round(TEST_SHARE * len(ranked))) if len(ranked) > 1 else 0
+    return set(ranked[:count])
+
+
+def _tell_masks_apart(root: pathlib.Path) -> tuple[Places, Places]:
+    """Returns the pictures and the masks; a folder of masks does not count among the folders."""
+    pictures: Places = {}
+    masks: Places = {}
+    for path in common.list_images(root):
+        folders = path.parent.relative_to(root).parts
+        marks = [i for i, name in enumerate(folders) if name.lower() in MASK_NAMES]
+        if marks:
+            masks[path] = folders[: marks[0]] + folders[marks[0] + 1 :]
+        else:
+            pictures[path] = folders
+    names = {(path.parent, path.stem) for path in pictures}
+    for path in list(pictures):
+        if _base_stem(path) != path.stem and (path.parent, _base_stem(path)) in names:
+            masks[path] = pictures.pop(path)  # it lies beside its image
+    return pictures, masks
+
+
+def _wrapper(places: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """The leading folders that all pictures share and that say nothing."""
+    shared = []
+    for names in zip(*places, strict=False):  # first folder of each, second folder of each ...
+        if len(set(names)) > 1 or names[0].lower() in _KNOWN_NAMES:
+            break
+        shared.append(names[0])
+    return tuple(shared)
+
+
+def _inner(place: tuple[str, ...], wrapper: tuple[str, ...]) -> tuple[str, ...]:
+    """A mask's folders without the wrapper and the name of a split, as pictures have them."""
+    place = place[len(wrapper) :] if place[: len(wrapper)] == wrapper else place
+    return place[1:] if place and place[0].lower() in (*TRAIN_NAMES, *TEST_NAMES) else place
+
+
+def _place_in_splits(items: list[Item]) -> tuple[list[Item], str]:
+    """Returns the items that the layout has a place for, with split and defect, and its name."""
+    train = [_below(item) for item in items if _first(item) in TRAIN_NAMES]
+    test = [_below(item) for item in items if _first(item) in TEST_NAMES]
+    good = [item for item in items if _first(item) in GOOD_NAMES]
+    if not (train or test):
+        return _place_in_types(items, has_good_folder=bool(good))
+    if loose := [item.path for item in test if not item.place]:
+        raise ValueError(
+            f"{loose[0]}: a test image in no sub-folder; put it into test/good or test/<type>"
+        )
+    if train and not any(_first(item) in GOOD_NAMES for item in train):
+        train = [dataclasses.replace(item, place=("good", *item.place)) for item in train]
+    if not test:
+        return _name_defects(train), "a train folder"
+    train = [dataclasses.replace(item, split="train") for item in train or good]
+    test = [dataclasses.replace(item, split="test") for item in test]
+    return _name_defects(train + test), "train and test folders"
+
+
+def _place_in_types(items: list[Item], has_good_folder: bool) -> tuple[list[Item], str]:
+    """The same for a directory without train and test folders."""
+    if has_good_folder:
+        items = [item for item in items if item.place]  # loose images have no place here
+    items = _name_defects(items)
+    for item in items:
+        if item.defect != "good" and any(name.lower() in _KNOWN_NAMES for name in item.place):
+            raise ValueError(
+                f"{item.path}: cannot tell what it shows; name the folder one level deeper, or "
+                "keep only good, <type> ... or train, test in it"
+            )
+    return items, "a folder of good images" if has_good_folder else "images taken as good"
+
+
+def _first(item: Item) -> str:
+    return item.place[0].lower() if item.place else ""
+
+
+def _below(item: Item) -> Item:
+    return dataclasses.replace(item, place=item.place[1:])
+
+
+def _name_defects(items: Iterable[Item]) -> list[Item]:
+    """A folder of good images, or no folder, means good; any other names the defect."""
+    return [
+        item
+        if _first(item) in ("", *GOOD_NAMES)
+        else dataclasses.replace(item, defect="/".join(item.place))
+        for item in items
+    ]
+
+
+def _attach_masks(items: list[Item], masks: Places) -> list[Item]:
+    """Gives images their masks; an image in no folder whose mask is not empty is defective."""
+    by_stem = collections.defaultdict(list)
+    for mask, place in masks.items():
+        for stem in {mask.stem, _base_stem(mask)}:
+            by_stem[stem].append((place, mask))
+    owners: dict[pathlib.Path, pathlib.Path] = {}
+    result = []
+    for item in items:
+        is_known_good = item.defect == "good" and item.place
+        mask = None if is_known_good else _find_mask(item, by_stem[item.path.stem])
+        if mask in owners:
+            raise ValueError(
+                f"{mask}: is it the mask of {owners[mask]} or of {item.path}? Put masks into "
+                "sub-folders named as those of the images"
+            )
+        if mask is not None:
+            owners[mask] = item.path
+            if item.defect != "good":
+                item = dataclasses.replace(item, mask=mask)
+            elif images.labels_or_soft(images.read_grey(mask)).any():
+                item = dataclasses.replace(item, mask=mask, defect="anomaly")
+        result.append(item)
+    return result
+
+
+def _find_mask(
+    item: Item, candidates: list[tuple[tuple[str, ...], pathlib.Path]]
+) -> pathlib.Path | None:
+    """The mask whose folders fit best: beside the image, all of its place, or in no folder."""
+    beside = [mask for _, mask in candidates if mask.parent == item.path.parent]
+    size = len(item.place)
+    same = [mask for place, mask in candidates if size and place[-size:] == item.place]
+    loose = [mask for place, mask in candidates if not place]
+    for fitting in (beside, same, loose):
+        if len(fitting) > 1:
+            raise ValueError(f"{item.path}: which is its mask, {fitting[0]} or {fitting[1]}?")
+        if fitting:
+            return fitting[0]
+    return None
+
+
+def _base_stem(path: pathlib.Path) -> str:
+    """The stem of the image that a mask belongs to by its name."""
+    match = _MASK_STEM.fullmatch(path.stem)
+    return match[1] if match else path.stem
+
+
+def _complete_splits(root: pathlib.Path, items: list[Item]) -> list[Item]:
+    """Defective images are tested; good ones of no split are shared out."""
+    tested = hold_out((i.path for i in items if i.defect == "good" and i.split is None), root)
+    return [
+        dataclasses.replace(
+            item,
+            split="test" if item.defect != "good" or item.path in tested else item.split or "train",
+        )
+        for item in items
+    ]
+
+
+def _describe(items: list[Item], layout: str, ignored: int) -> str:
+    good = collections.Counter(item.split for item in items if item.defect == "good")
+    types = collections.Counter(item.defect for item in items if item.defect != "good")
+    listing = ", ".join(f"{name} {count}" for name, count in sorted(types.items())) or "none"
+    masks = sum(item.mask is not None for item in items)
+    line = (
+        f"understood as {layout}: {good['train']} good to train on; to test {good['test']} good "
+        f"and {types.total()} defective ({listing}), {masks} of them with a mask"
+    )
+    return f"{line}; {ignored} images elsewhere ignored" if ignored else line

@@ -1,0 +1,163 @@
+"""Image files in, the bytes that a record keeps out: decoding, checks, masks.
+
+A record holds an image as the bytes of a JPEG, PNG or BMP file that every reader decodes to the
+same uint8 pixels. Files of that kind are kept byte for byte; anything else (WebP, TIFF, 16-bit
+depth, an alpha channel, a rotation noted in EXIF, which decoders treat differently) becomes a PNG.
+Called by `common.RecordBuilder` for each record; it knows nothing of data sets or TFDS.
+"""
+
+import io
+import os
+import pathlib
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+_JPEG = b"\xff\xd8\xff"
+_KEPT_MAGIC = (_JPEG, b"\x89PNG\r\n\x1a\n", b"BM")  # JPEG, PNG, BMP
+_EXIF_ORIENTATION = 0x0112
+# A mask with more grey levels than this is anti-aliased or was a JPEG, not a set of labels.
+_MOST_LABELS = 8
+
+
+def encode_image(
+    source: os.PathLike | bytes | np.ndarray, where: str, full_scale: int = 65535
+) -> tuple[bytes, tuple[int, int]]:
+    """Returns the bytes that a record keeps for an image, and its size.
+
+    Args:
+      source: an image file, its bytes, or RGB pixels uint8 [h, w, 3].
+      where: the image's name in error messages.
+      full_scale: the value of a 16-bit image that becomes 255 (4095 for 12-bit cameras).
+
+    Returns:
+      The encoded image and its (height, width) in pixels.
+
+    Raises:
+      ValueError: the image is damaged, empty or of an unusual type; the message names it.
+      FileNotFoundError: there is no such file.
+    """
+    if isinstance(source, np.ndarray):
+        _check_pixels(source, where)
+        return encode_png(source), source.shape[:2]
+    data = source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
+    pixels = _decode(data, cv2.IMREAD_UNCHANGED, where)
+    is_upright = _orientation(data) == 1
+    is_plain = pixels.dtype == np.uint8 and (pixels.ndim == 2 or pixels.shape[2] == 3)
+    if data.startswith(_KEPT_MAGIC) and is_plain and is_upright:
+        return data, pixels.shape[:2]
+    if not is_upright:
+        pixels = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, where)  # turns it upright
+    pixels = _to_uint8(pixels, full_scale, where)
+    if pixels.ndim == 3:
+        pixels = np.ascontiguousarray(pixels[..., :3][..., ::-1])  # BGR(A) -> RGB
+    return encode_png(pixels), pixels.shape[:2]
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Returns a PNG of grey [h, w] or RGB [h, w, 3] uint8 pixels."""
+    bgr = pixels[..., ::-1] if pixels.ndim == 3 else pixels
+    return cv2.imencode(".png", np.ascontiguousarray(bgr))[1].tobytes()
+
+
+def encode_mask(mask: np.ndarray) -> bytes:
+    """Returns a one-channel PNG, 255 where `mask` [h, w] is true (not zero) and 0 elsewhere."""
+    return encode_png((mask != 0).astype(np.uint8) * 255)
+
+
+def read_grey(path: os.PathLike) -> np.ndarray:
+    """Returns an image file as grey levels [h, w] in their own integer type.
+
+    A colour image counts with its brightest channel; alpha is ignored. Made for masks: the class
+    numbers of 16-bit ones survive, which OpenCV's own reading as grey would divide away.
+
+    Raises:
+      ValueError: the file is damaged or not an image of integers; the message names it.
+    """
+    pixels = _decode(pathlib.Path(path).read_bytes(), cv2.IMREAD_UNCHANGED, str(path))
+    if not np.issubdtype(pixels.dtype, np.integer):
+        raise ValueError(f"{path}: expected integer grey levels, found {pixels.dtype}")
+    return pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=-1)
+
+
+def above_127(grey: np.ndarray) -> np.ndarray:
+    """The usual rule for 8-bit masks: defect where the grey level exceeds 127."""
+    return grey > 127
+
+
+def labels_or_soft(grey: np.ndarray) -> np.ndarray:
+    """The rule for masks of unknown making [h, w], as in a user's own folder.
+
+    A few distinct levels are labels (0 and 255, 0 and 1, class numbers): all but 0 is defect.
+    Many levels are an anti-aliased or JPEG mask: above half of its maximum is defect.
+    """
+    levels = np.unique(grey)
+    return grey > 0 if levels.size <= _MOST_LABELS else grey > int(levels[-1]) // 2
+
+
+def largest_value(path: os.PathLike) -> int:
+    """Returns the largest pixel value of an image deeper than 8 bits, or 0 for any other."""
+    path = pathlib.Path(path)
+    if path.suffix.lower() == ".png":
+        with path.open("rb") as file:
+            header = file.read(25)
+        if len(header) == 25 and header[24] != 16:  # bit depth of the IHDR chunk
+            return 0
+    elif path.suffix.lower() not in (".tif", ".tiff"):
+        return 0
+    pixels = _decode(path.read_bytes(), cv2.IMREAD_UNCHANGED, str(path))
+    return int(pixels.max()) if pixels.dtype == np.uint16 else 0
+
+
+def _check_pixels(pixels: np.ndarray, where: str) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(
+            f"{where}: expected RGB pixels uint8 [h, w, 3], found {pixels.dtype} {pixels.shape}"
+        )
+
+
+def _decode(data: bytes, flags: int, where: str) -> np.ndarray:
+    """Decodes with OpenCV; a damaged file raises with the reason."""
+    if not data:
+        raise ValueError(f"{where}: the file is empty; replace or delete it")
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    # OpenCV before 5 fills the missing part of a cut-off JPEG with grey and says nothing.
+    if pixels is None or data.startswith(_JPEG):
+        reason = _damage(data)
+        if pixels is None or reason:
+            reason = reason or "OpenCV does not read this format"
+            raise ValueError(f"{where}: the image is damaged ({reason}); replace or delete it")
+    return pixels
+
+
+def _damage(data: bytes) -> str:
+    """Why Pillow cannot decode `data`, or an empty text."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except UnidentifiedImageError:
+        return f"{len(data)} bytes that are no known image format"
+    except (OSError, SyntaxError, ValueError, EOFError) as e:
+        return f"{e}, {len(data)} bytes"
+    return ""
+
+
+def _orientation(data: bytes) -> int:
+    """The EXIF orientation, 1 (upright) if none is noted."""
+    if b"Exif" not in data and b"eXIf" not in data:
+        return 1
+    with Image.open(io.BytesIO(data)) as image:
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
+
+
+def _to_uint8(pixels: np.ndarray, full_scale: int, where: str) -> np.ndarray:
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype != np.uint16:
+        raise ValueError(
+            f"{where}: expected 8 or 16 bits a pixel, found {pixels.dtype}; save it as PNG"
+        )
+    return np.clip(np.rint(pixels * (255.0 / full_scale)), 0, 255).astype(np.uint8)

@@ -1,0 +1,1 @@
+"""mmrjax: industrial anomaly detection in JAX; trains on good parts, finds and locates defects."""

@@ -1,0 +1,106 @@
+"""All runs of a work directory in one results.json: seeds, categories and methods side by side."""
+
+import csv
+import json
+import pathlib
+from collections import defaultdict
+
+import numpy as np
+
+from mmrjax import evaluate, metrics
+
+
+def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
+    """Collects `<root>/<method>/<category>/seed<k>/results.json` into `<root>/results.json`.
+
+    Returns:
+      Its content: per method the metrics with mean, standard deviation and every seed's value, the
+      summary of design decision 8, and paired comparisons of the methods on the same images.
+    """
+    runs = defaultdict(list)
+    for path in sorted(root.glob("*/*/seed*/results.json")):
+        result = json.loads(path.read_text())
+        runs[result["method"]].append({**result, "path": path.parent.relative_to(root).as_posix()})
+    for results in runs.values():
+        results.sort(key=lambda run: (run["category"], run["seed"]))
+    content = {
+        "schema": evaluate.SCHEMA,
+        "title": title,
+        "dataset": next((r["dataset"] for results in runs.values() for r in results), ""),
+        "methods": {name: _method(results, reference_domain) for name, results in runs.items()},
+        "comparisons": _comparisons(root, runs),
+        "reference_domain": reference_domain or None,
+    }
+    evaluate.write_text(root / "results.json", json.dumps(content, indent=1))
+    return content
+
+
+def _method(runs: list[dict], reference_domain: str) -> dict:
+    by_key = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        for key, domains in run["metrics"].items():
+            for domain, values in domains.items():
+                by_key[key][domain][str(run["seed"])] = values
+    table = {
+        key: {domain: _over_seeds(seeds) for domain, seeds in domains.items()}
+        for key, domains in by_key.items()
+    }
+    return {
+        "metrics": table,
+        "summary": metrics.summarise(table, reference_domain or None),
+        "runs": [{name: run[name] for name in ("category", "seed", "path")} for run in runs],
+        "notes": sorted({note for run in runs for note in run["facts"]["notes"]}),
+    }
+
+
+def _over_seeds(seeds: dict[str, dict]) -> dict:
+    """Mean, sample standard deviation and single values; the interval is the first seed's."""
+    first = next(iter(seeds.values()))
+    merged = {"counts": first["counts"], "reasons": first.get("reasons", {})}
+    for name in metrics.METRICS:
+        values = {seed: domain[name] for seed, domain in seeds.items()}
+        defined = [value for value in values.values() if value is not None]
+        merged[name] = {
+            "mean": float(np.mean(defined)) if defined else None,
+            "std": float(np.std(defined, ddof=1)) if len(defined) > 1 else None,
+            "ci95": first.get("ci95", {}).get(name),
+            "seeds": values,
+        }
+    return merged
+
+
+def _comparisons(root: pathlib.Path, runs: dict[str, list[dict]]) -> list[dict]:
+    """Paired group bootstrap of the image AUROC, seeds averaged, for every pair of methods."""
+    scores = {name: _scores(root, results) for name, results in runs.items()}
+    names, comparisons = sorted(scores), []
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            for key in sorted(scores[a].keys() & scores[b].keys()):
+                (table_a, scores_a), (table_b, scores_b) = scores[a][key], scores[b][key]
+                if table_a != table_b:
+                    continue  # other test images: nothing to pair
+                is_anomaly = np.array([label == "anomaly" for _, label, _ in table_a])
+                if is_anomaly.all() or not is_anomaly.any():
+                    continue
+                groups = [group for _, _, group in table_a]
+                found = metrics.paired_difference(scores_a, scores_b, is_anomaly, groups)
+                comparisons.append(
+                    {"a": a, "b": b, "key": key, "metric": "image_auroc", **found["image_auroc"]}
+                )
+    return comparisons
+
+
+def _scores(root: pathlib.Path, runs: list[dict]) -> dict:
+    """{key: ([(id, label, group)], float64 [seeds, n])} from the runs' scores.csv."""
+    found = {}
+    for run in runs:
+        with (root / run["path"] / "scores.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        table = [(row["id"], row["label"], row["group"]) for row in rows]
+        values = [float(row["score"]) for row in rows]
+        key = next(iter(run["metrics"]))
+        if key not in found:
+            found[key] = (table, [])
+        if found[key][0] == table:
+            found[key][1].append(values)
+    return {key: (table, np.array(values)) for key, (table, values) in found.items()}

@@ -1,0 +1,157 @@
+"""Checkpoints: Orbax behind one small wrapper that verifies what it reads.
+
+Saved asynchronously and atomically: a killed save leaves the previous checkpoint in place. Orbax
+does not notice a flipped bit, so a checksum per leaf is stored beside the arrays; a checkpoint that
+does not match is reported and the previous one is used. The frozen teacher is never saved.
+"""
+
+import pathlib
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+
+class Checkpoints:
+    """The checkpoints of one run, each named by its step; a tree of arrays each."""
+
+    def __init__(self, directory: pathlib.Path, keep: int = 2):
+        """Opens (or creates) `directory`; the latest `keep` checkpoints stay."""
+        self._directory = directory.absolute()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps of all finished checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, tree) -> None:
+        """Starts to save `tree`; returns as soon as it is copied from the device."""
+        meta = {"checksums": checksums(tree), "leaves": _describe(tree)}
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
+            ),
+            force=True,
+        )
+        if not saved:
+            raise RuntimeError(f"checkpoint {step} was refused; present: {self.steps()}")
+
+    def wait(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, target) -> tuple[int, object] | None:
+        """Restores the newest intact checkpoint.
+
+        Args:
+          target: a tree of arrays or shapes with shardings; or one sharding, to restore whatever
+            nested dict is stored (a memory bank's size is not known before).
+
+        Returns:
+          (step, tree), or None when there is no checkpoint.
+
+        Raises:
+          ValueError: the newest checkpoint holds other leaves than `target`, naming them.
+          RuntimeError: there are checkpoints, but none of them is intact.
+        """
+        steps = self.steps()[::-1]
+        for step in steps:
+            meta = self._meta(step)
+            if meta is None:
+                continue
+            if isinstance(target, jax.sharding.Sharding):
+                wanted = _stored_dict(meta["leaves"], target)
+            else:
+                _check_leaves(meta["leaves"], _describe(target), self._directory / str(step))
+                wanted = target
+            tree = self._read(step, wanted)
+            if tree is None:
+                continue
+            damaged = [k for k, crc in checksums(tree).items() if meta["checksums"].get(k) != crc]
+            if not damaged:
+                return step, tree
+            logging.error("checkpoint %d is damaged (checksum of %s): ignored", step, damaged[:3])
+        if steps:
+            raise RuntimeError(
+                f"none of the checkpoints {steps} in {self._directory} can be read; delete that "
+                "folder to train again from the start"
+            )
+        return None
+
+    def _meta(self, step: int) -> dict | None:
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            )
+            return restored["meta"]
+        except Exception as e:  # Orbax raises whatever its parsers raise on damaged files
+            logging.error("checkpoint %d cannot be read (%s): ignored", step, _one_line(e))
+            return None
+
+    def _read(self, step: int, target):
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            )
+            return restored["state"]
+        except Exception as e:  # as above
+            logging.error("checkpoint %d cannot be read (%s): ignored", step, _one_line(e))
+            return None
+
+    def __enter__(self):
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exception):
+        """Waits for a save in progress and closes."""
+        self._manager.close()
+
+
+def checksums(tree) -> dict[str, int]:
+    """{leaf path: crc32 of its bytes}."""
+    return {
+        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _describe(tree) -> dict[str, list]:
+    return {
+        jax.tree_util.keystr(path): [list(jnp.shape(leaf)), str(leaf.dtype)]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _stored_dict(leaves: dict, sharding: jax.sharding.Sharding) -> dict:
+    """The nested dict of shapes behind paths such as "['memory']['bank']"."""
+    tree: dict = {}
+    for path, (shape, dtype) in leaves.items():
+        *parents, name = re.findall(r"\['([^']+)'\]", path)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+    return tree
+
+
+def _check_leaves(stored: dict, wanted: dict, where: pathlib.Path) -> None:
+    wrong = [
+        f"{k}: stored {stored.get(k, 'nothing')}, expected {wanted.get(k, 'nothing')}"
+        for k in sorted(stored.keys() | wanted.keys())
+        if stored.get(k) != wanted.get(k)
+    ]
+    if wrong:
+        raise ValueError(f"{where} belongs to another model: " + "; ".join(wrong[:4]))
+
+
+def _one_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:200]

@@ -1,0 +1,1 @@
+"""Records to batches: reading, splits, the epoch table, feeding and on-device augmentation."""

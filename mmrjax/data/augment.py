@@ -1,0 +1,122 @@
+"""Training augmentation on device, from uint8: RandomResizedCrop of the original image, and flip.
+
+The crop box is drawn as torchvision draws it, and pixels are within one grey level of Pillow's
+antialiased bicubic resize: two small matrix products per image whose weights are clipped to the
+crop box. Spec: arXiv 2304.02216's official code; torchvision's RandomResizedCrop.
+"""
+
+import jax
+import jax.numpy as jnp
+
+TRIES = 10  # torchvision draws at most ten boxes before it falls back to a centred one
+BICUBIC_A = -0.5  # Pillow's kernel
+
+
+def random_box(
+    key: jax.Array, size: jax.Array, scale: tuple[float, float], ratio: tuple[float, float]
+) -> jax.Array:
+    """Draws one crop box inside an image.
+
+    Args:
+      key: PRNG key.
+      size: int [2], (height, width) of the image.
+      scale: range of the share of the area.
+      ratio: range of width / height, sampled log-uniformly.
+
+    Returns:
+      int32 [4]: top, left, height, width. The first of ten candidates that fits, else the largest
+      centred box whose aspect ratio is in range.
+    """
+    key_area, key_ratio, key_top, key_left = jax.random.split(key, 4)
+    h, w = size[0], size[1]
+    area = jax.random.uniform(key_area, (TRIES,), minval=scale[0], maxval=scale[1]) * h * w
+    log_ratio = jnp.log(jnp.asarray(ratio))
+    aspect = jnp.exp(
+        jax.random.uniform(key_ratio, (TRIES,), minval=log_ratio[0], maxval=log_ratio[1])
+    )
+    widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (widths > 0) & (widths <= w) & (heights > 0) & (heights <= h)
+    first = jnp.argmax(fits)
+
+    whole = w / h
+    too_tall, too_wide = whole < ratio[0], whole > ratio[1]
+    centred_h = jnp.where(too_tall, jnp.round(w / ratio[0]).astype(jnp.int32), h)
+    centred_w = jnp.where(too_wide, jnp.round(h * ratio[1]).astype(jnp.int32), w)
+    box_h = jnp.where(fits.any(), heights[first], centred_h)
+    box_w = jnp.where(fits.any(), widths[first], centred_w)
+
+    def offset(key: jax.Array, free: jax.Array) -> jax.Array:
+        drawn = jax.random.randint(key, (), 0, free + 1)
+        return jnp.where(fits.any(), drawn, free // 2)
+
+    return jnp.stack([offset(key_top, h - box_h), offset(key_left, w - box_w), box_h, box_w])
+
+
+def _weights(canvas: int, n_out: int, start: jax.Array, length: jax.Array) -> jax.Array:
+    """Pillow's antialiased bicubic taps for [start, start + length) -> n_out; [n_out, canvas]."""
+    length = length.astype(jnp.float32)
+    scale = length / n_out
+    centre = (jnp.arange(n_out) + 0.5) * scale
+    pixel = jnp.arange(canvas) - start
+    x = jnp.abs(pixel[None] + 0.5 - centre[:, None]) / jnp.maximum(scale, 1.0)
+    a = BICUBIC_A
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    weight = jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
+    weight = jnp.where((pixel >= 0) & (pixel < length), weight, 0.0)
+    return weight / weight.sum(axis=1, keepdims=True)
+
+
+def crop_resize(image: jax.Array, box: jax.Array, size_hw: tuple[int, int]) -> jax.Array:
+    """Crops `box` from an image and resizes it as Pillow does, horizontal pass first.
+
+    Args:
+      image: uint8 [h, w, 3], padded to a fixed canvas on the bottom and right.
+      box: int [4]: top, left, height, width.
+      size_hw: output size in px.
+
+    Returns:
+      float32 [*size_hw, 3], whole numbers in [0, 255].
+    """
+    h, w, _ = image.shape
+    rows = _weights(h, size_hw[0], box[0], box[2])
+    columns = _weights(w, size_hw[1], box[1], box[3])
+    exact = jax.lax.Precision.HIGHEST
+
+    def to_grey_levels(x: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.floor(x + 0.5), 0, 255)  # Pillow rounds after each pass
+
+    x = jnp.einsum("xw,hwc->hxc", columns, image.astype(jnp.float32), precision=exact)
+    x = jnp.einsum("yh,hxc->yxc", rows, to_grey_levels(x), precision=exact)
+    return to_grey_levels(x)
+
+
+def augment(
+    key: jax.Array,
+    image: jax.Array,
+    size: jax.Array,
+    size_hw: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: bool,
+) -> jax.Array:
+    """One training image: random crop, resize, and a horizontal flip with probability 1/2.
+
+    Args:
+      key: the example's key for this step.
+      image: uint8 [h, w, 3] on the canvas.
+      size: int [2], the image's own (height, width).
+      size_hw: output size.
+      scale: see `random_box`.
+      ratio: see `random_box`.
+      flip: whether to flip at random.
+
+    Returns:
+      float32 [*size_hw, 3] in [0, 1].
+    """
+    key_box, key_flip = jax.random.split(key)
+    out = crop_resize(image, random_box(key_box, size, scale, ratio), size_hw)
+    if flip:
+        out = jnp.where(jax.random.bernoulli(key_flip), out[:, ::-1], out)
+    return out / 255.0

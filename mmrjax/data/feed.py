@@ -1,0 +1,113 @@
+"""Feeding the training step: images resident in device memory, or streamed by Grain.
+
+Both yield the same batches, in chunks of whole steps, from any step on. `resident` keeps all
+training images as uint8 on every device and sends only indices; `stream` decodes in threads ahead
+of the step.
+"""
+
+import io
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from mmrjax import logs, mesh
+from mmrjax.data import epochs
+from mmrjax.data.records import Records
+
+
+class Feed:
+    """Chunks of training batches.
+
+    Attributes:
+      canvas: (height, width) that every training image is padded to.
+      resident: {"image": uint8 [n, h, w, 3], "size": int32 [n, 2]} on device, or {} when streamed.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        indices: np.ndarray,
+        *,
+        mode: str,
+        resident_gib: float,
+        max_side: int,
+        batch_size: int,
+        seed: int,
+        steps_per_call: int,
+        device_mesh: jax.sharding.Mesh,
+    ):
+        """Prepares the feed; `mode` is resident, stream or auto (resident if it fits)."""
+        self._records, self._indices, self._max_side = records, indices, max_side
+        self._batch_size, self._seed, self._mesh = batch_size, seed, device_mesh
+        self.steps_per_epoch = epochs.steps_per_epoch(len(indices), batch_size)
+        self.steps_per_call = _divisor(self.steps_per_epoch, steps_per_call)
+        sizes = np.array([_size(records, i, max_side) for i in indices])
+        self.canvas = tuple(int(n) for n in sizes.max(axis=0))
+        gib = len(indices) * self.canvas[0] * self.canvas[1] * 3 / 2**30
+        if mode == "auto":
+            mode = "resident" if gib <= resident_gib else "stream"
+        logging.info(
+            "%d training images, canvas %s, %s, %.2f GiB", len(indices), self.canvas, mode, gib
+        )
+        self.resident = {}
+        if mode == "resident":
+            images = np.zeros((len(indices), *self.canvas, 3), np.uint8)
+            for position, i in enumerate(logs.progress(indices, "decoding")):
+                self._paste(images[position], i)
+            arrays = {"image": images, "size": sizes.astype(np.int32)}
+            self.resident = mesh.replicate(arrays, device_mesh)
+
+    def chunks(self, start: int, stop: int) -> Iterator[dict]:
+        """Yields the batches of steps [start, stop), `steps_per_call` at a time, on device.
+
+        Each chunk holds "index" int32 and "weight" float32 [k, b], and when streamed also "image"
+        uint8 [k, b, h, w, 3] and "size" int32 [k, b, 2]. `start` must be a multiple of k.
+        """
+        k = self.steps_per_call
+        if self.resident:
+            for step in range(start, stop, k):
+                yield mesh.put_batch(self._rows(step), self._mesh, axis=1)
+            return
+        dataset = grain.MapDataset.range(start // k, stop // k).map(self._decoded)
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+        for chunk in dataset.to_iter_dataset(options):
+            yield mesh.put_batch(chunk, self._mesh, axis=1)
+
+    def _rows(self, step: int) -> dict[str, np.ndarray]:
+        epoch, first = divmod(step, self.steps_per_epoch)
+        positions = np.arange(len(self._indices))
+        index, weight = epochs.epoch_table(positions, self._batch_size, self._seed, epoch)
+        rows = slice(first, first + self.steps_per_call)
+        return {"index": index[rows], "weight": weight[rows]}
+
+    def _decoded(self, call: int) -> dict[str, np.ndarray]:
+        chunk = self._rows(call * self.steps_per_call)
+        shape = chunk["index"].shape
+        images = np.zeros((*shape, *self.canvas, 3), np.uint8)
+        sizes = np.zeros((*shape, 2), np.int32)
+        for where in np.ndindex(shape):
+            sizes[where] = self._paste(images[where], self._indices[chunk["index"][where]])
+        return {**chunk, "image": images, "size": sizes}
+
+    def _paste(self, canvas: np.ndarray, i: int) -> tuple[int, int]:
+        image = self._records.image(i, self._max_side)
+        h, w = image.shape[:2]
+        canvas[:h, :w] = image
+        return h, w
+
+
+def _divisor(steps: int, wanted: int) -> int:
+    """The largest divisor of `steps` up to `wanted`: whole chunks per epoch, hence one compile."""
+    return max(k for k in range(1, steps + 1) if steps % k == 0 and k <= max(wanted, 1))
+
+
+def _size(records: Records, i: int, max_side: int) -> tuple[int, int]:
+    """(height, width) after `max_side`, from the header alone."""
+    with Image.open(io.BytesIO(records.encoded(i, "image"))) as image:
+        w, h = image.size
+    shrink = min(1.0, max_side / max(h, w)) if max_side else 1.0
+    return (h, w) if shrink == 1.0 else (max(1, round(h * shrink)), max(1, round(w * shrink)))

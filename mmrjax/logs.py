@@ -1,0 +1,132 @@
+"""What a person sees while a run works: a bar on a terminal, plain lines in a log, metrics.jsonl.
+
+Only process 0 writes.
+"""
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import tqdm
+from absl import logging
+
+LINE_SECONDS = 15.0  # between plain lines when there is no terminal
+FLUSH_SECONDS = 1.0  # between fetches of the losses from the device
+
+
+def setup() -> None:
+    """Shows our own log lines, and of the libraries' only warnings: Orbax writes 40 per save."""
+    logging.set_verbosity(logging.INFO)
+    logging.use_absl_handler()
+    logging.get_absl_handler().addFilter(
+        lambda record: (
+            record.levelno >= logging.converter.STANDARD_WARNING
+            or any(name in record.pathname for name in ("mmrjax", "data_builders"))
+        )
+    )
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches: standard error is a terminal and this is process 0."""
+    return sys.stderr.isatty() and jax.process_index() == 0
+
+
+def progress(items: Sequence | Iterable, label: str, total: int | None = None) -> Iterator:
+    """Iterates with a bar on a terminal, silently otherwise."""
+    return tqdm.tqdm(items, desc=label, total=total, disable=not on_terminal(), leave=False)
+
+
+class TrainLog:
+    """Losses of a training run: fetched in groups, written to metrics.jsonl, shown as progress."""
+
+    def __init__(self, path: pathlib.Path, start: int, stop: int, steps_per_epoch: int, batch: int):
+        """Opens `path`, drops what it holds from step `start` on, and starts the clock."""
+        kept = []
+        if path.exists():
+            lines = (_parse(line) for line in path.read_text().splitlines())
+            kept = [line for line in lines if line and line["step"] < start]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w")
+        self._file.writelines(json.dumps(line) + "\n" for line in kept)
+        self._stop, self._steps_per_epoch, self._batch = stop, steps_per_epoch, batch
+        self._pending: list[tuple[int, dict]] = []
+        self._step, self._last_flush, self._last_line = start, time.monotonic(), time.monotonic()
+        self._bar = tqdm.tqdm(
+            total=stop, initial=start, unit="step", desc="training", disable=not on_terminal()
+        )
+
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Takes the logs of steps [step, step + k), device arrays [k]; fetches now and then."""
+        self._pending.append((step, values))
+        if len(self._pending) > 1:
+            # Dispatch is asynchronous: without this the loop would run hundreds of steps ahead,
+            # deaf to SIGTERM and to the clock of checkpoints.
+            jax.block_until_ready(self._pending[-2])
+        if time.monotonic() - self._last_flush >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Fetches and writes what is pending.
+
+        Raises:
+          FloatingPointError: a loss is not finite, naming the first such step.
+        """
+        if not self._pending:
+            return
+        first, pending, self._pending = self._step, jax.device_get(self._pending), []
+        now = time.monotonic()
+        done = sum(len(values["loss"]) for _, values in pending)
+        rate = done * self._batch / max(now - self._last_flush, 1e-9)
+        self._last_flush = now
+        for step, values in pending:
+            for i in range(len(values["loss"])):
+                line = {"step": step + i, "epoch": (step + i) // self._steps_per_epoch}
+                line |= {name: float(value[i]) for name, value in values.items()}
+                line |= {"images_per_second": round(rate, 2), "time": round(time.time(), 2)}
+                self._file.write(json.dumps(line) + "\n")
+                if not abs(line["loss"]) < float("inf"):
+                    self._file.flush()
+                    raise FloatingPointError(
+                        f"the loss is {line['loss']} at step {line['step']} (steps {first} to "
+                        f"{first + done - 1} were checked together); lower optim.learning_rate or "
+                        "use train.compute_dtype=float32; the last checkpoint is from before"
+                    )
+        self._file.flush()
+        self._step = first + done
+        self._show(line["loss"], rate, done, now)
+
+    def _show(self, loss: float, rate: float, done: int, now: float) -> None:
+        self._bar.update(done)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} img/s")
+        due = now - self._last_line >= LINE_SECONDS or self._step >= self._stop
+        if self._bar.disable and due:
+            self._last_line = now
+            left = (self._stop - self._step) * self._batch / max(rate, 1e-9)
+            logging.info(
+                "step %d/%d, epoch %d, loss %.4f, %.1f img/s, %s left",
+                self._step,
+                self._stop,
+                (self._step - 1) // self._steps_per_epoch,
+                loss,
+                rate,
+                tqdm.tqdm.format_interval(left),
+            )
+
+    def __enter__(self):
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exception):
+        """Closes bar and file."""
+        self._bar.close()
+        self._file.close()
+
+
+def _parse(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None  # the last line of a killed run may be cut short

@@ -1,0 +1,17 @@
+"""All methods by name."""
+
+from ml_collections import ConfigDict
+
+from mmrjax.methods import base, mmr, patchcore
+
+METHODS: dict[str, type[base.Method]] = {
+    "mmr": mmr.MMR,
+    "patchcore": patchcore.PatchCore,
+}
+
+
+def create(name: str, config: ConfigDict) -> base.Method:
+    """Builds the method called `name`; ValueError lists the known names."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; available: {sorted(METHODS)}")
+    return METHODS[name](config)

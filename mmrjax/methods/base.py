@@ -1,0 +1,84 @@
+"""The contract of a method: models, loss and anomaly score, and nothing else.
+
+A new method is one file with a subclass of `Method`, one line in `METHODS`, one config and one row
+of the parametrised contract test. The loop, evaluation and report serve all methods alike.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mmrjax import weights
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """Resolves config.train.compute_dtype: "auto" is bfloat16 on accelerators, float32 on CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+class Method:
+    """Base class; images reach a method as RGB float32 [b, h, w, 3] in [0, 1].
+
+    Variables are dicts of collections; "params" is what the gradient changes and may be empty.
+    A method whose training is not the gradient of one loss defines
+    `update(state, frozen, batch, key, progress) -> (state, logs)` as well.
+    """
+
+    name: str
+    trains = True  # has a gradient stage
+    fits = False  # has a `fit` after it
+
+    def __init__(self, config: ConfigDict):
+        """Builds modules; no arrays yet."""
+        self.config = config
+        self.dtype = compute_dtype(config.train.compute_dtype)
+
+    def load_frozen(self) -> tuple[dict, dict]:
+        """Loads what is never trained: ({name: variables}, facts for results.json)."""
+        teacher, facts = weights.load_teacher(
+            self.config.teacher.name, self.config.teacher.weights, self.config.teacher.seed
+        )
+        return {"teacher": teacher}, {"teacher": facts}
+
+    def init(self, key: jax.Array, frozen: dict) -> tuple[dict, dict]:
+        """Draws or loads the variables: ({"params": …, …}, facts)."""
+        raise NotImplementedError
+
+    def loss(
+        self, variables: dict, frozen: dict, batch: dict, key: jax.Array, progress: dict
+    ) -> tuple[jax.Array, tuple[dict, dict]]:
+        """The training loss.
+
+        Args:
+          variables: all collections; the gradient is taken over "params" only.
+          frozen: from `load_frozen`.
+          batch: "image" [b, h, w, 3], "weight" [b] (0 = padding row), "keys" [b] one per example.
+          key: of this step.
+          progress: "step" and "epoch", int32 scalars.
+
+        Returns:
+          (scalar, (changed collections, logs)).
+        """
+        raise NotImplementedError
+
+    def fit(self, variables: dict, frozen: dict, batches: Iterable, key: jax.Array) -> dict:
+        """Whatever follows the gradient stage, from un-augmented training images.
+
+        Args:
+          variables: all collections.
+          frozen: from `load_frozen`.
+          batches: of uint8 [b, h, w, 3] in evaluation geometry, with the number of real rows.
+          key: of the run.
+
+        Returns:
+          The new variables.
+        """
+        raise NotImplementedError
+
+    def predict(self, variables: dict, frozen: dict, images: jax.Array) -> dict:
+        """Scores images: {"map": float32 [b, h, w], "score": float32 [b], "parts": {name: map}}."""
+        raise NotImplementedError

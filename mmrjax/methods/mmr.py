@@ -1,0 +1,86 @@
+"""MMR: masked multi-scale reconstruction (arXiv 2304.02216).
+
+A student that sees 60 % of the patches predicts the features of a frozen teacher at three scales;
+where the two disagree on a test image, there is a defect.
+"""
+
+import jax
+
+from mmrjax import anomaly_map, losses, weights
+from mmrjax.methods import base
+from mmrjax.models import masking, resnet, student
+
+# ViT sizes: width, depth, heads (Dosovitskiy et al. 2021, Touvron et al. 2021).
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+
+class MMR(base.Method):
+    """Teacher, masked student, multi-scale cosine loss, summed cosine maps."""
+
+    name = "mmr"
+
+    def __init__(self, config):
+        """Builds the student that `config.student` describes, with the teacher's channel widths."""
+        super().__init__(config)
+        layers = tuple(config.student.layers)
+        arch = resnet.architecture(config.teacher.name)
+        self.teacher = resnet.ResNet(arch, layers, self.dtype)
+        width, depth, heads = student_size(config.student)
+        on_gpu = jax.default_backend() == "gpu"
+        self.student = student.MaskedStudent(
+            width=width,
+            depth=depth,
+            heads=heads,
+            channels={layer: arch.channels[layer - 1] for layer in layers},
+            unroll=config.student.unroll or (depth if on_gpu else 1),
+            dtype=self.dtype,
+        )
+
+    def init(self, key, frozen):
+        """Fresh or pretrained student."""
+        images = jax.ShapeDtypeStruct((1, *self.config.data.image_size, 3), "float32")
+        variables = jax.jit(lambda key: self.student.init(key, jax.numpy.zeros(images.shape)))(key)
+        variables, facts = weights.init_student(
+            variables, self.config.student.init, self.config.student.size
+        )
+        return variables, {"student": facts}
+
+    def loss(self, variables, frozen, batch, key, progress):
+        """The sum over scales of 1 - cosine, over all locations (Eq. 1)."""
+        images = resnet.normalise(batch["image"])
+        patch = self.student.patch
+        tokens = (images.shape[1] // patch) * (images.shape[2] // patch)
+        noise = masking.random_noise(batch["keys"], tokens)
+        features = self.student.apply(variables, images, noise, self.config.student.mask_ratio)
+        targets = jax.lax.stop_gradient(self.teacher.apply(frozen["teacher"], images))
+        loss, logs = losses.multi_scale_cosine(features, targets, batch["weight"])
+        return loss, ({}, logs)
+
+    def predict(self, variables, frozen, images):
+        """Unmasked; the map is the sum of the scales' maps, the score its maximum."""
+        size = images.shape[1:3]
+        images = resnet.normalise(images)
+        features = self.student.apply(variables, images)
+        targets = self.teacher.apply(frozen["teacher"], images)
+        parts = anomaly_map.cosine_maps(features, targets, size)
+        total = sum(parts.values())
+        return {"map": total, "score": anomaly_map.max_score(total), "parts": parts}
+
+
+def student_size(config) -> tuple[int, int, int]:
+    """(width, depth, heads) of `config.student`: those of `size`, each replaced when given."""
+    if config.size and config.size not in SIZES:
+        raise ValueError(f"unknown student.size={config.size!r}; available: {sorted(SIZES)} or ''")
+    default = SIZES.get(config.size, (0, 0, 0))
+    size = tuple(
+        given or value
+        for given, value in zip((config.width, config.depth, config.heads), default, strict=True)
+    )
+    if not all(size):
+        raise ValueError("student.size='' needs student.width, student.depth and student.heads")
+    return size

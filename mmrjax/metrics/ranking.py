@@ -1,0 +1,233 @@
+"""Exact ranking metrics (AUROC, average precision, best F1) and their curves.
+
+Everything here follows from one small table, `Ranked`: the distinct scores of the positives, best
+first, and how many negatives lie above each. An exact ranking of 40 million pixels, a histogram of
+them and a bootstrap resample of 700 images all become such a table, so each formula is written
+once. Leading axes are resamples. Called by pro.py, bootstrap.py and evaluation.py; nothing here
+knows about images or regions.
+
+Ties: equal scores form one threshold, as in scikit-learn, so AUROC gives half a point to a tie.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Ranked(NamedTuple):
+    """Positives per tie group against the negatives around them, best score first.
+
+    Attributes:
+        positive: [..., k] weight (or count) of the positives in each group of equal scores.
+        above: [..., k] weight of the negatives scoring strictly above the group.
+        at_or_above: [..., k] weight of the negatives scoring at least as much as the group.
+        negatives: [...] weight of all negatives.
+    """
+
+    positive: np.ndarray
+    above: np.ndarray
+    at_or_above: np.ndarray
+    negatives: np.ndarray
+
+
+def require_finite(values: np.ndarray, what: str) -> None:
+    """Raises ValueError if `values` [n, ...] holds NaN or infinity, saying how many of the n do."""
+    if np.isfinite(values).all():
+        return
+    bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    raise ValueError(
+        f"{bad.sum()} of {len(values)} {what} hold NaN or infinity (first: {bad.argmax()}); "
+        "the model has diverged or overflowed: lower the learning rate or compute in float32, "
+        "then predict again"
+    )
+
+
+def rank(
+    positives: np.ndarray,
+    sorted_negatives: np.ndarray,
+    weights: np.ndarray | None = None,
+    negatives: int | None = None,
+) -> Ranked:
+    """Ranks individual positives against sorted negatives.
+
+    Args:
+        positives: [p] scores of the positives, any order, p > 0.
+        sorted_negatives: [n] scores of the negatives, ascending; float32 stays float32.
+        weights: [p] weight of each positive; default 1.
+        negatives: number of all negatives, where `sorted_negatives` are only the highest of them.
+
+    Returns:
+        Table with k <= p groups, float64.
+    """
+    if weights is None:
+        ordered = np.sort(positives)[::-1]
+        starts = _starts(ordered)
+        size = np.diff(starts, append=len(ordered))
+    else:
+        order = np.argsort(positives)[::-1]
+        ordered = positives[order]
+        starts = _starts(ordered)
+        size = np.add.reduceat(weights[order], starts)
+    values = ordered[starts]
+    n = len(sorted_negatives)
+    return Ranked(
+        positive=size.astype(np.float64),
+        above=(n - np.searchsorted(sorted_negatives, values, "right")).astype(np.float64),
+        at_or_above=(n - np.searchsorted(sorted_negatives, values, "left")).astype(np.float64),
+        negatives=np.float64(n if negatives is None else negatives),
+    )
+
+
+def from_counts(positive: np.ndarray, negative: np.ndarray) -> Ranked:
+    """Table from the weight of positives and negatives per group, [..., k], best score first."""
+    at_or_above = np.cumsum(negative, axis=-1, dtype=np.float64)
+    total = at_or_above[..., -1] if at_or_above.shape[-1] else np.zeros(at_or_above.shape[:-1])
+    return Ranked(np.asarray(positive, np.float64), at_or_above - negative, at_or_above, total)
+
+
+def grouped(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray) -> Ranked:
+    """Table of n scores under many weightings at once.
+
+    Args:
+        scores: [n].
+        is_positive: [n] bool.
+        weights: [..., n] multiplicity of each score, one row per resample.
+
+    Returns:
+        Table with leading axes as `weights` and one group per distinct score.
+    """
+    order = np.argsort(scores, kind="stable")[::-1]
+    starts = _starts(scores[order])
+    weights = np.asarray(weights, np.float64)[..., order]
+    positive = np.add.reduceat(weights * is_positive[order], starts, axis=-1)
+    negative = np.add.reduceat(weights * ~is_positive[order], starts, axis=-1)
+    return from_counts(positive, negative)
+
+
+def area(ranked: Ranked, limit: float = 1.0) -> np.ndarray:
+    """Area under true-positive against false-positive rate up to `limit`, divided by `limit`.
+
+    Closed form of the trapezoid with linear interpolation at the limit: a group with shares a of
+    the negatives strictly above and b at or above adds its weight times the mean, over x in [a, b],
+    of max(0, limit - x). With counts and limit 1 this is AUROC; with region weights it is AU-PRO.
+
+    Returns:
+        [...] in 0..1; NaN where there are no positives or no negatives.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low = ranked.above / ranked.negatives[..., None]
+        high = ranked.at_or_above / ranked.negatives[..., None]
+        whole = limit - (low + high) / 2
+        cut = np.maximum(limit - low, 0) ** 2 / (2 * (high - low))
+        gain = np.where(high <= limit, whole, np.where(low < limit, cut, 0))
+        total = ranked.positive.sum(axis=-1)
+        result = (ranked.positive * gain).sum(axis=-1) / (limit * total)
+        return np.where((total > 0) & (ranked.negatives > 0), result, np.nan)
+
+
+def precision_area(ranked: Ranked) -> np.ndarray:
+    """Average precision: mean over positives of the precision at their score, no interpolation.
+
+    Returns:
+        [...] in 0..1; NaN where there are no positives or no negatives (it would be 1 for any
+        scores).
+    """
+    found = np.cumsum(ranked.positive, axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.where(found > 0, found / (found + ranked.at_or_above), 0)
+        result = (ranked.positive * precision).sum(axis=-1) / found[..., -1]
+    return np.where((found[..., -1] > 0) & (ranked.negatives > 0), result, np.nan)
+
+
+def best_f1(ranked: Ranked) -> np.ndarray:
+    """Largest F1 = 2 TP / (TP + FP + P) over all thresholds; NaN as in `precision_area`."""
+    found = np.cumsum(ranked.positive, axis=-1)
+    total = found[..., -1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result = (2 * found / (found + ranked.at_or_above + total[..., None])).max(axis=-1)
+    return np.where((total > 0) & (ranked.negatives > 0), result, np.nan)
+
+
+def polyline(ranked: Ranked) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices of the curve from (0, 0) to (1, 1): false-positive and true-positive rate.
+
+    Returns:
+        Two arrays [2 k + 2]: each group gives the vertex before and the vertex after its threshold.
+    """
+    found = np.cumsum(ranked.positive) / ranked.positive.sum()
+    before = np.concatenate([[0.0], found[:-1]])
+    x = np.stack([ranked.above, ranked.at_or_above], axis=1).ravel() / ranked.negatives
+    y = np.stack([before, found], axis=1).ravel()
+    return np.concatenate([[0.0], x, [1.0]]), np.concatenate([[0.0], y, [1.0]])
+
+
+def thin(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most `points` points of a monotone polyline, evenly spaced along it, both ends kept.
+
+    Every returned point lies on the polyline; a polyline that is short enough is returned as it is.
+    """
+    moved = np.concatenate([[True], (np.diff(x) != 0) | (np.diff(y) != 0)])
+    x, y = x[moved], y[moved]
+    corner = np.ones(len(x), bool)
+    corner[1:-1] = np.diff(x)[:-1] * np.diff(y)[1:] != np.diff(y)[:-1] * np.diff(x)[1:]
+    x, y = x[corner], y[corner]
+    if len(x) <= points:
+        return x, y
+    along = (x - x[0]) / max(x[-1] - x[0], 1e-12) + (y - y[0]) / max(y[-1] - y[0], 1e-12)
+    even = np.linspace(0, along[-1], points)
+    return np.interp(even, along, x), np.interp(even, along, y)
+
+
+def auroc(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Area under the ROC curve, exact, ties counting one half.
+
+    Args:
+        scores: [n] (or any shape), higher means more anomalous; finite.
+        is_positive: bool, shape of `scores`.
+        weights: non-negative multiplicities, shape of `scores`; default 1.
+
+    Returns:
+        0..1.
+
+    Raises:
+        ValueError: NaN or infinite scores, or only one class present.
+    """
+    return float(area(_table(scores, is_positive, weights)))
+
+
+def average_precision(
+    scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None = None
+) -> float:
+    """Average precision, exact, as scikit-learn defines it; arguments and errors as in `auroc`."""
+    return float(precision_area(_table(scores, is_positive, weights)))
+
+
+def f1_max(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Largest F1 over all thresholds, exact; arguments and errors as in `auroc`."""
+    return float(best_f1(_table(scores, is_positive, weights)))
+
+
+def _table(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None) -> Ranked:
+    """Checks the arguments of the three public metrics and ranks them."""
+    scores, is_positive = np.asarray(scores).ravel(), np.asarray(is_positive).ravel()
+    weights = None if weights is None else np.asarray(weights, np.float64).ravel()
+    if is_positive.dtype != bool or scores.shape != is_positive.shape:
+        raise ValueError(
+            f"scores {scores.shape} and is_positive {is_positive.shape} {is_positive.dtype} must "
+            "have one size, is_positive boolean"
+        )
+    require_finite(scores, "scores")
+    positives = is_positive.sum() if weights is None else np.sum(weights, where=is_positive)
+    negatives = (~is_positive).sum() if weights is None else np.sum(weights, where=~is_positive)
+    if positives == 0 or negatives == 0:
+        raise ValueError(
+            f"both classes are needed, got {positives:g} positives and {negatives:g} negatives"
+        )
+    if weights is not None:
+        return grouped(scores, is_positive, weights)
+    return rank(scores[is_positive], np.sort(scores[~is_positive]))
+
+
+def _starts(ordered: np.ndarray) -> np.ndarray:
+    """Index of the first member of every run of equal values."""
+    return np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])

@@ -1,0 +1,129 @@
+"""One line per metric over domains and categories, and the rounding of the official MMR tables."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mmrjax.metrics import evaluation
+
+
+def summarise(
+    per_key_metrics: Mapping[str, Mapping[str, Mapping]], reference_domain: str | None = None
+) -> dict[str, dict]:
+    """Summary over all categories: mean, worst, and the gap to the unshifted domain.
+
+    The mean is taken over a category's named domains (`all` and "" only where there are no others),
+    then over categories, so a category with many domains or many images weighs no more than
+    another.
+
+    Args:
+        per_key_metrics: {"<dataset>/<category>": {"<domain>" or "all": {metric: value}}}; a value
+            is a number, None where undefined, or {"mean": ..., "seeds": {seed: number or None}}.
+        reference_domain: name of the unshifted domain, or None.
+
+    Returns:
+        {metric: {"mean", "std" (over seeds of the summary mean, n - 1; None below two seeds),
+        "worst": {"value", "where"} (where = key/domain, or key alone for `all`), "gap_to_reference"
+        (reference minus the mean of the other domains, positive = worse under shift, mean over
+        categories; None without both)}, and "left_out": [where, ...] if some values are undefined}.
+        A metric that is undefined everywhere is absent.
+    """
+    summary = {}
+    for metric in evaluation.METRICS:
+        table = {
+            key: {domain: _value(values.get(metric)) for domain, values in _named(domains).items()}
+            for key, domains in per_key_metrics.items()
+        }
+        flat = {_where(key, d): v for key, row in table.items() for d, v in row.items()}
+        defined = {where: value for where, value in flat.items() if value is not None}
+        if not defined:
+            continue
+        worst = min(defined, key=defined.get)
+        summary[metric] = {
+            "mean": _mean_of_means(table),
+            "std": _seed_std(per_key_metrics, metric),
+            "worst": {"value": defined[worst], "where": worst},
+            "gap_to_reference": _gap(table, reference_domain),
+        }
+        if len(defined) < len(flat):
+            summary[metric]["left_out"] = [where for where in flat if where not in defined]
+    return summary
+
+
+def mmr_means(per_domain: Mapping[str, Mapping]) -> dict[str, float]:
+    """Means as the official MMR code prints them, for comparison with its tables only.
+
+    It rounds image AUROC and PRO of every class or domain to 3 decimals before averaging, and does
+    not round pixel AUROC (main.py and MMR_pipeline.py of zhangzilongc/MMR @22d1b17).
+
+    Args:
+        per_domain: {name: {metric: number or None}}, the rows of a table, without `all`.
+
+    Returns:
+        {"image_auroc", "pixel_auroc", "pro_mmr"}: means of the defined values; undefined ones
+        absent.
+    """
+    means = {}
+    for metric, digits in (("image_auroc", 3), ("pixel_auroc", None), ("pro_mmr", 3)):
+        values = [row[metric] for row in per_domain.values() if row.get(metric) is not None]
+        if values:
+            means[metric] = float(
+                np.mean([v if digits is None else round(v, digits) for v in values])
+            )
+    return means
+
+
+def _named(domains: Mapping[str, Mapping]) -> Mapping[str, Mapping]:
+    """The named domains of a category, or what there is if none is named."""
+    return {d: v for d, v in domains.items() if d not in ("all", "")} or domains
+
+
+def _where(key: str, domain: str) -> str:
+    """Place of a value in words."""
+    return key if domain in ("all", "") else f"{key}/{domain}"
+
+
+def _value(entry: float | Mapping | None) -> float | None:
+    """The number of an entry that may be a mean over seeds."""
+    return entry.get("mean") if isinstance(entry, Mapping) else entry
+
+
+def _mean_of_means(table: Mapping[str, Mapping]) -> float | None:
+    """Mean over categories of the mean over domains, of the defined values."""
+    rows = [[v for v in row.values() if v is not None] for row in table.values()]
+    means = [np.mean(row) for row in rows if row]
+    return float(np.mean(means)) if means else None
+
+
+def _gap(table: Mapping[str, Mapping], reference: str | None) -> float | None:
+    """Mean over categories of reference minus mean of the other domains."""
+    gaps = []
+    for row in table.values():
+        others = [v for d, v in row.items() if d != reference and v is not None]
+        if reference in row and row[reference] is not None and others:
+            gaps.append(row[reference] - np.mean(others))
+    return float(np.mean(gaps)) if gaps else None
+
+
+def _seed_std(per_key_metrics: Mapping, metric: str) -> float | None:
+    """Standard deviation over seeds of the summary mean, over the seeds that every value has."""
+    entries = [
+        {domain: values.get(metric) for domain, values in _named(domains).items()}
+        for domains in per_key_metrics.values()
+    ]
+    values = [e for row in entries for e in row.values() if _value(e) is not None]
+    if not all(isinstance(e, Mapping) for e in values):
+        return None
+    shared = set.intersection(
+        *({s for s, v in e.get("seeds", {}).items() if v is not None} for e in values)
+    )
+    means = [
+        _mean_of_means(
+            {
+                i: {d: e["seeds"][seed] if _value(e) is not None else None for d, e in row.items()}
+                for i, row in enumerate(entries)
+            }
+        )
+        for seed in sorted(shared)
+    ]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else None

@@ -1,0 +1,95 @@
+"""The simple feature pyramid of ViTDet (Li et al. 2022, arXiv 2203.16527) as MMR uses it.
+
+Three parallel stages turn one stride-16 map into maps of stride 4, 8 and 16 with the channel
+widths of the teacher. No activation after the norms: outputs may be negative.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmrjax.models import vit
+
+# Kaiming-uniform with a = sqrt(5), torch's default for convolutions: U(-b, b), b = 1/sqrt(fan_in).
+torch_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Upsample2x(nn.Module):
+    """A 2x2 transposed convolution of stride 2 with bias, as one dense map and a reshuffle.
+
+    Kernel and stride are equal, so outputs do not overlap and the layer is a matrix product; the
+    gradient of a library transposed convolution is far slower. Kernel layout [in, 2, 2, out].
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, h, w, c] -> [b, 2h, 2w, features]."""
+        b, h, w, c = x.shape
+        # torch counts the fan-in of a transposed convolution as OUT * kh * kw.
+        bound = (self.features * 4) ** -0.5
+        kernel = self.param("kernel", uniform(bound), (c, 2, 2, self.features))
+        bias = self.param("bias", uniform(bound), (self.features,))
+        y = x.astype(self.dtype) @ kernel.reshape(c, -1).astype(self.dtype)
+        y = y.reshape(b, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
+        return y.reshape(b, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
+
+
+def uniform(bound: float) -> nn.initializers.Initializer:
+    """Draws from U(-bound, bound)."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, followed by LayerNorm over the channels of each pixel."""
+
+    features: int
+    size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, h, w, c] -> [b, h, w, features]."""
+        x = nn.Conv(
+            self.features,
+            (self.size, self.size),
+            padding=self.size // 2,
+            use_bias=False,
+            kernel_init=torch_conv_init,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        return vit.layer_norm(self.dtype, "norm")(x)
+
+
+class SimpleFPN(nn.Module):
+    """Stride-16 features [b, h, w, d] to {layer: [b, h 2^(3-layer), w 2^(3-layer), channels]}.
+
+    Attributes:
+      channels: {layer in 1..3: output channels}; only these stages exist.
+      dtype: compute dtype.
+    """
+
+    channels: dict[int, int]
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> dict[int, jax.Array]:
+        """Runs the stages of `channels`."""
+        d = x.shape[-1]
+        outputs = {}
+        for layer, channels in sorted(self.channels.items()):
+            y = x
+            if layer == 1:
+                y = Upsample2x(d // 2, self.dtype, name="layer1_up1")(y)
+                y = vit.gelu(vit.layer_norm(self.dtype, "layer1_norm")(y))
+                y = Upsample2x(d // 4, self.dtype, name="layer1_up2")(y)
+            elif layer == 2:
+                y = Upsample2x(d // 2, self.dtype, name="layer2_up1")(y)
+            y = ConvNorm(channels, 1, self.dtype, name=f"layer{layer}_conv1")(y)
+            outputs[layer] = ConvNorm(channels, 3, self.dtype, name=f"layer{layer}_conv2")(y)
+        return outputs

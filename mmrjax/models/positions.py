@@ -1,0 +1,62 @@
+"""Fixed position tables of the student: 2-D sine-cosine codes, and torch's bicubic resize of them.
+
+Facts: arXiv 2304.02216's official code takes both from MAE (Apache-2.0 / CC BY-NC respectively);
+only the formula is used here.
+"""
+
+import numpy as np
+
+
+def sincos_2d(width: int, grid_hw: tuple[int, int]) -> np.ndarray:
+    """Position codes with a zero row for the class token in front.
+
+    The first half of the channels encodes the column, the second half the row ("w first"); each
+    half is [sin(p w_0..), cos(p w_0..)] with w_i = 10000^(-i / (width / 4)).
+
+    Args:
+      width: channels, divisible by 4.
+      grid_hw: patches per column and per row.
+
+    Returns:
+      float32 [1 + h * w, width], computed in float64.
+    """
+    if width % 4:
+        raise ValueError(f"student width={width} must be divisible by 4; try {width // 4 * 4}")
+    omega = 1.0 / 10000.0 ** (np.arange(width // 4) / (width / 4))
+
+    def code(position: np.ndarray) -> np.ndarray:
+        angle = position[:, None] * omega
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+    row, column = np.indices(grid_hw).reshape(2, -1)
+    table = np.concatenate([code(column), code(row)], axis=1)
+    return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
+
+
+def resize_table(table: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
+    """Resizes a square position table [1 + g * g, d] to another grid as torch does.
+
+    torch.nn.functional.interpolate(mode="bicubic", align_corners=False): cubic kernel a = -0.75,
+    no antialiasing, indices clamped at the border. (jax.image.resize differs in all three.)
+    """
+    side = round((len(table) - 1) ** 0.5)
+    if (side, side) == tuple(grid_hw):
+        return table
+    grid = table[1:].reshape(side, side, -1).astype(np.float64)
+    rows, columns = (_bicubic_matrix(side, n) for n in grid_hw)
+    out = np.einsum("yr,xc,rcd->yxd", rows, columns, grid).reshape(-1, table.shape[1])
+    return np.concatenate([table[:1], out]).astype(np.float32)
+
+
+def _bicubic_matrix(n_in: int, n_out: int, a: float = -0.75) -> np.ndarray:
+    """The linear map [n_out, n_in] of torch's 1-D bicubic interpolation."""
+    source = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5
+    base = np.floor(source).astype(int)
+    matrix = np.zeros((n_out, n_in))
+    for offset in range(-1, 3):
+        x = np.abs(source - (base + offset))
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = ((x - 5) * x + 8) * x * a - 4 * a
+        index = np.clip(base + offset, 0, n_in - 1)
+        np.add.at(matrix, (np.arange(n_out), index), np.where(x <= 1, near, far))
+    return matrix

@@ -1,0 +1,126 @@
+"""ResNet teachers, tapped after layers 1 to 3, with BatchNorm folded into the convolutions.
+
+The frozen teacher of MMR (arXiv 2304.02216, section 4.1) and the backbone of PatchCore. Only the
+part that is used exists: stem and layers 1-3, every convolution with a bias that holds the folded
+BatchNorm (`mmrjax.weights.torch_names` folds it in float32 when weights are read).
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Per-channel statistics of ImageNet, for RGB in [0, 1]: what every torchvision teacher expects.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One member of the ResNet family (He et al. 2016; Zagoruyko & Komodakis 2016).
+
+    `widths` are the planes of layers 1-3 before the bottleneck's expansion; `inner_factor` widens
+    the 3x3 convolution of a bottleneck (2 for WideResNet-*-2).
+    """
+
+    blocks: tuple[int, int, int]
+    bottleneck: bool
+    inner_factor: int = 1
+    stem: int = 64
+    widths: tuple[int, int, int] = (64, 128, 256)
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Output channels of layers 1-3."""
+        return tuple(width * (4 if self.bottleneck else 1) for width in self.widths)
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture((2, 2, 2), bottleneck=False),
+    "resnet34": Architecture((3, 4, 6), bottleneck=False),
+    "resnet50": Architecture((3, 4, 6), bottleneck=True),
+    "resnet101": Architecture((3, 4, 23), bottleneck=True),
+    "wide_resnet50_2": Architecture((3, 4, 6), bottleneck=True, inner_factor=2),
+    "wide_resnet101_2": Architecture((3, 4, 23), bottleneck=True, inner_factor=2),
+}
+
+
+def architecture(name: str) -> Architecture:
+    """Returns the architecture called `name`; ValueError lists the known names."""
+    if name not in ARCHITECTURES:
+        raise ValueError(f"unknown teacher {name!r}; available: {sorted(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """Maps RGB in [0, 1] to the zero-mean, unit-variance range of ImageNet; [b, h, w, 3]."""
+    mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
+    return (images - mean) / std
+
+
+def _conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+    # torch pads symmetrically; "SAME" would shift every stride-2 convolution at even sizes.
+    return nn.Conv(
+        features, (size, size), (stride, stride), padding=size // 2, dtype=dtype, name=name
+    )
+
+
+class Block(nn.Module):
+    """A residual block: two 3x3 convolutions, or the 1x1-3x3-1x1 bottleneck (stride on the 3x3)."""
+
+    width: int
+    stride: int
+    bottleneck: bool
+    inner_factor: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, h, w, c] -> [b, h / stride, w / stride, out]."""
+        out = self.width * (4 if self.bottleneck else 1)
+        if self.bottleneck:
+            inner = self.width * self.inner_factor
+            y = nn.relu(_conv(inner, 1, 1, self.dtype, "conv1")(x))
+            y = nn.relu(_conv(inner, 3, self.stride, self.dtype, "conv2")(y))
+            y = _conv(out, 1, 1, self.dtype, "conv3")(y)
+        else:
+            y = nn.relu(_conv(out, 3, self.stride, self.dtype, "conv1")(x))
+            y = _conv(out, 3, 1, self.dtype, "conv2")(y)
+        if self.stride != 1 or x.shape[-1] != out:
+            x = _conv(out, 1, self.stride, self.dtype, "downsample")(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """Multi-scale features of one image batch.
+
+    Attributes:
+      arch: which ResNet.
+      layers: which of layers 1-3 to return; nothing after the last of them is computed.
+      dtype: compute dtype; parameters stay float32.
+    """
+
+    arch: Architecture
+    layers: tuple[int, ...] = (1, 2, 3)
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> dict[int, jax.Array]:
+        """Maps normalised RGB [b, h, w, 3] to {layer: [b, h/2^(layer+1), w/2^(layer+1), c]}."""
+        x = nn.relu(_conv(self.arch.stem, 7, 2, self.dtype, "conv1")(images.astype(self.dtype)))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        features = {}
+        for layer in range(1, max(self.layers) + 1):
+            for i in range(self.arch.blocks[layer - 1]):
+                x = Block(
+                    width=self.arch.widths[layer - 1],
+                    stride=2 if layer > 1 and i == 0 else 1,
+                    bottleneck=self.arch.bottleneck,
+                    inner_factor=self.arch.inner_factor,
+                    dtype=self.dtype,
+                    name=f"layer{layer}_{i}",
+                )(x)
+            if layer in self.layers:
+                features[layer] = x
+        return features

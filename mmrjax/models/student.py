@@ -1,0 +1,107 @@
+"""The MMR student: a masked ViT encoder, one shared mask token and a simple feature pyramid.
+
+arXiv 2304.02216, section 4.2; where paper and official code differ, the code is followed.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmrjax.models import fpn, masking, positions, vit
+
+# The position table of the encoder is that of a 224 px image at every image size (official code).
+ENCODER_GRID = (14, 14)
+
+
+class MaskedStudent(nn.Module):
+    """Predicts the teacher's feature maps from the visible part of an image.
+
+    Attributes:
+      width: token dimension d.
+      depth: transformer blocks.
+      heads: attention heads.
+      channels: {layer: teacher channels}, one pyramid stage each.
+      patch: patch side in px; both image sides must be multiples of it.
+      unroll: blocks per scan iteration.
+      dtype: compute dtype; parameters stay float32.
+
+    Collections: `params`, trained; `positions`, the two fixed tables.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    channels: dict[int, int]
+    patch: int = 16
+    unroll: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, noise: jax.Array | None = None, mask_ratio: float = 0.0
+    ) -> dict:
+        """Runs the student.
+
+        Args:
+          images: normalised RGB [b, h, w, 3].
+          noise: float [b, n], n patches; the lowest `kept_tokens` of each row stay visible. None
+            (evaluation) shows every patch.
+          mask_ratio: share of patches to drop when `noise` is given.
+
+        Returns:
+          {layer: features [b, h_l, w_l, c_l], "latent": [b, 1 + k, d], class token first}.
+        """
+        b, h, w, _ = images.shape
+        grid = h // self.patch, w // self.patch
+        if (grid[0] * self.patch, grid[1] * self.patch) != (h, w):
+            raise ValueError(f"image size {(h, w)} must be a multiple of the patch {self.patch}")
+        encoder_table, decoder_table = self._position_tables(grid)
+        patches = _patchify(images, self.patch)  # [b, n, p * p * 3]
+        n = patches.shape[1]
+        table = jnp.broadcast_to(encoder_table[None, 1:], (b, n, self.width))
+        if noise is not None:
+            kept = masking.kept_tokens(n, mask_ratio)
+            ids_shuffle, ids_restore = masking.shuffle(noise)
+            # Dropped patches leave before the embedding: they cost nothing and cannot leak.
+            patches = masking.take_tokens(patches, ids_shuffle[:, :kept])
+            table = masking.take_tokens(table, ids_shuffle[:, :kept])
+        token_init = nn.initializers.normal(0.02)
+        tokens = self._embed(patches) + table.astype(self.dtype)  # [b, k, d]
+        cls_token = self.param("cls_token", token_init, (1, 1, self.width))
+        first = jnp.broadcast_to(cls_token + encoder_table[0], (b, 1, self.width))
+        tokens = jnp.concatenate([first.astype(self.dtype), tokens], axis=1)
+        latent = vit.Encoder(
+            self.depth, self.heads, unroll=self.unroll, dtype=self.dtype, name="encoder"
+        )(tokens)  # [b, 1 + k, d]
+        mask_token = self.param("mask_token", token_init, (1, 1, self.width))
+        x = latent[:, 1:]
+        if noise is not None:
+            masked = jnp.broadcast_to(mask_token, (b, n - kept, self.width)).astype(self.dtype)
+            x = masking.take_tokens(jnp.concatenate([x, masked], axis=1), ids_restore)
+        x = x + decoder_table[None, 1:].astype(self.dtype)
+        features = fpn.SimpleFPN(self.channels, self.dtype, name="fpn")(
+            x.reshape(b, *grid, self.width)
+        )
+        return {**features, "latent": latent}
+
+    def _position_tables(self, grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+        """The encoder's resized 14x14 table and the decoder's own one, both [1 + n, d]."""
+        resized = positions.resize_table(positions.sincos_2d(self.width, ENCODER_GRID), grid)
+        encoder = self.variable("positions", "encoder_table", lambda: jnp.asarray(resized))
+        fresh = positions.sincos_2d(self.width, grid)
+        decoder = self.variable("positions", "decoder_table", lambda: jnp.asarray(fresh))
+        return encoder.value, decoder.value
+
+    def _embed(self, patches: jax.Array) -> jax.Array:
+        """The patch convolution as a matrix product: [b, k, p * p * 3] -> [b, k, d]."""
+        fan_in = patches.shape[-1]
+        kernel = self.param("patch_kernel", vit.xavier, (fan_in, self.width))
+        bias = self.param("patch_bias", fpn.uniform(fan_in**-0.5), (self.width,))
+        return patches.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+def _patchify(images: jax.Array, patch: int) -> jax.Array:
+    """Cuts [b, h, w, 3] into row-major patches [b, n, p * p * 3] (pixel rows first)."""
+    b, h, w, c = images.shape
+    x = images.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)

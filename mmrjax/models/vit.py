@@ -1,0 +1,83 @@
+"""Vision transformer encoder over an arbitrary set of tokens (Dosovitskiy et al. 2021).
+
+Pre-norm blocks with exact GELU and LayerNorm epsilon 1e-6, as in MAE's ViT, which MMR starts from.
+The blocks share one stacked parameter layout ([depth, ...] leaves) and run under a scan, so that
+compile time does not grow with depth; `unroll` trades that for fewer kernel boundaries.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+xavier = nn.initializers.xavier_uniform()
+
+
+def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """LayerNorm with torch's two-pass variance in float32 and the epsilon of MAE and ViTDet."""
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact (erf) GELU; JAX's default is the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; softmax in float32."""
+
+    heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, n, d] -> [b, n, d]."""
+        b, n, d = x.shape
+        qkv = nn.Dense(3 * d, dtype=self.dtype, kernel_init=xavier, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
+        x = jax.nn.dot_product_attention(q, k, v).reshape(b, n, d)
+        return nn.Dense(d, dtype=self.dtype, kernel_init=xavier, name="proj")(x)
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    heads: int
+    mlp_ratio: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
+        """[b, n, d] -> [b, n, d], in the form that a scan wants."""
+        d = x.shape[-1]
+        y = layer_norm(self.dtype, "norm1")(x)
+        x = x + Attention(self.heads, self.dtype, name="attn")(y)
+        y = layer_norm(self.dtype, "norm2")(x)
+        y = nn.Dense(self.mlp_ratio * d, dtype=self.dtype, kernel_init=xavier, name="fc1")(y)
+        y = nn.Dense(d, dtype=self.dtype, kernel_init=xavier, name="fc2")(gelu(y))
+        return x + y, None
+
+
+class Encoder(nn.Module):
+    """A stack of transformer blocks and the final norm; tokens [b, n, d] to [b, n, d]."""
+
+    depth: int
+    heads: int
+    mlp_ratio: int = 4
+    unroll: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, n, d] -> [b, n, d]."""
+        if x.shape[-1] % self.heads:
+            raise ValueError(f"student width={x.shape[-1]} must be divisible by heads={self.heads}")
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            unroll=self.unroll,
+        )
+        x, _ = blocks(self.heads, self.mlp_ratio, self.dtype, name="blocks")(x, None)
+        return layer_norm(self.dtype, "norm")(x)

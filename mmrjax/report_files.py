@@ -1,0 +1,139 @@
+"""The files of a work directory as the report reads them, and pictures as data URIs.
+
+What a run writes is set down in evaluate.py; this is the only module of the report that opens
+them. A missing or damaged file of a run empties its field and is named in `Run.missing`: half a run
+still makes a report. Called by report.py.
+"""
+
+import base64
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+PICTURE_SIZES = ((288, 84), (256, 80), (224, 74), (192, 68), (160, 60), (112, 50))  # side, quality
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The files of one method, category and seed; what is absent is empty and named in missing."""
+
+    method: str
+    key: str  # "<dataset>/<category>"
+    seed: int
+    folder: pathlib.Path
+    path: str  # relative to the work directory
+    results: dict
+    config: dict
+    log: list[dict]
+    scores: dict[str, list]
+    curves: dict
+    gallery: dict
+    missing: list[str]
+
+
+def read_workdir(workdir: pathlib.Path) -> tuple[dict, list[Run]]:
+    """The aggregate results.json and every run that it lists, in its order."""
+    path = workdir / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no results.json in {workdir}; give the --workdir of a finished run, or finish it with"
+            " python -m mmrjax.main --mode=evaluate"
+        )
+    try:
+        aggregate = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}); evaluate the run again") from e
+    runs = []
+    for method, content in aggregate["methods"].items():
+        keys = {key.rpartition("/")[2]: key for key in content["metrics"]}
+        for listed in content.get("runs") or []:
+            key = keys.get(listed["category"], f"{aggregate.get('dataset')}/{listed['category']}")
+            runs.append(_read_run(workdir, method, key, listed))
+    return aggregate, runs
+
+
+def _read_run(workdir: pathlib.Path, method: str, key: str, listed: Mapping) -> Run:
+    """Reads what a run's folder holds."""
+    folder, missing = workdir / listed["path"], []
+
+    def read(name: str, parse, empty, required: bool = True):
+        try:
+            return parse((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            missing.extend([f"{name} is absent"] if required else [])
+        except (OSError, ValueError, KeyError) as e:
+            missing.append(f"{name} cannot be read ({e})")
+        return empty
+
+    return Run(
+        method=method,
+        key=key,
+        seed=listed["seed"],
+        folder=folder,
+        path=str(listed["path"]),
+        results=read("results.json", json.loads, {}),
+        config=read("config.json", json.loads, {}, required=False),
+        log=read("metrics.jsonl", _parse_log, [], required=False),
+        scores=read("scores.csv", _parse_scores, {}),
+        curves=read("curves.json", json.loads, {}),
+        gallery=read("maps/gallery.json", json.loads, {}),
+        missing=missing,
+    )
+
+
+def _parse_log(text: str) -> list[dict]:
+    """Lines of metrics.jsonl; a last line cut short by a killed run is dropped."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    whole = lines if text.endswith("\n") else lines[:-1]
+    return [json.loads(line) for line in whole]
+
+
+def _parse_scores(text: str) -> dict[str, list]:
+    """Columns label, domain and score of scores.csv; scores as float [n]."""
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    columns = {name: np.array([row[name] for row in rows]) for name in ("label", "domain")}
+    return columns | {"score": np.array([float(row["score"]) for row in rows])}
+
+
+def picture_link(run: Run, item: Mapping, name: str) -> str:
+    """Path of a picture relative to the work directory, or nothing."""
+    return f"{run.path}/maps/{pathlib.Path(item[name]).name}" if item.get(name) else ""
+
+
+def picture_size(runs: Sequence[Run], budget: int) -> tuple[int, int]:
+    """The largest (side, quality) at which the galleries of these runs fit the budget in bytes."""
+    names = [
+        (run, item[name])
+        for run in runs
+        for item in run.gallery.get("items") or []
+        for name in ("image", "truth", "heat")
+        if item.get(name)
+    ]
+    sample = names[:: max(1, len(names) // 24)]  # enough to estimate the total
+    for size, quality in PICTURE_SIZES:
+        total = sum(len(embed_picture(run, name, size, quality) or "") for run, name in sample)
+        if total * len(names) <= budget * max(1, len(sample)):
+            break
+    return size, quality
+
+
+def embed_picture(run: Run, name: str | None, size: int, quality: int) -> str | None:
+    """A picture of a run's gallery as a WebP data URI at most `size` wide and high."""
+    if not name:
+        return None
+    try:
+        image = Image.open(run.folder / "maps" / pathlib.Path(name).name).convert("RGB")
+    except OSError:
+        text = f"maps/{pathlib.Path(name).name} is absent or damaged"
+        run.missing.extend([text] if text not in run.missing else [])
+        return None
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,214 @@
+"""The one training loop, for every method.
+
+Order per run: teacher and data, initial state, resume, gradient stage, fit stage, last checkpoint.
+A checkpoint holds everything that training changes; the position in the data is the step.
+"""
+
+import dataclasses
+import pathlib
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from mmrjax import checkpoint, logs, methods, optim
+from mmrjax import mesh as mesh_lib
+from mmrjax import state as state_lib
+from mmrjax.data import augment, feed, geometry
+from mmrjax.data.records import Records
+
+STEPS_PER_CALL = 64  # on accelerators: about a second of work, never more than an epoch
+
+
+@dataclasses.dataclass
+class Trained:
+    """A finished run, ready for evaluation."""
+
+    method: methods.base.Method
+    variables: dict
+    frozen: dict
+    facts: dict
+    mesh: jax.sharding.Mesh
+
+
+@dataclasses.dataclass
+class Stage:
+    """What both stages of a run work with."""
+
+    config: ConfigDict
+    method: methods.base.Method
+    frozen: dict
+    records: Records
+    indices: np.ndarray
+    seed: int
+    run: pathlib.Path
+    mesh: jax.sharding.Mesh
+
+    def feed(self) -> feed.Feed:
+        """The training batches."""
+        on_cpu = jax.default_backend() == "cpu"
+        data, train = self.config.data, self.config.train
+        return feed.Feed(
+            self.records,
+            self.indices,
+            mode=data.feed,
+            resident_gib=data.resident_gib,
+            max_side=data.max_side,
+            batch_size=train.batch_size,
+            seed=self.seed,
+            steps_per_call=train.steps_per_call or (1 if on_cpu else STEPS_PER_CALL),
+            device_mesh=self.mesh,
+        )
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM); its state is saved."""
+
+
+def train(
+    config: ConfigDict,
+    name: str,
+    records: Records,
+    indices: np.ndarray,
+    seed: int,
+    run: pathlib.Path,
+) -> Trained:
+    """Trains one method on one category with one seed, or picks up where a killed run stopped.
+
+    Args:
+      config: the whole configuration.
+      name: of the method.
+      records: of the category.
+      indices: records to train on.
+      seed: of initial values, order, crops and masks.
+      run: directory of this run; checkpoints/ and metrics.jsonl go there.
+
+    Raises:
+      ValueError: bad configuration or weights.
+      Interrupted: after SIGTERM, once the state is saved.
+    """
+    mesh = mesh_lib.make_mesh()
+    mesh_lib.check_divisible("train.batch_size", config.train.batch_size, mesh)
+    method = methods.create(name, config)
+    frozen, facts = method.load_frozen()
+    frozen = mesh_lib.replicate(frozen, mesh)
+    key_init, key_train, key_fit = jax.random.split(jax.random.key(seed), 3)
+    variables, init_facts = method.init(key_init, frozen)
+    facts |= init_facts
+    facts["parameters"] = {
+        "trained": _count(variables["params"]),
+        "frozen": _count(frozen),
+    }
+    started = time.monotonic()
+    stage = Stage(config, method, frozen, records, indices, seed, run, mesh)
+    if method.trains:
+        variables = _gradient_stage(stage, variables, key_train)
+    if method.fits:
+        variables = _fit_stage(stage, variables, key_fit)
+    facts["seconds"] = {"train": round(time.monotonic() - started, 1)}
+    return Trained(method, variables, frozen, facts, mesh)
+
+
+def _gradient_stage(stage: Stage, variables: dict, key: jax.Array) -> dict:
+    """Runs the steps that are still to do and returns the trained variables."""
+    config, data = stage.config, stage.feed()
+    total = config.train.epochs * data.steps_per_epoch
+    tx = optim.optimiser(config.optim, config.train.epochs, data.steps_per_epoch)
+    step_fn = state_lib.make_train_step(
+        stage.method, tx, make_augment(config), data.steps_per_epoch, stage.mesh
+    )
+    state = mesh_lib.replicate(state_lib.create(variables, tx), stage.mesh)
+    with checkpoint.Checkpoints(stage.run / "checkpoints", config.ckpt.keep) as checkpoints:
+        start, state = checkpoints.restore(state) or (0, state)
+        if 0 < start < total:
+            logging.info("resuming at step %d of %d", start, total)
+        if start < total:
+            state = _loop(stage, step_fn, state, data, start, total, key, checkpoints)
+    return state.variables
+
+
+def _loop(stage, step_fn, state, data, start, total, key, checkpoints) -> state_lib.TrainState:
+    """Step, log, save when due, stop when asked; in this order, so that a save is complete."""
+    config = stage.config
+    log = logs.TrainLog(
+        stage.run / "metrics.jsonl", start, total, data.steps_per_epoch, config.train.batch_size
+    )
+    rates = optim.learning_rates(config.optim, config.train.epochs)
+    step, last_save = start, time.monotonic()
+    with log, StopRequest() as stop:
+        for chunk in data.chunks(start, total):
+            state, values = step_fn(state, stage.frozen, data.resident, chunk, key)
+            rate = np.full(data.steps_per_call, rates[step // data.steps_per_epoch])
+            log.add(step, {**values, "lr": rate})
+            step += data.steps_per_call
+            due = time.monotonic() - last_save >= config.ckpt.every_seconds
+            if due or stop.requested or step == total:
+                log.flush()  # raises on a loss that is not finite: such a state is not saved
+                checkpoints.save(step, state)
+                last_save = time.monotonic()
+            if stop.requested and step < total:
+                checkpoints.wait()
+                raise Interrupted(f"stopped at step {step} of {total} as asked; state saved")
+    return state
+
+
+def _fit_stage(stage: Stage, variables: dict, key: jax.Array) -> dict:
+    """Fits, or restores a finished fit."""
+    config = stage.config
+    with checkpoint.Checkpoints(stage.run / "fitted", config.ckpt.keep) as checkpoints:
+        restored = checkpoints.restore(mesh_lib.replicated(stage.mesh))
+        if restored is not None:
+            return {**variables, **restored[1]}
+        batches = geometry.batches(
+            stage.records, stage.indices, geometry.View.of(config), config.eval.batch_size
+        )
+        images = ((mesh_lib.put_batch(image, stage.mesh), n) for image, _, n in batches)
+        fitted = stage.method.fit(variables, stage.frozen, images, key)
+        changed = {name: value for name, value in fitted.items() if name not in variables}
+        checkpoints.save(0, changed)
+    return fitted
+
+
+def make_augment(config: ConfigDict) -> state_lib.Augment:
+    """The training augmentation that `config.train` describes: (key, image, size) -> image."""
+    train, kind = config.train, config.train.augment
+    size_hw = tuple(config.data.image_size)
+    scale, ratio = tuple(train.crop_scale), tuple(train.crop_ratio)
+
+    def apply(key: jax.Array, image: jax.Array, size: jax.Array) -> jax.Array:
+        if kind == "none":
+            box = jnp.concatenate([jnp.zeros(2, jnp.int32), size])
+            return augment.crop_resize(image, box, size_hw) / 255.0
+        return augment.augment(key, image, size, size_hw, scale, ratio, flip=kind == "rrc_flip")
+
+    return apply
+
+
+class StopRequest:
+    """Notices SIGTERM inside a `with` block, so that the loop can save before it leaves."""
+
+    requested = False
+
+    def __enter__(self):
+        """Takes over SIGTERM (in the main thread only: elsewhere Python does not allow it)."""
+        self._previous = None
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, signum, frame):
+        self.requested = True
+
+    def __exit__(self, *exception):
+        """Gives SIGTERM back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+def _count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,154 @@
+"""Where pretrained weights come from: a local file, the cache, or the publisher's URL.
+
+A file is checked against the hash that its publisher gives (torchvision: the 8 hex digits in the
+name). Formats: .safetensors and .npz natively; .pth through torch (extra `torch`) with
+weights_only=True. Nothing is ever unpickled.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import urllib.error
+import urllib.request
+import zipfile
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from absl import logging
+
+IMAGENET_LICENCE = "BSD-3-Clause code; ImageNet terms of access apply to the weights"
+MAE_LICENCE = "CC BY-NC 4.0 (non-commercial)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published weights file: `sha256_prefix` is "" where the publisher gives no hash."""
+
+    url: str
+    sha256_prefix: str
+    licence: str
+
+    @property
+    def filename(self) -> str:
+        """The file's name at its publisher, and in the cache."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+def _torchvision(stem: str) -> Published:
+    url = f"https://download.pytorch.org/models/{stem}.pth"
+    return Published(url, stem.rsplit("-", 1)[-1], IMAGENET_LICENCE)
+
+
+def _mae(name: str) -> Published:
+    return Published(f"https://dl.fbaipublicfiles.com/mae/{name}", "", MAE_LICENCE)
+
+
+# IMAGENET1K_V1 everywhere: what the MMR and PatchCore papers used.
+IMAGENET = {
+    "resnet18": _torchvision("resnet18-f37072fd"),
+    "resnet34": _torchvision("resnet34-b627a593"),
+    "resnet50": _torchvision("resnet50-0676ba61"),
+    "resnet101": _torchvision("resnet101-63fe2227"),
+    "wide_resnet50_2": _torchvision("wide_resnet50_2-95faca4d"),
+    "wide_resnet101_2": _torchvision("wide_resnet101_2-32ee1156"),
+}
+MAE = {
+    "base": _mae("visualize/mae_visualize_vit_base.pth"),
+    "large": _mae("visualize/mae_visualize_vit_large.pth"),
+}
+
+
+def cache_dir() -> pathlib.Path:
+    """$MMRJAX_CACHE, or ~/.cache/mmrjax."""
+    return pathlib.Path(os.environ.get("MMRJAX_CACHE", "~/.cache/mmrjax")).expanduser()
+
+
+def published_file(published: Published) -> pathlib.Path:
+    """The published file in the cache, fetched when it is not there, its hash checked.
+
+    Raises:
+      FileNotFoundError: offline, with the URL and where to put the file by hand.
+      ValueError: the hash differs; the file is left for inspection.
+    """
+    path = cache_dir() / "weights" / published.filename
+    if not path.exists():
+        _download(published.url, path)
+    digest = sha256(path)
+    if not digest.startswith(published.sha256_prefix):
+        raise ValueError(
+            f"{path} has sha256 {digest[:8]}…, its publisher says {published.sha256_prefix}…: "
+            "the file is damaged or another one; delete it and fetch it again"
+        )
+    if not published.sha256_prefix:
+        logging.info("%s: no published hash; its own sha256 is %s", path.name, digest)
+    return path
+
+
+def _download(url: str, path: pathlib.Path) -> None:
+    logging.info("fetching %s", url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as out:
+            while block := response.read(1 << 20):
+                out.write(block)
+    except (urllib.error.URLError, OSError) as e:
+        part.unlink(missing_ok=True)
+        raise FileNotFoundError(
+            f"{path.name} is not in the cache and {url} cannot be reached ({e}); "
+            f"fetch it where there is a network and put it at {path}"
+        ) from e
+    part.replace(path)
+
+
+def sha256(path: pathlib.Path) -> str:
+    """The file's sha256 as 64 hex digits."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads a state dict as NumPy arrays.
+
+    Args:
+      path: .safetensors, .npz, .pth or .pt. A nested "model" or "state_dict" entry is unwrapped.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: unknown suffix, truncated or foreign content, or torch is needed and absent.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.numpy.load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return dict(archive)
+    except (safetensors.SafetensorError, ValueError, OSError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path} is not a whole {path.suffix} file: {e}") from e
+    if path.suffix in (".pth", ".pt"):
+        return _read_torch(path)
+    raise ValueError(f"{path}: unknown suffix; known are .safetensors, .npz, .pth and .pt")
+
+
+def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as e:
+        raise ValueError(
+            f"{path} is a PyTorch file: pip install 'mmrjax[torch]', or convert it to .safetensors"
+        ) from e
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises pickle, zip, runtime and end-of-file errors alike
+        raise ValueError(f"{path} is not a whole PyTorch weights file: {e}") from e
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise ValueError(f"{path} holds no flat dict of tensors")
+    return {k: v.float().numpy() if v.is_floating_point() else v.numpy() for k, v in state.items()}

@@ -1,0 +1,448 @@
+"""A PyTorch twin of MMR (arXiv 2304.02216): the yardstick for the numbers and the speed of mmrjax.
+
+Written from the description of the method, with the tensor names of the official code, so that the
+same safetensors files load in both. Not part of the package: nothing in mmrjax imports it. Tensors
+are NCHW. Shapes: b batch, n patches, k kept patches, d width, c channels, h w image, g grid side.
+
+`--benchmark` measures the training speed (one line of JSON); `--image`, `--student`, `--teacher`
+and `--arch` score one image, which is also
+
+    import torch_reference as mmr
+    student = mmr.load_student("student.safetensors")                  # official key names
+    teacher = mmr.load_teacher("resnet18.safetensors", "resnet18")     # torchvision's key names
+    images = mmr.load_image("part.png", student.image_size)            # [1, 3, h, w]
+    with torch.no_grad():
+        maps = mmr.anomaly_maps(student(images, 0.0), teacher(images), student.image_size)
+    print(mmr.image_scores(maps))
+"""
+
+import argparse
+import json
+import time
+from collections import OrderedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from scipy import ndimage
+from torch import nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+WIDE_RESNET = (256, 512, 1024)  # channels of the paper's teacher, wide_resnet50_2
+LAYERS = ("layer1", "layer2", "layer3")
+# name: (bottleneck, blocks in layer1..4, width of a bottleneck relative to its planes)
+ARCHITECTURES = {
+    "resnet18": (False, (2, 2, 2, 2), 1),
+    "resnet34": (False, (3, 4, 6, 3), 1),
+    "resnet50": (True, (3, 4, 6, 3), 1),
+    "resnet101": (True, (3, 4, 23, 3), 1),
+    "wide_resnet50_2": (True, (3, 4, 6, 3), 2),
+    "wide_resnet101_2": (True, (3, 4, 23, 3), 2),
+}
+
+
+class ResidualBlock(nn.Module):
+    """Basic (two 3x3) or bottleneck (1x1, 3x3, 1x1) block; the stride sits on the first 3x3."""
+
+    def __init__(self, inputs: int, planes: int, stride: int, bottleneck: bool, widen: int):
+        super().__init__()
+        width = planes * widen
+        outputs = planes * 4 if bottleneck else planes
+        plan = [(inputs, planes, 3, stride), (planes, planes, 3, 1)]  # in, out, kernel, stride
+        if bottleneck:
+            plan = [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)]
+        self.depth = len(plan)
+        for i, (cin, cout, k, step) in enumerate(plan, start=1):
+            self.add_module(f"conv{i}", nn.Conv2d(cin, cout, k, step, padding=k // 2, bias=False))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(cout))
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, inputs, h, w] -> [b, outputs, h / stride, w / stride], after the last ReLU."""
+        y = x
+        for i in range(1, self.depth + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            y = F.relu(y, inplace=True) if i < self.depth else y
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class ResNetTeacher(nn.Module):
+    """Frozen ResNet (torchvision v1.5 layout and key names); always in evaluation mode.
+
+    `planes` are the base widths of layer1, layer2, ... (a bottleneck puts out four times as many).
+    `stages` 3 stops after layer3; 4 also runs the unused layer4, as the official code does.
+    """
+
+    def __init__(self, arch="resnet18", stem=64, planes=(64, 128, 256, 512), stages=3):
+        super().__init__()
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"unknown teacher {arch!r}; available: {sorted(ARCHITECTURES)}")
+        bottleneck, depths, widen = ARCHITECTURES[arch]
+        self.stages = stages
+        self.channels = tuple(p * (4 if bottleneck else 1) for p in planes[:3])
+        self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        inputs = stem
+        for i, (depth, width) in enumerate(zip(depths[:stages], planes, strict=False), start=1):
+            layer = nn.Sequential()
+            for j in range(depth):
+                stride = 2 if i > 1 and j == 0 else 1
+                layer.append(ResidualBlock(inputs, width, stride, bottleneck, widen))
+                inputs = width * 4 if bottleneck else width
+            self.add_module(f"layer{i}", layer)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "ResNetTeacher":
+        """Ignores `mode`: batch norm always uses its running statistics."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """[b, 3, h, w] -> layer1 [b, c1, h/4, w/4], layer2 [b, c2, h/8, w/8], layer3 (h/16)."""
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images)), inplace=True), 3, 2, padding=1)
+        maps = {}
+        for i in range(1, self.stages + 1):
+            x = maps[f"layer{i}"] = getattr(self, f"layer{i}")(x)
+        return {name: maps[name] for name in LAYERS}
+
+
+def sincos_table(width: int, grid: int) -> torch.Tensor:
+    """Fixed position table [1, 1 + grid^2, width], float32; the row of the cls token is zero.
+
+    Of a patch (row, column) the first half of the dimensions encodes the column, the second the
+    row; either half is [sin(p w_i), cos(p w_i)] with w_i = 10000^(-i / (width / 4)).
+    """
+    omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    angles = [p[:, None] * omega for p in (columns, rows)]
+    table = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+    return torch.from_numpy(np.pad(table, ((1, 0), (0, 0))).astype(np.float32))[None]
+
+
+def resize_table(table: torch.Tensor, grid: int) -> torch.Tensor:
+    """Position table [1, 1 + m^2, d] -> [1, 1 + grid^2, d]: bicubic (a = -0.75), no antialias."""
+    m = int((table.shape[1] - 1) ** 0.5)
+    if m == grid:
+        return table
+    patches = table[:, 1:].transpose(1, 2).reshape(1, -1, m, m)
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def kept_tokens(tokens: int, mask_ratio: float) -> int:
+    """Number of visible tokens; truncated in float arithmetic, like the official code."""
+    return int(tokens * (1 - mask_ratio))
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm transformer block: self-attention, then an exact-GELU MLP four times as wide."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        qkv, proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.attn = nn.ModuleDict({"qkv": qkv, "proj": proj})
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        fc1, fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, n, d] -> [b, n, d]."""
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # [b, heads, n, d / heads]
+        x = x + self.attn["proj"](y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of every pixel of [b, c, h, w]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, c, h, w] -> [b, c, h, w]."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class NormedConv(nn.Conv2d):
+    """Convolution without bias, followed by ChannelNorm."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.norm = ChannelNorm(outputs, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, inputs, h, w] -> [b, outputs, h, w]."""
+        return self.norm(super().forward(x))
+
+
+class MMRStudent(nn.Module):
+    """Masked ViT encoder, restored token grid and simple feature pyramid.
+
+    The images are squares of `image_size` pixels, cut in patches of `patch`; `width` is d, a
+    multiple of 4 and of `heads`; `teacher_channels` are those of layer1..3. The encoder's position
+    table always has the grid of a 224 px image, the decoder's that of `image_size`.
+    """
+
+    def __init__(
+        self, image_size=224, patch=16, width=768, depth=12, heads=12, teacher_channels=WIDE_RESNET
+    ):
+        super().__init__()
+        if image_size % patch or width % heads or width % 4:
+            raise ValueError(
+                f"{image_size=} must be a multiple of {patch=}, {width=} of {heads=}, 4"
+            )
+        self.image_size, self.grid = image_size, image_size // patch
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, patch)))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.decoder_FPN_mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.register_buffer("pos_embed", sincos_table(width, 224 // patch))
+        self.register_buffer("decoder_FPN_pos_embed", sincos_table(width, self.grid))
+        self.blocks = nn.Sequential(*(EncoderBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+        c1, c2, c3 = teacher_channels
+        half, quarter = width // 2, width // 4
+        up1, up2 = nn.ConvTranspose2d(width, half, 2, 2), nn.ConvTranspose2d(half, quarter, 2, 2)
+        last = (NormedConv(quarter, c1, 1), NormedConv(c1, c1, 3))
+        self.simfp_2 = nn.Sequential(up1, ChannelNorm(half, eps=1e-6), nn.GELU(), up2, *last)
+        last = (NormedConv(half, c2, 1), NormedConv(c2, c2, 3))
+        self.simfp_3 = nn.Sequential(nn.ConvTranspose2d(width, half, 2, 2), *last)
+        self.simfp_4 = nn.Sequential(NormedConv(width, c3, 1), NormedConv(c3, c3, 3))
+
+        for module in self.modules():  # the pyramid and the bias of the patches keep torch's init
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # a view: in place
+
+    def forward(self, images, mask_ratio=0.4, noise=None) -> dict[str, torch.Tensor]:
+        """Predicts the teacher's maps from the visible patches of [b, 3, h, w] normalised images.
+
+        A share `mask_ratio` of the patches never enters the encoder (0 at test time); the ascending
+        order of `noise` [b, n], uniform when absent, chooses the visible ones.
+
+        Returns:
+            layer1 [b, c1, 4g, 4g], layer2 [b, c2, 2g, 2g], layer3 [b, c3, g, g]; latent
+            [b, 1 + k, d], cls first, patches in the order of the noise; mask [b, n], 1 = dropped.
+        """
+        table = resize_table(self.pos_embed, self.grid)
+        tokens = self.patch_embed(images).flatten(2).transpose(1, 2) + table[:, 1:]  # [b, n, d]
+        b, n, d = tokens.shape
+        keep = kept_tokens(n, mask_ratio)
+        noise = torch.rand(b, n, device=images.device) if noise is None else noise
+        shuffle = noise.argsort(dim=1, stable=True)
+        restore = shuffle.argsort(dim=1)
+
+        visible = tokens.gather(1, shuffle[:, :keep, None].expand(-1, -1, d))  # [b, k, d]
+        cls = (self.cls_token + table[:, :1]).expand(b, -1, -1)
+        latent = self.norm(self.blocks(torch.cat([cls, visible], dim=1)))  # [b, 1 + k, d]
+
+        dropped = self.decoder_FPN_mask_token.to(latent.dtype).expand(b, n - keep, -1)
+        tokens = torch.cat([latent[:, 1:], dropped], dim=1)
+        tokens = tokens.gather(1, restore[..., None].expand(-1, -1, d))
+        tokens = tokens + self.decoder_FPN_pos_embed[:, 1:]
+        x = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [b, d, g, g]
+        maps = {"layer1": self.simfp_2(x), "layer2": self.simfp_3(x), "layer3": self.simfp_4(x)}
+        return {**maps, "latent": latent, "mask": (restore >= keep).float()}
+
+
+def cosine_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """1 - cosine over the channels, [b, c, h, w] twice -> [b, h, w] in [0, 2], at least float32."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    z, f = student.to(dtype), teacher.to(dtype)
+    squared_norms = (z * z).sum(1) * (f * f).sum(1)
+    return 1 - (z * f).sum(1) / squared_norms.clamp(min=1e-16).sqrt()
+
+
+def mmr_loss(student_maps: dict, teacher_maps: dict) -> torch.Tensor:
+    """Sum over the scales of the mean cosine distance over all locations; scalar in [0, 6]."""
+    return sum(cosine_distance(student_maps[name], teacher_maps[name]).mean() for name in LAYERS)
+
+
+def anomaly_maps(student_maps: dict, teacher_maps: dict, size: int, sigma=4.0) -> np.ndarray:
+    """Sum of the aligned-corners bilinear distance maps, Gaussian-smoothed (`sigma` px, 0 = raw).
+
+    Returns float64 [b, size, size].
+    """
+    total = 0.0
+    for name in LAYERS:
+        maps = cosine_distance(student_maps[name], teacher_maps[name])[:, None].double()
+        maps = F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=True)
+        total = total + maps[:, 0]
+    maps = total.cpu().numpy()
+    return ndimage.gaussian_filter(maps, sigma, axes=(1, 2)) if sigma else maps
+
+
+def image_scores(maps: np.ndarray) -> np.ndarray:
+    """Anomaly scores [b]: the maximum of each map [b, h, w]."""
+    return maps.max(axis=(1, 2))
+
+
+def adamw_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict]:
+    """Parameter groups of AdamW: vectors and biases are not decayed, the cls and mask tokens are.
+
+    The position tables are buffers: no optimiser ever sees them.
+    """
+    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
+    for name, parameter in model.named_parameters():
+        is_decayed = parameter.ndim > 1 and not name.endswith(".bias")
+        groups[is_decayed]["params"].append(parameter)
+    return groups
+
+
+def learning_rate(epoch: int, epochs: int = 200, base: float = 1e-3) -> float:
+    """Rate of a 0-based epoch: linear warm-up (exactly 0 at first), base, base/10, base/100.
+
+    200 epochs warm up for 50 and drop at 119 and 159; other lengths scale these, rounded down.
+    """
+    warmup, first_drop, second_drop = (e * epochs // 200 for e in (50, 119, 159))
+    if epoch < warmup:
+        return base * epoch / warmup
+    return base * 0.1 ** ((epoch >= first_drop) + (epoch >= second_drop))
+
+
+def make_optimizer(student: MMRStudent, lr: float = 0.0) -> torch.optim.AdamW:
+    """Official AdamW; set the rate of every epoch in its param_groups (see `learning_rate`)."""
+    return torch.optim.AdamW(adamw_groups(student), lr, betas=(0.9, 0.95))
+
+
+def train_step(student, teacher, optimizer, images, mask_ratio=0.4, noise=None) -> torch.Tensor:
+    """One update of the student on images [b, 3, h, w]; returns the loss, a detached scalar."""
+    with torch.no_grad():
+        targets = teacher(images)
+    loss = mmr_loss(student(images, mask_ratio, noise), targets)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def load_student(path: str, heads: int | None = None) -> MMRStudent:
+    """Student from safetensors; the shapes give every size but `heads` (default width / 64)."""
+    state = load_file(path)
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    student = MMRStudent(
+        image_size=round((state["decoder_FPN_pos_embed"].shape[1] - 1) ** 0.5) * patch,
+        patch=patch,
+        width=width,
+        depth=sum(name.endswith(".norm1.weight") for name in state),
+        heads=heads or max(1, width // 64),
+        teacher_channels=[state[f"simfp_{i}.weight"].shape[0] for i in ("2.5", "3.2", "4.1")],
+    )
+    student.load_state_dict(state)
+    return student.eval()
+
+
+def load_teacher(path: str, arch: str, **sizes) -> ResNetTeacher:
+    """Teacher through layer3 from torchvision safetensors; layer4 and fc may be there or not."""
+    teacher = ResNetTeacher(arch, **sizes)
+    state = load_file(path).items()
+    teacher.load_state_dict({k: v for k, v in state if not k.startswith(("layer4.", "fc."))})
+    return teacher
+
+
+def normalise(pixels: np.ndarray) -> torch.Tensor:
+    """Values 0..255 [b, h, w, 3] -> ImageNet-normalised float32 [b, 3, h, w]."""
+    scaled = (pixels / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    return torch.from_numpy(scaled.astype(np.float32)).permute(0, 3, 1, 2).contiguous()
+
+
+def load_image(path: str, image_size: int) -> torch.Tensor:
+    """Official test image [1, 3, h, w]: squashed to 8/7 of the size (256 for 224), centre crop."""
+    side, low = image_size * 8 // 7, (image_size * 8 // 7 - image_size) // 2
+    image = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+    return normalise(np.asarray(image)[None, low : low + image_size, low : low + image_size])
+
+
+def textured_images(count: int, image_size: int, seed: int = 0) -> torch.Tensor:
+    """Normalised random images [count, 3, h, w] with coarse and fine structure, never constant."""
+    rng = np.random.default_rng(seed)
+    noise = rng.uniform(-1, 1, (2, count, image_size, image_size, 3))
+    smooth = ndimage.gaussian_filter(noise[0], 8, axes=(1, 2))
+    return normalise(np.clip(128 + 60 * smooth / smooth.std() + 20 * noise[1], 0, 255).round())
+
+
+def trainer(args: argparse.Namespace, memory_format: torch.memory_format):
+    """Returns a function that trains `count` steps and gives the speed in images per second."""
+    torch.manual_seed(0)
+    teacher = ResNetTeacher(args.arch, stages=4 if args.official else 3)
+    sizes = (args.image_size, args.patch, args.width, args.depth, args.heads)
+    student = MMRStudent(*sizes, teacher.channels).to(memory_format=memory_format)
+    teacher = teacher.to(memory_format=memory_format)
+    optimizer = make_optimizer(student, learning_rate(100))
+    images = textured_images(2 * args.batch, args.image_size)
+    batches = images.contiguous(memory_format=memory_format).split(args.batch)
+    if args.compile:
+        teacher, student = torch.compile(teacher), torch.compile(student)
+
+    def window(count: int) -> float:
+        start = time.perf_counter()
+        for i in range(count):
+            loss = train_step(student, teacher, optimizer, batches[i % 2], args.mask_ratio)
+            if args.official:
+                loss.item()
+        return count * args.batch / (time.perf_counter() - start)
+
+    return window
+
+
+def benchmark(args: argparse.Namespace) -> dict:
+    """Training speed for both memory formats, in windows that take turns; best median first."""
+    torch.set_num_threads(args.threads)
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    windows = {name: trainer(args, memory_format) for name, memory_format in formats.items()}
+    speeds = {name: [] for name in formats}
+    for window in windows.values():
+        window(args.warmup)
+    for i in range(args.windows):
+        for name in list(formats)[:: -1 if i % 2 else 1]:  # A B, B A, ...: drift cancels
+            speeds[name].append(windows[name](args.steps))
+    spread = {"median": np.median, "min": np.min, "max": np.max}
+    result = {n: {k: round(float(f(v)), 3) for k, f in spread.items()} for n, v in speeds.items()}
+    best = max(result, key=lambda name: result[name]["median"])
+    facts = {"torch": torch.__version__, **vars(args)}
+    return {"images_per_second": result[best], "memory_format": best, **result, "facts": facts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="resnet18", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--heads", type=int, help="default: width / 64")
+    for name in ("image", "student", "teacher"):
+        parser.add_argument(f"--{name}", help="image or safetensors file, to score one image")
+    parser.add_argument("--map", help="also write the anomaly map, .npy float64 [h, w]")
+    parser.add_argument("--benchmark", action="store_true", help="measure the training speed")
+    parser.add_argument("--official", action="store_true", help="layer4 too, loss read every step")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
+    parser.add_argument("--mask_ratio", type=float, default=0.4)
+    numbers = {"batch": 16, "image_size": 224, "patch": 16, "width": 192, "depth": 6, "threads": 2}
+    for name, default in {**numbers, "warmup": 3, "steps": 5, "windows": 5}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"benchmark: {default}")
+    args = parser.parse_args()
+
+    if args.benchmark:
+        args.heads = args.heads or max(1, args.width // 64)
+        print(json.dumps(benchmark(args)))
+    elif args.image and args.student and args.teacher:
+        student = load_student(args.student, args.heads)
+        teacher = load_teacher(args.teacher, args.arch)
+        images = load_image(args.image, student.image_size)
+        with torch.no_grad():
+            maps = anomaly_maps(student(images, 0.0), teacher(images), student.image_size)
+        print(json.dumps({"image": args.image, "score": float(image_scores(maps)[0])}))
+        if args.map:
+            np.save(args.map, maps[0])
+    else:
+        parser.error("give --image, --student and --teacher, or --benchmark")
+
+
+if __name__ == "__main__":
+    main()

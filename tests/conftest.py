@@ -1,0 +1,93 @@
+"""Shared fixtures: eight simulated CPU devices, parsed absl flags, and the way to the shared data."""
+
+import os
+import pathlib
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from mmrjax import config as config_lib
+
+# Before any device is used: tests of sharding need several devices, and Grain reads absl flags.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+flags.FLAGS.mark_as_parsed()
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder with golden values, real tiles and a real teacher; absent on a user's machine."""
+    path = pathlib.Path(os.environ.get("MMRJAX_SHARED", ROOT.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"no shared folder at {path}; set MMRJAX_SHARED to run this test")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> pathlib.Path:
+    """Values computed once with the official PyTorch code; see tests/golden/README.md."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_raw(tmp_path_factory) -> pathlib.Path:
+    """A folder data set of small pictures: 12 good ones, 4 with a bright square and its mask."""
+    folder = tmp_path_factory.mktemp("tiny") / "parts"
+    rng = np.random.default_rng(0)
+    for kind, count in (("good", 12), ("bad", 4)):
+        (folder / kind).mkdir(parents=True)
+        for i in range(count):
+            h, w = 60 + 4 * (i % 3), 72 + 6 * (i % 2)
+            ramp = np.linspace(60, 160, w)[None, :, None] + rng.normal(0, 8, (h, w, 3))
+            mask = np.zeros((h, w), np.uint8)
+            if kind == "bad":
+                mask[20:34, 12 * i + 4 : 12 * i + 18] = 255
+                ramp[mask > 0] = 250 - ramp[mask > 0]
+                cv2.imwrite(str(folder / kind / f"{i:02d}_mask.png"), mask)
+            cv2.imwrite(str(folder / kind / f"{i:02d}.png"), np.clip(ramp, 0, 255).astype(np.uint8))
+    return folder
+
+
+# A model that trains in a second: enough to run the whole program.
+TINY_MODEL = (
+    "data.image_size=64,64",
+    "data.resize=64,64",
+    "teacher.name=resnet18",
+    "teacher.weights=random",
+    "student.size=",
+    "student.width=24",
+    "student.depth=2",
+    "student.heads=3",
+    "student.init=scratch",
+    "student.layers=2,3",
+    "train.batch_size=8",
+    "train.epochs=4",
+    "eval.batch_size=8",
+    "eval.bootstrap=20",
+    "report.gallery=3",
+    "patchcore.width=32",
+    "patchcore.coreset=0.2",
+    "patchcore.projection=16",
+)
+
+
+@pytest.fixture
+def tiny_args(tiny_raw, tmp_path) -> list[str]:
+    """Command-line arguments of a complete tiny run; records and work directory in tmp_path."""
+    fields = (*TINY_MODEL, f"data.raw_dir={tiny_raw}", f"data.data_dir={tmp_path / 'records'}")
+    return [
+        "--config=configs/folder.py",
+        f"--workdir={tmp_path / 'run'}",
+        *(f"--config.{field}" for field in fields),
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """The configuration of the tiny model."""
+    return config_lib.load("configs/folder.py", TINY_MODEL)

@@ -1,0 +1,194 @@
+"""Evaluation geometry: Pillow's pixels, torchvision's crop, and what each mask rule leaves over."""
+
+import types
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mmrjax.data import geometry
+
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def noise(size_hw, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (*size_hw, 3), np.uint8)
+
+
+def square_mask(top: int, left: int, side: int, canvas: int = 1024) -> np.ndarray:
+    mask = np.zeros((canvas, canvas), np.uint8)
+    mask[top : top + side, left : left + side] = 255
+    return mask
+
+
+def kept(mask: np.ndarray, mode: str) -> int:
+    return int(geometry.view_mask(mask, (256, 256), (256, 256), mode).sum())
+
+
+@pytest.mark.parametrize("interpolation", sorted(FILTERS))
+@pytest.mark.parametrize(
+    ("native", "resize", "size", "corner"),
+    [
+        ((300, 420), (256, 256), (224, 224), (16, 16)),  # the official view
+        ((40, 30), (64, 48), (64, 48), (0, 0)),  # enlarged, not cropped
+        ((90, 50), (48, 96), (32, 64), (8, 16)),  # neither side square
+        ((50, 50), (37, 40), (32, 33), (2, 4)),  # 2.5 -> 2 and 3.5 -> 4: rounded to even
+        ((50, 50), (33, 35), (32, 32), (0, 2)),  # 0.5 -> 0 and 1.5 -> 2
+    ],
+)
+def test_view_is_pillow_resize_then_torchvision_centre_crop(
+    interpolation, native, resize, size, corner
+):
+    image = noise(native)
+    whole = Image.fromarray(image).resize((resize[1], resize[0]), FILTERS[interpolation])
+    (top, left), (h, w) = corner, size
+    expected = np.asarray(whole.crop((left, top, left + w, top + h)))
+    got = geometry.view_image(image, resize, size, interpolation)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_crop_starts_where_torchvision_rounds_to():
+    for resize in range(20, 60):
+        image = np.repeat(np.arange(resize, dtype=np.uint8)[:, None, None], 3, axis=2)
+        image = np.broadcast_to(image, (resize, 20, 3)).copy()
+        first = geometry.view_image(image, (resize, 20), (20, 20), "bilinear")[0, 0, 0]
+        assert first == int(round((resize - 20) / 2.0))  # noqa: RUF046: torchvision's own words
+
+
+def test_image_and_mask_are_seen_through_the_same_window():
+    mask = np.zeros((90, 50), np.uint8)
+    mask[30:60, 10:25] = 255
+    image = np.repeat(mask[..., None], 3, axis=2)
+    resize, size = (75, 61), (44, 40)
+    seen = geometry.view_image(image, resize, size, "bilinear")[..., 0] > 127
+    truth = geometry.view_mask(mask, resize, size, "standard")
+    assert truth.shape == size
+    assert truth.dtype == bool
+    assert 0.9 < (seen & truth).sum() / (seen | truth).sum()
+
+
+@pytest.mark.parametrize("native", [(300, 420), (64, 48)])
+def test_standard_mask_is_nearest_and_above_half(native):
+    rng = np.random.default_rng(1)
+    mask = (rng.random(native) > 0.5).astype(np.uint8) * 255
+    nearest = np.asarray(Image.fromarray(mask).resize((96, 80), Image.Resampling.NEAREST))
+    got = geometry.view_mask(mask, (80, 96), (64, 64), "standard")
+    np.testing.assert_array_equal(got, nearest[8:72, 16:80] > 127)
+
+
+def test_standard_threshold_lies_between_127_and_128():
+    mask = np.array([[126, 127], [128, 255]], np.uint8)
+    got = geometry.view_mask(mask, (2, 2), (2, 2), "standard")
+    assert got.tolist() == [[False, False], [True, True]]
+
+
+@pytest.mark.parametrize(("side", "official", "standard"), [(8, 1, 4), (12, 1, 9), (40, 64, 100)])
+@pytest.mark.parametrize("corner", [(401, 401), (403, 403), (401, 403), (603, 201)])
+def test_official_masks_are_eroded_as_measured_with_the_official_code(
+    side, official, standard, corner
+):
+    mask = square_mask(*corner, side)
+    assert (kept(mask, "mmr"), kept(mask, "standard")) == (official, standard)
+
+
+def test_square_on_the_grid_of_the_resize_keeps_all_its_pixels():
+    mask = square_mask(400, 400, 8)
+    assert (kept(mask, "mmr"), kept(mask, "standard")) == (4, 4)
+
+
+def test_official_mask_is_never_larger_and_lies_inside_its_defect():
+    mask = square_mask(401, 403, 40)
+    eroded = geometry.view_mask(mask, (256, 256), (224, 224), "mmr")
+    plain = geometry.view_mask(mask, (256, 256), (224, 224), "standard")
+    assert eroded.any()
+    assert not (eroded & ~plain).any()
+    assert eroded.sum() < plain.sum()
+
+
+def test_official_mask_is_divided_by_its_own_maximum_after_the_crop():
+    faint = np.zeros((64, 64), np.uint8)
+    faint[20, 20] = 255  # one pixel of an image twice as large: its maximum stays below 255
+    assert geometry.view_mask(faint, (32, 32), (32, 32), "mmr").sum() == 1
+    both = faint.copy()
+    both[:8] = 255  # a strong defect that the crop takes away leaves the faint one the maximum
+    assert geometry.view_mask(both, (32, 32), (16, 16), "mmr").sum() == 1
+    assert geometry.view_mask(both, (32, 32), (32, 32), "mmr")[10, 10] == 0
+
+
+@pytest.mark.parametrize("mode", ["standard", "mmr"])
+def test_mask_without_defect_stays_empty(mode):
+    assert not geometry.view_mask(np.zeros((50, 40), np.uint8), (32, 32), (24, 24), mode).any()
+
+
+@pytest.mark.parametrize("mode", ["standard", "mmr"])
+def test_defect_outside_the_crop_leaves_an_empty_mask(mode):
+    mask = np.zeros((256, 256), np.uint8)
+    mask[:10, :10] = 255
+    assert not geometry.view_mask(mask, (256, 256), (224, 224), mode).any()
+
+
+def make_records(count: int):
+    """Stands in for records: image i is filled with 10 + i, mask i marks row i."""
+
+    def mask(i):
+        array = np.zeros((12, 16), np.uint8)
+        array[i] = 255
+        return array
+
+    return types.SimpleNamespace(
+        image=lambda i: np.full((12, 16, 3), 10 + i, np.uint8), mask=mask, table={}
+    )
+
+
+@pytest.mark.parametrize(("count", "rows"), [(7, [3, 3, 1]), (6, [3, 3]), (2, [2])])
+def test_batches_have_one_shape_and_the_last_is_filled_with_zeros(count, rows):
+    view = geometry.View((12, 16), (12, 16))
+    indices = np.arange(count)[::-1]
+    got = list(geometry.batches(make_records(count), indices, view, 3))
+    assert [n for _, _, n in got] == rows
+    seen = []
+    for images, masks, n in got:
+        assert (images.shape, images.dtype) == ((3, 12, 16, 3), np.uint8)
+        assert (masks.shape, masks.dtype) == ((3, 12, 16), bool)
+        assert not images[n:].any()
+        assert not masks[n:].any()
+        seen += [(int(image[0, 0, 0]) - 10, int(mask.any(1).argmax())) for image, mask in
+                 zip(images[:n], masks[:n], strict=True)]  # fmt: skip
+    assert seen == [(i, i) for i in indices]
+
+
+def test_no_images_make_no_batches():
+    assert not list(geometry.batches(make_records(0), np.array([], int), geometry.View(
+        (12, 16), (12, 16)), 3))  # fmt: skip
+
+
+def test_batches_of_records_equal_the_views_of_their_images_and_masks(built):
+    records, pixels, _ = built
+    view = geometry.View((40, 36), (32, 28), "bicubic", "mmr")
+    indices = np.arange(len(records))
+    images, masks, n = next(geometry.batches(records, indices, view, 16))
+    assert n == len(pixels)
+    for i, name in enumerate(records.table["id"]):
+        expected = geometry.view_image(pixels[name], view.resize, view.size, "bicubic")
+        np.testing.assert_array_equal(images[i], expected)
+        assert masks[i].any() == (name == "test/dent/000.png")
+
+
+def config(**evaluation):
+    data = {"resize": (256, 240), "image_size": (224, 208), "interpolation": "lanczos"}
+    return ConfigDict({"data": data, "eval": {"resize": (), "metrics_mode": "mmr", **evaluation}})
+
+
+def test_view_of_a_config_and_the_evaluation_view_that_overrides_it():
+    plain = geometry.View((256, 240), (224, 208), "lanczos", "mmr")
+    assert geometry.View.of(config()) == plain
+    assert geometry.View.of(config(), evaluation=True) == plain
+    other = config(resize=(300, 300))
+    assert geometry.View.of(other) == plain  # memory banks are fitted on the training view
+    assert geometry.View.of(other, evaluation=True).resize == (300, 300)

@@ -1,0 +1,160 @@
+"""Every method keeps the contract of methods/base.py; so do two toys that no real method covers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mmrjax import mesh as mesh_lib
+from mmrjax import methods, state
+from mmrjax.methods import base
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module", params=sorted(methods.METHODS))
+def fitted(request, tiny_config, images):
+    method = methods.create(request.param, tiny_config)
+    frozen, facts = method.load_frozen()
+    variables, _ = method.init(jax.random.key(0), frozen)
+    if method.fits:
+        variables = method.fit(variables, frozen, [(images, 8), (images, 5)], jax.random.key(1))
+    return method, variables, frozen, facts
+
+
+def test_prediction_has_the_promised_shapes_types_and_names(fitted, images):
+    method, variables, frozen, _ = fitted
+    result = method.predict(variables, frozen, jnp.asarray(images) / 255.0)
+    assert result["map"].shape == (8, 64, 64)
+    assert result["score"].shape == (8,)
+    assert result["map"].dtype == result["score"].dtype == jnp.float32
+    assert result["parts"]
+    assert all(part.shape == (8, 64, 64) for part in result["parts"].values())
+    assert np.isfinite(result["map"]).all()
+
+
+def test_a_score_does_not_depend_on_the_rest_of_the_batch(fitted, images):
+    method, variables, frozen, _ = fitted
+    predict = jax.jit(method.predict)
+    alone = predict(variables, frozen, jnp.asarray(images[2:3]) / 255.0)
+    together = predict(variables, frozen, jnp.asarray(images) / 255.0)
+    np.testing.assert_allclose(alone["score"][0], together["score"][2], rtol=1e-5)
+    np.testing.assert_allclose(alone["map"][0], together["map"][2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_defect_raises_the_map_where_it_is(fitted, images):
+    method, variables, frozen, _ = fitted
+    smooth = np.full((8, 64, 64, 3), 128, np.uint8) + images // 16
+    if method.fits:
+        variables = method.fit(variables, frozen, [(smooth, 8)], jax.random.key(1))
+    else:
+        pytest.xfail("an untrained student has no idea of good parts; training is tested elsewhere")
+    defective = smooth[:1].copy()
+    defective[0, 40:56, 8:24] = 255
+    result = method.predict(variables, frozen, jnp.asarray(defective) / 255.0)["map"][0]
+    y, x = np.unravel_index(np.argmax(result), result.shape)
+    assert 32 <= y < 64
+    assert 0 <= x < 32
+
+
+def test_loss_is_a_scalar_and_its_gradient_reaches_every_parameter(fitted, images):
+    method, variables, frozen, _ = fitted
+    if not method.trains:
+        assert variables["params"] == {}
+        return
+    batch = {
+        "image": jnp.asarray(images) / 255.0,
+        "weight": jnp.ones(8),
+        "keys": jax.random.split(jax.random.key(0), 8),
+    }
+    progress = {"step": jnp.int32(0), "epoch": jnp.int32(0)}
+
+    def loss(params):
+        return method.loss({**variables, "params": params}, frozen, batch, jax.random.key(3), progress)
+
+    (value, (collections, logs)), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    assert value.shape == ()
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
+    assert all(leaf.shape == () for leaf in jax.tree.leaves(logs))
+    assert set(collections) <= set(variables)
+
+
+def test_facts_name_the_teacher_and_say_that_it_is_random(fitted):
+    teacher = fitted[3]["teacher"]
+    assert teacher["name"] == "resnet18"
+    assert teacher["random"] is True
+
+
+def test_unknown_method_lists_the_known(tiny_config):
+    with pytest.raises(ValueError, match="unknown method 'mmmr'; available: .*patchcore"):
+        methods.create("mmmr", tiny_config)
+
+
+class BatchNormToy(base.Method):
+    """Statistics travel in a collection."""
+
+    name = "toy"
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.BatchNorm(use_running_average=not train, momentum=0.5)(nn.Dense(4)(x))
+
+    net = Net()
+
+    def init(self, key, frozen):
+        return dict(self.net.init(key, jnp.zeros((1, 64, 64, 3)), False)), {}
+
+    def loss(self, variables, frozen, batch, key, progress):
+        out, changed = self.net.apply(variables, batch["image"], True, mutable=["batch_stats"])
+        per_image = jnp.mean(out**3, axis=(1, 2, 3))
+        loss = jnp.sum(per_image * batch["weight"]) / batch["weight"].sum()
+        return loss, (changed, {"epoch": progress["epoch"].astype(jnp.float32)})
+
+
+class TwoOptimiserToy(BatchNormToy):
+    """A GAN-like stage: its own `update` moves two halves of the parameters with two rates."""
+
+    def update(self, current, frozen, batch, key, progress):
+        params = jax.tree.map(lambda x: x - 0.5, current.params)
+        params["BatchNorm_0"] = jax.tree.map(lambda x: x + 2.0, current.params["BatchNorm_0"])
+        new = current.replace(step=current.step + 1, params=params)
+        return new, {"loss": jnp.float32(1.5)}
+
+
+def one_step(method):
+    mesh = mesh_lib.make_mesh(2)
+    variables, _ = method.init(jax.random.key(0), {})
+    tx = optax.sgd(0.1)
+    augment = lambda key, image, size: image[:64, :64] / 255.0  # noqa: E731
+    step = state.make_train_step(method, tx, augment, 2, mesh)
+    image = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    resident = {"image": image, "size": np.full((4, 2), 64, np.int32)}
+    chunk = {"index": np.int32([[0, 1, 2, 3]]), "weight": np.ones((1, 4), np.float32)}
+    before = jax.device_get(variables)
+    initial = mesh_lib.replicate(state.create(variables, tx), mesh)
+    after, logs = step(initial, {}, resident, chunk, jax.random.key(0))
+    return before, jax.device_get(after), logs
+
+
+def test_batch_statistics_are_updated_without_gradient(tiny_config):
+    before, after, logs = one_step(BatchNormToy(tiny_config))
+    old, new = before["batch_stats"], after.collections["batch_stats"]
+    assert not np.allclose(old["BatchNorm_0"]["mean"], new["BatchNorm_0"]["mean"])
+    assert set(logs) == {"loss", "epoch"}
+    assert set(after.params) == {"Dense_0", "BatchNorm_0"}
+
+
+def test_a_method_may_bring_its_own_update(tiny_config):
+    before, after, logs = one_step(TwoOptimiserToy(tiny_config))
+    np.testing.assert_allclose(after.params["Dense_0"]["bias"], before["params"]["Dense_0"]["bias"] - 0.5)
+    np.testing.assert_allclose(
+        after.params["BatchNorm_0"]["scale"], before["params"]["BatchNorm_0"]["scale"] + 2.0
+    )
+    assert int(after.step) == 1
+    assert float(logs["loss"][0]) == 1.5

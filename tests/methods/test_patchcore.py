@@ -1,0 +1,77 @@
+"""PatchCore's parts against slow oracles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrjax.methods import patchcore
+
+
+def slow_greedy(points, rows, start):
+    distance = np.mean([np.linalg.norm(points - points[i], axis=1) for i in start], axis=0)
+    chosen = []
+    for _ in range(rows):
+        chosen.append(int(np.argmax(distance)))
+        distance = np.minimum(distance, np.linalg.norm(points - points[chosen[-1]], axis=1))
+        distance[chosen] = -1
+    return chosen
+
+
+def test_coreset_equals_a_slow_greedy_selection():
+    points = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
+    key = jax.random.key(5)
+    got = patchcore.greedy_coreset(jnp.asarray(points), 30, key, projection=6, start_points=10)
+    start = jax.random.choice(jax.random.split(key)[1], 200, (10,), replace=False)
+    assert np.asarray(got).tolist() == slow_greedy(points, 30, np.asarray(start))
+
+
+def test_coreset_keeps_both_clusters_and_has_no_duplicates():
+    points = jnp.asarray([[0.0, 0], [1, 0], [10, 0], [11, 0]])
+    got = patchcore.greedy_coreset(points, 2, jax.random.key(0), projection=2, start_points=1)
+    assert {bool(i >= 2) for i in np.asarray(got)} == {True, False}
+    same = jnp.zeros((9, 3))
+    every = patchcore.greedy_coreset(same, 9, jax.random.key(0), projection=3, start_points=2)
+    assert sorted(np.asarray(every).tolist()) == list(range(9))
+
+
+@pytest.mark.parametrize("bank", [5, patchcore.BANK_ROWS_PER_CHUNK + 3])
+def test_nearest_distance_equals_brute_force(bank):
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((7, 4)).astype(np.float32)
+    rows = rng.standard_normal((bank, 4)).astype(np.float32)
+    want = ((queries[:, None] - rows[None]) ** 2).sum(axis=-1).min(axis=1)
+    got = patchcore.nearest_squared_distance(jnp.asarray(queries), jnp.asarray(rows))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_bank_row_is_at_distance_zero():
+    rows = jnp.asarray(100 * np.random.default_rng(0).standard_normal((50, 64)), jnp.float32)
+    got = patchcore.nearest_squared_distance(rows, rows)
+    assert float(got.min()) >= 0
+    np.testing.assert_allclose(got, 0, atol=0.2)  # of |row|^2 around 6e5: float32 cancellation
+
+
+@pytest.mark.parametrize(("n", "m"), [(4608, 1024), (9216, 1024), (2048, 1024), (10, 4), (3, 7)])
+def test_adaptive_pooling_bins(n, m):
+    matrix = patchcore.adaptive_pool_matrix(n, m)
+    np.testing.assert_allclose(matrix.sum(axis=0), 1, rtol=1e-5)
+    torch = pytest.importorskip("torch", reason="compares with torch's adaptive pooling")
+    x = np.random.default_rng(0).standard_normal((2, n)).astype(np.float32)
+    want = torch.nn.functional.adaptive_avg_pool1d(torch.from_numpy(x)[None], m)[0].numpy()
+    np.testing.assert_allclose(x @ matrix, want, atol=1e-5)
+
+
+def test_neighbourhoods_equal_torch_unfold():
+    torch = pytest.importorskip("torch", reason="compares with torch's unfold")
+    x = np.random.default_rng(0).standard_normal((2, 5, 6, 3)).astype(np.float32)
+    unfolded = torch.nn.functional.unfold(torch.from_numpy(x.transpose(0, 3, 1, 2)), 3, padding=1)
+    want = unfolded.numpy().transpose(0, 2, 1).reshape(2, 5, 6, 27)
+    np.testing.assert_array_equal(patchcore._neighbourhoods(jnp.asarray(x), 3), want)
+
+
+def test_embedding_has_one_row_per_patch_of_the_finer_layer(tiny_config):
+    method = patchcore.PatchCore(tiny_config)
+    frozen, _ = method.load_frozen()
+    got = method.embed(frozen, jnp.zeros((2, 64, 96, 3)))
+    assert got.shape == (2, 8, 12, tiny_config.patchcore.width)

@@ -1,0 +1,263 @@
+"""The facade: keys of the contract, which images count, reasons for missing values, curves."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mmrjax import metrics
+
+
+def make_domain(n=24, size=32):
+    """Maps with a planted defect in every second image, and their maxima as scores."""
+    rng = np.random.default_rng(4)
+    is_anomaly = np.arange(n) % 2 == 0
+    masks = np.zeros((n, size, size), bool)
+    for i in np.flatnonzero(is_anomaly):
+        y, x = rng.integers(0, size - 8, 2)
+        masks[i, y : y + 6, x : x + 4] = True
+    maps = (rng.random((n, size, size)) + 0.8 * masks).astype(np.float32)
+    scores = maps.max(axis=(1, 2)) + 0.2 * rng.random(n).astype(np.float32)
+    return {
+        "scores": scores,
+        "maps": maps,
+        "masks": masks,
+        "is_anomaly": is_anomaly,
+        "has_mask": np.ones(n, bool),
+    }
+
+
+def test_result_has_exactly_the_keys_of_the_contract_and_is_json():
+    result = metrics.evaluate(**make_domain(), bootstrap=50)
+    names = set(metrics.METRICS)
+    assert set(result) == names | {"counts", "reasons", "ci95"}
+    assert set(result["ci95"]) == names
+    assert result["reasons"] == {}
+    expected = {"good": 12, "anomaly": 12, "pixel_images": 24, "empty_masks": 0}
+    assert result["counts"] == expected
+    assert json.loads(json.dumps(result)) == result
+    for name in names:
+        low, high = result["ci95"][name]
+        assert 0 <= low <= result[name] <= high <= 1
+
+
+def test_values_are_those_of_the_single_metrics():
+    domain = make_domain()
+    result = metrics.evaluate(**domain, bootstrap=0)
+    scores, truth, maps, masks = (domain[k] for k in ("scores", "is_anomaly", "maps", "masks"))
+    assert result["image_auroc"] == metrics.auroc(scores, truth)
+    assert result["image_ap"] == metrics.average_precision(scores, truth)
+    assert result["image_f1_max"] == metrics.f1_max(scores, truth)
+    assert result["pixel_auroc"] == metrics.auroc(maps, masks)
+    assert result["pixel_ap"] == metrics.average_precision(maps, masks)
+    assert result["pixel_f1_max"] == metrics.f1_max(maps, masks)
+    assert result["aupro_0.3"] == pytest.approx(metrics.aupro(maps, masks), abs=1e-13)
+    assert result["pro_mmr"] == metrics.pro_mmr(maps, masks)
+    assert result["ci95"] == dict.fromkeys(metrics.METRICS)
+
+
+def test_anomalies_without_pixel_truth_count_for_image_metrics_only():
+    domain = make_domain()
+    full = metrics.evaluate(**domain, bootstrap=0)
+    domain["has_mask"][:6] = False  # three anomalies, and three good images, which always count
+    domain["masks"][0] = True  # rows without truth are not read
+    keep = domain["has_mask"] | ~domain["is_anomaly"]
+    result = metrics.evaluate(**domain, bootstrap=20)
+    assert result["image_auroc"] == full["image_auroc"]
+    assert result["counts"]["pixel_images"] == 21
+    assert result["pixel_auroc"] == metrics.auroc(domain["maps"][keep], domain["masks"][keep])
+    assert result["pro_mmr"] == metrics.pro_mmr(domain["maps"][keep], domain["masks"][keep])
+    assert result["ci95"]["aupro_0.3"][0] <= result["aupro_0.3"] <= result["ci95"]["aupro_0.3"][1]
+
+
+def test_mask_of_a_good_image_is_ignored():
+    domain = make_domain()
+    expected = metrics.evaluate(**domain, bootstrap=0)
+    domain["masks"][1, :5, :5] = True
+    assert metrics.evaluate(**domain, bootstrap=0) == expected
+
+
+def test_mask_emptied_by_the_crop_keeps_the_label_and_is_counted():
+    domain = make_domain()
+    domain["masks"][[0, 2]] = False
+    result = metrics.evaluate(**domain, bootstrap=0)
+    assert result["counts"] == {"good": 12, "anomaly": 12, "pixel_images": 24, "empty_masks": 2}
+    assert result["image_auroc"] == metrics.auroc(domain["scores"], domain["is_anomaly"])
+    assert result["aupro_0.3"] == pytest.approx(metrics.aupro(domain["maps"], domain["masks"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "image_reason", "pixel_reason"),
+    [
+        ("only_anomalies", "no good image", None),
+        ("only_good", "no anomalous image", "no anomalous image"),
+        ("no_truth", None, "no pixel ground truth"),
+        ("empty", None, "no defect pixel in view"),
+        ("no_maps", None, "no anomaly map"),
+        ("all_ones", "no good image", "no normal pixel"),
+    ],
+)
+def test_undefined_metrics_are_none_with_their_reason(change, image_reason, pixel_reason):
+    domain = make_domain()
+    if change in ("only_anomalies", "only_good", "all_ones"):
+        keep = domain["is_anomaly"] == (change != "only_good")
+        domain = {k: v[keep] for k, v in domain.items()}
+    if change == "all_ones":
+        domain["masks"][:] = True
+    elif change == "no_truth":
+        domain["has_mask"] = ~domain["is_anomaly"]
+    elif change == "empty":
+        domain["masks"][:] = False
+    elif change == "no_maps":
+        domain |= {"maps": None, "masks": None, "has_mask": None}
+    result = metrics.evaluate(**domain, bootstrap=20)
+    for names, reason in (
+        (metrics.IMAGE_METRICS, image_reason),
+        (metrics.PIXEL_METRICS, pixel_reason),
+    ):
+        for name in names:
+            assert result["reasons"].get(name) == reason
+            assert (result[name] is None) == (result["ci95"][name] is None) == (reason is not None)
+    curves = metrics.curves(**domain)
+    assert ("roc" in curves) == (image_reason is None)
+    assert ("pro" in curves) == (pixel_reason is None)
+
+
+def test_pro_mmr_alone_can_be_undefined():
+    domain = make_domain(4)
+    domain["masks"][::2] = True
+    result = metrics.evaluate(**domain, bootstrap=20)
+    assert result["pro_mmr"] is None
+    assert result["ci95"]["pro_mmr"] is None
+    assert result["reasons"] == {"pro_mmr": "no normal pixel in any defective image"}
+    assert result["aupro_0.3"] is not None
+
+
+def test_domain_of_one_image_has_no_interval_and_no_image_metric():
+    domain = {k: v[:1] for k, v in make_domain().items()}
+    result = metrics.evaluate(**domain, bootstrap=20)
+    assert result["image_auroc"] is None
+    assert 0 <= result["aupro_0.3"] <= 1
+    assert result["ci95"] == dict.fromkeys(metrics.METRICS)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_broken_scores_and_maps_are_refused_with_number_and_remedy(bad):
+    domain = make_domain()
+    domain["maps"][[3, 5, 7], 2, 2] = bad
+    with pytest.raises(ValueError, match=r"3 of 24 anomaly maps .*first: 3.*learning rate"):
+        metrics.evaluate(**domain)
+    with pytest.raises(ValueError, match="3 of 24 anomaly maps"):
+        metrics.curves(**domain)
+    domain = make_domain()
+    domain["scores"][2] = bad
+    with pytest.raises(ValueError, match="1 of 24 image scores"):
+        metrics.evaluate(**domain)
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    domain = make_domain()
+    for change in (
+        {"scores": domain["scores"][:-1]},
+        {"maps": domain["maps"][:, :-1]},
+        {"masks": domain["masks"].astype(np.uint8)},
+        {"has_mask": domain["has_mask"][:-1]},
+        {"is_anomaly": domain["is_anomaly"].astype(int)},
+        {"groups": ["a"] * 23},
+        {k: v[:0] for k, v in domain.items()},
+    ):
+        with pytest.raises(ValueError, match=r"must|groups has 23|no image"):
+            metrics.evaluate(**(domain | change))
+
+
+def test_permuted_labels_change_values_but_no_input():
+    domain = make_domain()
+    kept = {k: v.copy() for k, v in domain.items()}
+    for v in domain.values():
+        v.flags.writeable = False
+    before = metrics.evaluate(**domain, bootstrap=20)
+    order = np.random.default_rng(0).permutation(24)
+    permuted = domain | {k: domain[k][order] for k in ("is_anomaly", "masks")}
+    assert metrics.evaluate(**permuted, bootstrap=20)["image_auroc"] != before["image_auroc"]
+    for k, v in domain.items():
+        assert v.tobytes() == kept[k].tobytes()
+    assert metrics.evaluate(**domain, bootstrap=20) == before
+
+
+def test_order_of_images_changes_neither_values_nor_intervals():
+    domain = make_domain() | {"groups": np.array([f"part{i // 2}" for i in range(24)])}
+    domain["has_mask"][:5] = False
+    order = np.random.default_rng(1).permutation(24)
+    shuffled = {k: v[order] for k, v in domain.items()}
+    one, other = (metrics.evaluate(**d, bootstrap=50) for d in (domain, shuffled))
+    for name in metrics.METRICS:
+        assert one[name] == pytest.approx(other[name], abs=1e-12)
+        assert one["ci95"][name] == pytest.approx(other["ci95"][name], abs=1e-12)
+
+
+def test_curves_have_the_area_of_their_metric():
+    domain = make_domain()
+    result = metrics.evaluate(**domain, bootstrap=0)
+    curves = metrics.curves(**domain)
+    assert json.loads(json.dumps(curves)) == curves
+    roc, pro = curves["roc"], curves["pro"]
+    for curve in (*roc.values(), *pro.values()):
+        assert len(curve) <= 300
+        assert (np.diff(curve) >= 0).all()
+    assert np.trapezoid(roc["tpr"], roc["fpr"]) == pytest.approx(result["image_auroc"], abs=1e-12)
+    assert (roc["fpr"][0], roc["tpr"][0], roc["fpr"][-1], roc["tpr"][-1]) == (0, 0, 1, 1)
+    assert pro["fpr"][-1] == 0.3
+    assert np.trapezoid(pro["pro"], pro["fpr"]) / 0.3 == pytest.approx(
+        result["aupro_0.3"], abs=1e-3
+    )
+    assert len(metrics.curves(**domain, points=20)["pro"]["fpr"]) == 20
+
+
+def test_paired_difference_is_the_difference_of_the_metrics():
+    domain = make_domain()
+    rng = np.random.default_rng(8)
+    other = (domain["maps"] + rng.random(domain["maps"].shape)).astype(np.float32)
+    worse = domain["scores"] + rng.random(24)
+    truth = {k: domain[k] for k in ("masks", "is_anomaly", "has_mask")}
+    found = metrics.paired_difference(
+        domain["scores"], worse, maps_a=domain["maps"], maps_b=other, bootstrap=100, **truth
+    )
+    a = metrics.evaluate(domain["scores"], domain["maps"], **truth, bootstrap=0)
+    b = metrics.evaluate(worse, other, **truth, bootstrap=0)
+    assert set(found) == set(metrics.METRICS)
+    for name, one in found.items():
+        assert one["difference"] == a[name] - b[name]
+        assert one["ci95"][0] <= one["difference"] <= one["ci95"][1]
+
+
+def test_paired_difference_of_a_method_with_itself_is_exactly_zero():
+    domain = make_domain()
+    found = metrics.paired_difference(domain["scores"], domain["scores"], domain["is_anomaly"])
+    assert set(found) == set(metrics.IMAGE_METRICS)
+    assert all(one == {"difference": 0.0, "ci95": [0.0, 0.0]} for one in found.values())
+
+
+def test_paired_interval_is_narrower_than_two_independent_ones():
+    rng = np.random.default_rng(3)
+    truth = np.arange(200) < 100
+    hard = rng.normal(size=200) + truth  # both methods see the same hard images
+    a, b = hard + 0.1 * rng.normal(size=200), hard + 0.1 * rng.normal(size=200)
+    low, high = metrics.paired_difference(a, b, truth)["image_auroc"]["ci95"]
+    single = metrics.evaluate(a, None, None, truth, None)["ci95"]["image_auroc"]
+    assert high - low < 0.5 * (single[1] - single[0])
+
+
+def test_paired_difference_averages_the_metric_over_seeds():
+    rng = np.random.default_rng(5)
+    truth = np.arange(60) < 30
+    a, b = rng.normal(size=(3, 60)) + truth, rng.normal(size=(2, 60)) + 0.5 * truth
+    one = metrics.paired_difference(a, b, truth, bootstrap=100)["image_auroc"]
+    expected = np.mean([metrics.auroc(s, truth) for s in a])
+    expected -= np.mean([metrics.auroc(s, truth) for s in b])
+    assert one["difference"] == pytest.approx(expected, abs=1e-12)
+    assert one["ci95"][0] < expected < one["ci95"][1]
+
+
+def test_paired_difference_of_an_undefined_metric_is_none():
+    found = metrics.paired_difference(np.arange(4.0), np.arange(4.0), np.ones(4, bool))
+    assert found["image_auroc"] == {"difference": None, "ci95": None}

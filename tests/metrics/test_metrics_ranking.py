@@ -1,0 +1,152 @@
+"""Exact ranking metrics against pairwise and threshold-by-threshold oracles, and scikit-learn."""
+
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn_metrics
+
+from mmrjax import metrics
+from mmrjax.metrics import ranking
+
+
+def slow_auroc(scores, truth, weights):
+    """Share of (positive, negative) pairs in the right order, ties one half."""
+    won = total = 0.0
+    for s, w in zip(scores[truth], weights[truth], strict=True):
+        for t, v in zip(scores[~truth], weights[~truth], strict=True):
+            won += w * v * (1.0 if s > t else 0.5 if s == t else 0.0)
+            total += w * v
+    return won / total
+
+
+def slow_ap_and_f1(scores, truth, weights):
+    """One threshold after the other, from the highest score down."""
+    ap = best = recall = 0.0
+    for threshold in np.unique(scores)[::-1]:
+        found = scores >= threshold
+        hit, all_found = weights[found & truth].sum(), weights[found].sum()
+        new_recall = hit / weights[truth].sum()
+        if all_found:
+            ap += (new_recall - recall) * hit / all_found
+            best = max(best, 2 * hit / (all_found + weights[truth].sum()))
+        recall = new_recall
+    return ap, best
+
+
+def make_case(name):
+    rng = np.random.default_rng(7)
+    truth = rng.random(300) < 0.3
+    scores = rng.normal(size=300) + truth
+    cases = {
+        "continuous": scores,
+        "tied": np.round(scores),
+        "constant": np.full(300, 0.25),
+        "one_outlier": np.where(np.arange(300) == np.flatnonzero(~truth)[0], 9.0, scores),
+        "perfect": truth * 1.0,
+        "inverted": -(truth * 1.0),
+        "negative_zero": np.where(scores > 0.5, -0.0, 0.0),
+    }
+    return cases[name].astype(np.float32), truth
+
+
+CASES = ("continuous", "tied", "constant", "one_outlier", "perfect", "inverted", "negative_zero")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_ranking_metrics_equal_slow_definitions(name, weighted):
+    scores, truth = make_case(name)
+    weights = np.random.default_rng(3).integers(0, 4, 300) if weighted else None
+    ones = np.ones(300) if weights is None else weights
+    ap, f1 = slow_ap_and_f1(scores, truth, ones)
+    expected = slow_auroc(scores, truth, ones)
+    assert metrics.auroc(scores, truth, weights) == pytest.approx(expected, abs=1e-12)
+    assert metrics.average_precision(scores, truth, weights) == pytest.approx(ap, abs=1e-12)
+    assert metrics.f1_max(scores, truth, weights) == pytest.approx(f1, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranking_metrics_equal_sklearn(name):
+    scores, truth = make_case(name)
+    precision, recall, _ = sklearn_metrics.precision_recall_curve(truth, scores)
+    f1 = np.max(2 * precision * recall / np.maximum(precision + recall, 1e-300))
+    expected = sklearn_metrics.roc_auc_score(truth, scores)
+    assert metrics.auroc(scores, truth) == pytest.approx(expected, abs=1e-12)
+    expected = sklearn_metrics.average_precision_score(truth, scores)
+    assert metrics.average_precision(scores, truth) == pytest.approx(expected, abs=1e-12)
+    assert metrics.f1_max(scores, truth) == pytest.approx(f1, abs=1e-12)
+
+
+def test_neighbouring_float32_scores_are_not_merged():
+    base = np.float32(0.7)
+    scores = np.array([base, np.nextafter(base, np.float32(1))], np.float32)
+    assert metrics.auroc(scores, np.array([False, True])) == 1.0
+    assert metrics.auroc(scores, np.array([True, False])) == 0.0
+
+
+def test_constant_scores_give_chance():
+    truth = np.arange(10) < 3
+    assert metrics.auroc(np.ones(10), truth) == 0.5
+    assert metrics.average_precision(np.ones(10), truth) == pytest.approx(0.3)
+    assert metrics.f1_max(np.ones(10), truth) == pytest.approx(2 * 3 / 13)
+
+
+def test_auroc_below_one_half_is_reported_as_it_is():
+    assert metrics.auroc(np.array([0.1, 0.9]), np.array([True, False])) == 0.0
+
+
+@pytest.mark.parametrize("metric", [metrics.auroc, metrics.average_precision, metrics.f1_max])
+@pytest.mark.parametrize("only", [True, False])
+def test_a_single_class_is_refused(metric, only):
+    with pytest.raises(ValueError, match="both classes"):
+        metric(np.arange(4.0), np.full(4, only))
+    with pytest.raises(ValueError, match="both classes"):
+        metric(np.arange(4.0), np.arange(4) < 2, np.where(np.arange(4) < 2, 0, 1))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_refused_with_their_number(bad):
+    with pytest.raises(ValueError, match="2 of 4 scores"):
+        metrics.auroc(np.array([0, bad, 1, bad]), np.arange(4) < 2)
+
+
+def test_integer_truth_is_refused():
+    with pytest.raises(ValueError, match="boolean"):
+        metrics.auroc(np.arange(4.0), np.array([0, 1, 1, 0]))
+
+
+def test_arguments_are_left_unchanged():
+    scores, truth = make_case("continuous")
+    kept = scores.copy()
+    scores.flags.writeable = truth.flags.writeable = False
+    metrics.auroc(scores, truth), metrics.average_precision(scores, truth)
+    np.testing.assert_array_equal(scores, kept)
+
+
+def test_rows_of_weights_are_independent_resamples():
+    scores, truth = make_case("tied")
+    weights = np.random.default_rng(5).integers(0, 3, (4, 300))
+    rows = ranking.grouped(scores, truth, weights)
+    for i in range(4):
+        again = np.repeat(scores, weights[i]), np.repeat(truth, weights[i])
+        assert ranking.area(rows)[i] == pytest.approx(metrics.auroc(*again), abs=1e-12)
+        assert ranking.best_f1(rows)[i] == pytest.approx(metrics.f1_max(*again), abs=1e-12)
+
+
+def test_resample_without_a_class_is_nan_not_a_number():
+    rows = ranking.grouped(np.arange(4.0), np.arange(4) < 2, np.array([[1, 1, 0, 0], [0, 0, 1, 2]]))
+    for metric in (ranking.area, ranking.precision_area, ranking.best_f1):
+        assert np.isnan(metric(rows)).all()
+
+
+def test_thinned_curve_keeps_ends_corners_and_shape():
+    x = np.array([0, 0, 0, 0.2, 0.2, 0.6, 1.0])
+    y = np.array([0, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0])
+    short = ranking.thin(x, y, 300)
+    np.testing.assert_array_equal(short, [[0, 0, 0.2, 0.2, 1.0], [0, 0.5, 0.5, 1.0, 1.0]])
+    x = np.linspace(0, 1, 5001)
+    thin_x, thin_y = ranking.thin(x, np.sqrt(x), 50)
+    assert len(thin_x) == 50
+    assert (thin_x[0], thin_y[0], thin_x[-1], thin_y[-1]) == (0, 0, 1, 1)
+    assert (np.diff(thin_x) > 0).all()
+    assert np.abs(thin_y - np.sqrt(thin_x)).max() < 5e-3
+    assert np.trapezoid(thin_y, thin_x) == pytest.approx(2 / 3, abs=1e-3)

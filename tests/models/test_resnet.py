@@ -1,0 +1,58 @@
+"""Teachers against golden values of the official code, and their parameter counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrjax.models import resnet
+from mmrjax.weights import source, torch_names
+
+
+@pytest.mark.parametrize("size", [64, 75])  # 75: "SAME" padding would shift the result
+def test_features_equal_the_official_code(golden_dir, size):
+    arch = resnet.Architecture((2, 2, 2), bottleneck=False, stem=8, widths=(8, 16, 32))
+    folder = golden_dir / "teacher"
+    state = source.read_state(folder / "state_reduced_resnet18.safetensors")
+    arrays = np.load(folder / "reduced_io.npz")
+    image = jnp.asarray(arrays[f"x_s{size}"].transpose(0, 2, 3, 1))
+    got = resnet.ResNet(arch).apply(torch_names.teacher_from_torch(state, arch), image)
+    for layer in (1, 2, 3):
+        want = arrays[f"reduced_resnet18_s{size}__layer{layer}"].transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(got[layer], want, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "through_layer3"), [("wide_resnet50_2", 24_862_528), ("resnet18", 2_782_784)]
+)
+def test_parameter_counts_through_layer3(name, through_layer3):
+    """Specs count gamma and beta of every BatchNorm; folding leaves one bias of the two."""
+    arch = resnet.architecture(name)
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(resnet.ResNet(arch).init, jax.random.key(0), image)
+    leaves = jax.tree.leaves(shapes)
+    biases = sum(leaf.size for leaf in leaves if leaf.ndim == 1)
+    assert sum(leaf.size for leaf in leaves) + biases == through_layer3
+
+
+def test_nothing_after_the_last_tap_is_computed():
+    arch = resnet.architecture("resnet18")
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(resnet.ResNet(arch, layers=(1,)).init, jax.random.key(0), image)
+    assert not any(name.startswith(("layer2", "layer3")) for name in shapes["params"])
+
+
+@pytest.mark.parametrize("name", sorted(resnet.ARCHITECTURES))
+def test_every_architecture_halves_and_widens(name):
+    arch = resnet.architecture(name)
+    image = jax.ShapeDtypeStruct((2, 224, 160, 3), jnp.float32)
+    model = resnet.ResNet(arch)
+    shapes, _ = jax.eval_shape(lambda k: model.init_with_output(k, jnp.zeros(image.shape)), jax.random.key(0))
+    for layer in (1, 2, 3):
+        side = 2 ** (layer + 1)
+        assert shapes[layer].shape == (2, 224 // side, 160 // side, arch.channels[layer - 1])
+
+
+def test_unknown_teacher_lists_the_known():
+    with pytest.raises(ValueError, match="unknown teacher 'resnet19'; available: .*resnet18"):
+        resnet.architecture("resnet19")
