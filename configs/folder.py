@@ -6,6 +6,10 @@ Understood layouts: MVTec's (train/good, test/<type>, ground_truth/<type>); good
 defects, masks in ground_truth/ or masks/ or beside the images; or one flat folder of good images.
 Without a split, every fifth good image is kept for testing. Expected score: yours to find out; the
 report says how sure it is.
+
+Sized for a CPU: a ResNet-18 teacher and a small student from scratch. With a GPU, the paper's
+models are --config.teacher.name=wide_resnet50_2 --config.student.size=base --config.student.depth=0
+--config.student.init=mae --config.train.epochs=200 (MAE weights are CC BY-NC: not for business).
 """
 
 from configs import common
@@ -19,4 +23,9 @@ def get_config():
     config.data.name = "folder"
     config.data.resize = (224, 224)  # the whole frame: a crop could cut a defect away
     config.data.max_side = 1024
+    config.teacher.name = "resnet18"
+    config.student.size = "tiny"
+    config.student.depth = 6
+    config.student.init = "scratch"
+    config.train.epochs = 100
     return config

@@ -40,8 +40,6 @@ FREE_FIELDS = (
     "report.",
     "ckpt.",
 )
-# Groups that concern one method only.
-METHOD_FIELDS = {"mmr": ("student.", "optim.", "train."), "patchcore": ("patchcore.",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _use_compile_cache()
         results, report_path = run_all(config, arguments.workdir, arguments.mode)
     except train.Interrupted as e:
-        print(e, file=sys.stderr)
+        print(f"{e}; the same command continues", file=sys.stderr)
         return 143
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
     except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
@@ -141,7 +142,9 @@ def run_one(
         logging.info("%s: finished before, see %s", run, folder / "results.json")
         return
     train_rows, test_rows = splits.select(records, config.data.protocol)
-    trained = train.train(config, name, records, train_rows, seed, run)
+    trained = train.train(
+        config, name, records, train_rows, seed, run, evaluate_only=mode == "evaluate"
+    )
     if folder != run:  # another view: the report there shows the same training
         for file in ("config.json", "metrics.jsonl"):
             if (run / file).exists():
@@ -175,8 +178,8 @@ def check_same_training(config: ConfigDict, name: str, run: pathlib.Path, mode: 
         evaluate.write_text(path, json.dumps(config.to_dict(), indent=1))
         return
     before = config_lib.flatten(ConfigDict(stored))
-    others = [f for method, fields in METHOD_FIELDS.items() if method != name for f in fields]
-    others = [f for f in others if f not in METHOD_FIELDS[name]]
+    own = methods.METHODS[name].fields
+    others = {field for method in methods.METHODS.values() for field in method.fields} - {*own}
     ignored = (*FREE_FIELDS, *others)
     differing = [
         f"{field}: was {before.get(field)!r}, is {value!r}"

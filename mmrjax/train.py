@@ -48,6 +48,14 @@ class Stage:
     seed: int
     run: pathlib.Path
     mesh: jax.sharding.Mesh
+    evaluate_only: bool
+
+    def refuse_to_train(self, done: str) -> None:
+        """Raises ValueError when this call may only evaluate."""
+        if self.evaluate_only:
+            raise ValueError(
+                f"{self.run} is not trained to the end ({done}); run once without --mode=evaluate"
+            )
 
     def feed(self) -> feed.Feed:
         """The training batches."""
@@ -67,7 +75,7 @@ class Stage:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM); its state is saved."""
+    """The run was asked to stop (SIGTERM, Ctrl-C); its state is saved."""
 
 
 def train(
@@ -77,6 +85,7 @@ def train(
     indices: np.ndarray,
     seed: int,
     run: pathlib.Path,
+    evaluate_only: bool = False,
 ) -> Trained:
     """Trains one method on one category with one seed, or picks up where a killed run stopped.
 
@@ -87,10 +96,11 @@ def train(
       indices: records to train on.
       seed: of initial values, order, crops and masks.
       run: directory of this run; checkpoints/ and metrics.jsonl go there.
+      evaluate_only: refuse to train what is not finished.
 
     Raises:
-      ValueError: bad configuration or weights.
-      Interrupted: after SIGTERM, once the state is saved.
+      ValueError: bad configuration or weights, or an unfinished run with `evaluate_only`.
+      Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     mesh = mesh_lib.make_mesh()
     mesh_lib.check_divisible("train.batch_size", config.train.batch_size, mesh)
@@ -105,7 +115,7 @@ def train(
         "frozen": _count(frozen),
     }
     started = time.monotonic()
-    stage = Stage(config, method, frozen, records, indices, seed, run, mesh)
+    stage = Stage(config, method, frozen, records, indices, seed, run, mesh, evaluate_only)
     if method.trains:
         variables = _gradient_stage(stage, variables, key_train)
     if method.fits:
@@ -128,6 +138,7 @@ def _gradient_stage(stage: Stage, variables: dict, key: jax.Array) -> dict:
         if 0 < start < total:
             logging.info("resuming at step %d of %d", start, total)
         if start < total:
+            stage.refuse_to_train(f"step {start} of {total}")
             state = _loop(stage, step_fn, state, data, start, total, key, checkpoints)
     return state.variables
 
@@ -164,6 +175,7 @@ def _fit_stage(stage: Stage, variables: dict, key: jax.Array) -> dict:
         restored = checkpoints.restore(mesh_lib.replicated(stage.mesh))
         if restored is not None:
             return {**variables, **restored[1]}
+        stage.refuse_to_train("not fitted")
         batches = geometry.batches(
             stage.records, stage.indices, geometry.View.of(config), config.eval.batch_size
         )
@@ -190,24 +202,25 @@ def make_augment(config: ConfigDict) -> state_lib.Augment:
 
 
 class StopRequest:
-    """Notices SIGTERM inside a `with` block, so that the loop can save before it leaves."""
+    """Notices SIGTERM and Ctrl-C in a `with` block, so that the loop can save before it leaves."""
 
     requested = False
 
     def __enter__(self):
-        """Takes over SIGTERM (in the main thread only: elsewhere Python does not allow it)."""
-        self._previous = None
+        """Takes over the signals (in the main thread only: elsewhere Python does not allow it)."""
+        self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, signum, frame):
         self.requested = True
 
     def __exit__(self, *exception):
-        """Gives SIGTERM back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        """Gives the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 def _count(tree) -> int:

@@ -409,7 +409,8 @@ def benchmark(args: argparse.Namespace) -> dict:
     result = {n: {k: round(float(f(v)), 3) for k, f in spread.items()} for n, v in speeds.items()}
     best = max(result, key=lambda name: result[name]["median"])
     facts = {"torch": torch.__version__, **vars(args)}
-    return {"images_per_second": result[best], "memory_format": best, **result, "facts": facts}
+    speed = {"images_per_second": result[best], "windows": speeds[best], "memory_format": best}
+    return {**speed, **result, "facts": facts}
 
 
 def main() -> None:

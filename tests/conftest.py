@@ -1,4 +1,4 @@
-"""Shared fixtures: eight simulated CPU devices, parsed absl flags, and the way to the shared data."""
+"""Shared fixtures: eight simulated devices, parsed absl flags, the way to the shared data."""
 
 import os
 import pathlib
@@ -76,15 +76,22 @@ TINY_MODEL = (
 )
 
 
+@pytest.fixture(scope="session")
+def tiny_fields():
+    """(raw_dir, data_dir) -> the overrides of a complete tiny run."""
+
+    def overrides(raw_dir, data_dir) -> list[str]:
+        fields = (*TINY_MODEL, f"data.raw_dir={raw_dir}", f"data.data_dir={data_dir}")
+        return [f"--config.{field}" for field in fields]
+
+    return overrides
+
+
 @pytest.fixture
-def tiny_args(tiny_raw, tmp_path) -> list[str]:
+def tiny_args(tiny_raw, tiny_fields, tmp_path) -> list[str]:
     """Command-line arguments of a complete tiny run; records and work directory in tmp_path."""
-    fields = (*TINY_MODEL, f"data.raw_dir={tiny_raw}", f"data.data_dir={tmp_path / 'records'}")
-    return [
-        "--config=configs/folder.py",
-        f"--workdir={tmp_path / 'run'}",
-        *(f"--config.{field}" for field in fields),
-    ]
+    overrides = tiny_fields(tiny_raw, tmp_path / "records")
+    return ["--config=configs/folder.py", f"--workdir={tmp_path / 'run'}", *overrides]
 
 
 @pytest.fixture(scope="session")

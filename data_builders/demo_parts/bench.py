@@ -1,8 +1,10 @@
 """What the part lies on: procedural bench tops, as a tile of linear RGB reflectance.
 
-`mat` is the family of the training images (anti-static rubber in black, grey or blue); the others
-appear only in the domain `background`. Light and shadow are added by `render`.
+The training images have anti-static rubber mats (`MATS`); all other families appear only in the
+domain `background`. Light and shadow are added by `render`.
 """
+
+import functools
 
 import cv2
 import numpy as np
@@ -10,6 +12,13 @@ import numpy as np
 from data_builders.demo_parts import part
 
 SIDE = 400  # tile pixels, two canvas pixels each; the middle lies under the camera
+
+_MAT_COLOURS = {
+    "black mat": (0.020, 0.021, 0.023),
+    "grey mat": (0.095, 0.098, 0.102),
+    "blue mat": (0.040, 0.070, 0.115),
+}
+MATS = tuple(_MAT_COLOURS)
 
 
 def make_bench(rng: np.random.Generator, family: str) -> np.ndarray:
@@ -38,11 +47,8 @@ def _wear(rng: np.random.Generator, count: int) -> np.ndarray:
     mark = np.zeros((SIDE, SIDE), np.uint8)
     for _ in range(count):
         start = rng.uniform(0, SIDE, 2)
-        angle, length, bend = (
-            rng.uniform(0, 2 * np.pi),
-            rng.uniform(15, 110),
-            rng.uniform(-0.5, 0.5),
-        )
+        angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(15, 110)
+        bend = rng.uniform(-0.5, 0.5)
         t = np.linspace(0.0, 1.0, 12)[:, None]
         line = start + length * t * np.hstack([np.cos(angle + bend * t), np.sin(angle + bend * t)])
         points = np.round(line * 16).astype(np.int32)
@@ -50,9 +56,8 @@ def _wear(rng: np.random.Generator, count: int) -> np.ndarray:
     return cv2.GaussianBlur(mark, (0, 0), 0.5).astype(np.float32) / 255.0
 
 
-def _mat(rng: np.random.Generator) -> np.ndarray:
-    """Anti-static rubber mat: pebbled, matte, a little scuffed; black, grey or blue."""
-    base = ((0.020, 0.021, 0.023), (0.095, 0.098, 0.102), (0.040, 0.070, 0.115))[rng.integers(3)]
+def _mat(base: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
+    """Anti-static rubber mat: pebbled, matte, a little scuffed."""
     pebble = cv2.GaussianBlur(_noise(rng, 1, 1), (0, 0), 0.6) * 1.6
     shade = 1.0 + 0.13 * pebble + 0.06 * _noise(rng, 45, 45) + 0.03 * _noise(rng, 7, 7)
     return _paint(base, shade * rng.uniform(0.85, 1.15)) + 0.05 * _wear(rng, 12)[..., None]
@@ -122,7 +127,7 @@ def _turned(tile: np.ndarray, degrees: float) -> np.ndarray:
 
 
 FAMILIES = {
-    "mat": _mat,
+    **{name: functools.partial(_mat, base) for name, base in _MAT_COLOURS.items()},
     "wood": _wood,
     "cutting": _cutting,
     "cloth": _cloth,

@@ -9,8 +9,10 @@ import dataclasses
 
 import numpy as np
 
+from data_builders.demo_parts import bench
+
 DOMAINS = ("same", "background", "illumination", "view")
-_SHIFTED_BENCHES = ("wood", "cutting", "cloth", "granite", "painted")
+_SHIFTED_BENCHES = tuple(name for name in bench.FAMILIES if name not in bench.MATS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +58,9 @@ def draw_scene(rng: np.random.Generator, domain: str, number: int) -> Scene:
     Args:
       rng: the generator of this scene.
       domain: one of `DOMAINS`.
-      number: position within its group; takes turns through the kinds of a shifted domain.
+      number: position within its group; mats and the kinds of a shifted domain take turns by it.
     """
-    scene = _training_scene(rng)
+    scene = _training_scene(rng, number)
     if domain == "background":
         return dataclasses.replace(scene, bench=_SHIFTED_BENCHES[number % len(_SHIFTED_BENCHES)])
     if domain == "illumination":
@@ -73,7 +75,8 @@ def _light(power: float, warmth: float) -> tuple[float, float, float]:
     return (power * (1 + 0.30 * warmth), power * (1 + 0.02 * warmth), power * (1 - 0.38 * warmth))
 
 
-def _training_scene(rng: np.random.Generator) -> Scene:
+def _training_scene(rng: np.random.Generator, number: int) -> Scene:
+    """The set-up of the training images; the mats take turns."""
     u = rng.uniform
     return Scene(
         turn=u(10, 28),
@@ -86,7 +89,7 @@ def _training_scene(rng: np.random.Generator) -> Scene:
         key_size=u(0.26, 0.36),
         key=_light(u(0.85, 1.15), u(-0.08, 0.12)),
         room=_light(u(0.85, 1.1), u(-0.10, 0.06)),
-        bench="mat",
+        bench=bench.MATS[number % len(bench.MATS)],
         exposure=u(0.92, 1.08),
         focus=u(0.35, 0.6),
         grain=u(1.0, 1.8),

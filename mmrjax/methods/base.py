@@ -29,6 +29,7 @@ class Method:
     """
 
     name: str
+    fields: tuple[str, ...] = ()  # configuration that no other method reads, by prefix
     trains = True  # has a gradient stage
     fits = False  # has a `fit` after it
 

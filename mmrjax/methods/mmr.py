@@ -23,6 +23,14 @@ class MMR(base.Method):
     """Teacher, masked student, multi-scale cosine loss, summed cosine maps."""
 
     name = "mmr"
+    fields = (
+        "student.",
+        "optim.",
+        "train.epochs",
+        "train.batch_size",
+        "train.augment",
+        "train.crop_",
+    )
 
     def __init__(self, config):
         """Builds the student that `config.student` describes, with the teacher's channel widths."""

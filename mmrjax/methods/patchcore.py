@@ -21,6 +21,7 @@ class PatchCore(base.Method):
     """Frozen backbone, coreset memory bank, nearest-neighbour distance maps."""
 
     name = "patchcore"
+    fields = ("patchcore.",)
     trains = False
     fits = True
 
@@ -147,24 +148,33 @@ def greedy_coreset(
         bound = d**-0.5  # torch's default for a linear layer
         matrix = jax.random.uniform(key_project, (d, projection), minval=-bound, maxval=bound)
         patches = patches @ matrix
+    columns = patches.T  # [projection, n]: one row vector times matrix per selected point
+    squares = jnp.sum(columns**2, axis=0)
     start = jax.random.choice(key_start, n, (min(start_points, n),), replace=False)
     distance = jnp.mean(
-        jnp.stack([jnp.linalg.norm(patches - patches[i], axis=1) for i in start]), axis=0
+        jnp.stack([_distance_to(columns, squares, i) for i in np.asarray(start)]), axis=0
     )
     chosen = jnp.zeros(rows, jnp.int32)
     per_call = 1 if jax.default_backend() == "cpu" else 256
     for first in logs.progress(range(0, rows, per_call), "coreset"):
         last = min(first + per_call, rows)
-        chosen, distance = _choose(patches, chosen, distance, first, last)
+        chosen, distance = _choose(columns, squares, chosen, distance, first, last)
     return chosen
 
 
-@functools.partial(jax.jit, donate_argnums=(1, 2))
-def _choose(patches, chosen, distance, first, last):
+@jax.jit
+def _distance_to(columns: jax.Array, squares: jax.Array, i: int) -> jax.Array:
+    """Euclidean distance of every column to column i, float32 [n]."""
+    products = jnp.matmul(columns[:, i], columns, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sqrt(jnp.maximum(squares - 2 * products + squares[i], 0.0))
+
+
+@functools.partial(jax.jit, donate_argnums=(2, 3))
+def _choose(columns, squares, chosen, distance, first, last):
     def body(i, carry):
         chosen, distance = carry
         farthest = jnp.argmax(distance).astype(jnp.int32)
-        new = jnp.sqrt(jnp.sum((patches - patches[farthest]) ** 2, axis=1))
+        new = _distance_to(columns, squares, farthest)
         # A chosen point must never come again, not even among duplicates at distance 0.
         distance = jnp.minimum(distance, new).at[farthest].set(-1.0)
         return chosen.at[i].set(farthest), distance

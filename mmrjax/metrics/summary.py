@@ -24,7 +24,7 @@ def summarise(
     Returns:
         {metric: {"mean", "std" (over seeds of the summary mean, n - 1; None below two seeds),
         "worst": {"value", "where"} (where = key/domain, or key alone for `all`), "gap_to_reference"
-        (reference minus the mean of the other domains, positive = worse under shift, mean over
+        (mean of the other domains minus the reference, negative = a loss under shift, mean over
         categories; None without both)}, and "left_out": [where, ...] if some values are undefined}.
         A metric that is undefined everywhere is absent.
     """
@@ -96,12 +96,12 @@ def _mean_of_means(table: Mapping[str, Mapping]) -> float | None:
 
 
 def _gap(table: Mapping[str, Mapping], reference: str | None) -> float | None:
-    """Mean over categories of reference minus mean of the other domains."""
+    """Mean over categories of (mean of the other domains - reference); negative = a loss."""
     gaps = []
     for row in table.values():
         others = [v for d, v in row.items() if d != reference and v is not None]
         if reference in row and row[reference] is not None and others:
-            gaps.append(row[reference] - np.mean(others))
+            gaps.append(np.mean(others) - row[reference])
     return float(np.mean(gaps)) if gaps else None
 
 

@@ -58,7 +58,7 @@ def test_crop_starts_where_torchvision_rounds_to():
         image = np.repeat(np.arange(resize, dtype=np.uint8)[:, None, None], 3, axis=2)
         image = np.broadcast_to(image, (resize, 20, 3)).copy()
         first = geometry.view_image(image, (resize, 20), (20, 20), "bilinear")[0, 0, 0]
-        assert first == int(round((resize - 20) / 2.0))  # noqa: RUF046: torchvision's own words
+        assert first == round((resize - 20) / 2.0)
 
 
 def test_image_and_mask_are_seen_through_the_same_window():

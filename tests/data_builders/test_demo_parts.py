@@ -6,7 +6,14 @@ import cv2
 import numpy as np
 import pytest
 
-from data_builders.demo_parts import defects, demo_parts_dataset_builder, part, render, sample
+from data_builders.demo_parts import (
+    bench,
+    defects,
+    demo_parts_dataset_builder,
+    part,
+    render,
+    sample,
+)
 from data_builders.demo_parts import scene as scene_lib
 
 PLAN = sample.recipes()
@@ -152,8 +159,8 @@ def scenes(domain: str) -> list[scene_lib.Scene]:
 
 def test_shifted_domains_have_settings_that_training_lacks():
     train = scenes("same")
-    assert {s.bench for s in train} == {"mat"}
-    assert not {s.bench for s in scenes("background")} & {"mat"}
+    assert {s.bench for s in train} == set(bench.MATS)
+    assert {s.bench for s in scenes("background")}.isdisjoint(bench.MATS)
     azimuths = [s.key_azimuth for s in train]
     for s in scenes("illumination"):
         assert not min(azimuths) <= s.key_azimuth <= max(azimuths)

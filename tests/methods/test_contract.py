@@ -75,9 +75,13 @@ def test_loss_is_a_scalar_and_its_gradient_reaches_every_parameter(fitted, image
     progress = {"step": jnp.int32(0), "epoch": jnp.int32(0)}
 
     def loss(params):
-        return method.loss({**variables, "params": params}, frozen, batch, jax.random.key(3), progress)
+        return method.loss(
+            {**variables, "params": params}, frozen, batch, jax.random.key(3), progress
+        )
 
-    (value, (collections, logs)), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    (value, (collections, logs)), gradients = jax.value_and_grad(loss, has_aux=True)(
+        variables["params"]
+    )
     assert value.shape == ()
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
     assert all(leaf.shape == () for leaf in jax.tree.leaves(logs))
@@ -91,7 +95,7 @@ def test_facts_name_the_teacher_and_say_that_it_is_random(fitted):
 
 
 def test_unknown_method_lists_the_known(tiny_config):
-    with pytest.raises(ValueError, match="unknown method 'mmmr'; available: .*patchcore"):
+    with pytest.raises(ValueError, match=r"unknown method 'mmmr'; available: .*patchcore"):
         methods.create("mmmr", tiny_config)
 
 
@@ -152,7 +156,9 @@ def test_batch_statistics_are_updated_without_gradient(tiny_config):
 
 def test_a_method_may_bring_its_own_update(tiny_config):
     before, after, logs = one_step(TwoOptimiserToy(tiny_config))
-    np.testing.assert_allclose(after.params["Dense_0"]["bias"], before["params"]["Dense_0"]["bias"] - 0.5)
+    np.testing.assert_allclose(
+        after.params["Dense_0"]["bias"], before["params"]["Dense_0"]["bias"] - 0.5
+    )
     np.testing.assert_allclose(
         after.params["BatchNorm_0"]["scale"], before["params"]["BatchNorm_0"]["scale"] + 2.0
     )

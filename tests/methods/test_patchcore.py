@@ -49,7 +49,7 @@ def test_a_bank_row_is_at_distance_zero():
     rows = jnp.asarray(100 * np.random.default_rng(0).standard_normal((50, 64)), jnp.float32)
     got = patchcore.nearest_squared_distance(rows, rows)
     assert float(got.min()) >= 0
-    np.testing.assert_allclose(got, 0, atol=0.2)  # of |row|^2 around 6e5: float32 cancellation
+    np.testing.assert_allclose(got, 0, atol=1.0)  # of |row|^2 around 6e5: float32 cancellation
 
 
 @pytest.mark.parametrize(("n", "m"), [(4608, 1024), (9216, 1024), (2048, 1024), (10, 4), (3, 7)])

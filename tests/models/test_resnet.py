@@ -47,12 +47,14 @@ def test_every_architecture_halves_and_widens(name):
     arch = resnet.architecture(name)
     image = jax.ShapeDtypeStruct((2, 224, 160, 3), jnp.float32)
     model = resnet.ResNet(arch)
-    shapes, _ = jax.eval_shape(lambda k: model.init_with_output(k, jnp.zeros(image.shape)), jax.random.key(0))
+    shapes, _ = jax.eval_shape(
+        lambda k: model.init_with_output(k, jnp.zeros(image.shape)), jax.random.key(0)
+    )
     for layer in (1, 2, 3):
         side = 2 ** (layer + 1)
         assert shapes[layer].shape == (2, 224 // side, 160 // side, arch.channels[layer - 1])
 
 
 def test_unknown_teacher_lists_the_known():
-    with pytest.raises(ValueError, match="unknown teacher 'resnet19'; available: .*resnet18"):
+    with pytest.raises(ValueError, match=r"unknown teacher 'resnet19'; available: .*resnet18"):
         resnet.architecture("resnet19")

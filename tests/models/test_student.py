@@ -70,7 +70,7 @@ def test_masked_tokens_do_not_reach_the_encoder(golden):
 
 
 def test_unmasked_output_needs_no_randomness_and_equals_a_shuffled_pass(golden):
-    inputs, outputs, folder = golden
+    inputs, _, folder = golden
     image = inputs["img64__x"].transpose(0, 2, 3, 1)
     plain = MODEL.apply(variables(folder, ""), image)
     shuffled = MODEL.apply(variables(folder, ""), image, inputs["img64__noise"], 0.0)
