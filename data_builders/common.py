@@ -101,11 +101,16 @@ def is_image(name: str) -> bool:
 
 
 def folder_fingerprint(folder: os.PathLike) -> str:
-    """Returns a hash of the relative names and sizes of a folder's image files."""
+    """Returns a hash of the relative names, sizes and times of a folder's image files.
+
+    The time belongs to it: uncompressed pictures of another line have the same names and sizes.
+    """
     digest = hashlib.sha256()
     for path in list_images(folder):
         name = path.relative_to(folder).as_posix()
-        digest.update(f"{name}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
+        known = path.stat()
+        line = f"{name}\0{known.st_size}\0{known.st_mtime_ns}\n"
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -176,7 +181,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @classmethod
     def fingerprint(cls, root: pathlib.Path | None, category: str) -> str:
-        """Returns a text that changes when the raw data does: names and sizes, or the version."""
+        """Returns a text that changes when the raw data does: its files, or the version."""
         if cls.PROCEDURAL:
             return f"{cls.name} {cls.VERSION}"
         return folder_fingerprint(cls.category_folders(root)[category])

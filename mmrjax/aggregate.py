@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from mmrjax import evaluate, metrics
+from mmrjax import evaluate, files, metrics
 
 
 def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
@@ -31,7 +31,7 @@ def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
         "comparisons": _comparisons(root, runs),
         "reference_domain": reference_domain or None,
     }
-    evaluate.write_text(root / "results.json", json.dumps(content, indent=1))
+    files.write_text(root / "results.json", json.dumps(content, indent=1))
     return content
 
 
@@ -54,7 +54,7 @@ def _method(runs: list[dict], reference_domain: str) -> dict:
 
 
 def _over_seeds(seeds: dict[str, dict]) -> dict:
-    """Mean, sample standard deviation and single values; the interval is the first seed's."""
+    """Mean, sample standard deviation and single values; interval ends are averaged over seeds."""
     first = next(iter(seeds.values()))
     merged = {"counts": first["counts"], "reasons": first.get("reasons", {})}
     for name in metrics.METRICS:
@@ -63,10 +63,16 @@ def _over_seeds(seeds: dict[str, dict]) -> dict:
         merged[name] = {
             "mean": float(np.mean(defined)) if defined else None,
             "std": float(np.std(defined, ddof=1)) if len(defined) > 1 else None,
-            "ci95": first.get("ci95", {}).get(name),
+            "ci95": _mean_interval([domain.get("ci95", {}).get(name) for domain in seeds.values()]),
             "seeds": values,
         }
     return merged
+
+
+def _mean_interval(intervals: list[list[float] | None]) -> list[float] | None:
+    if not intervals or None in intervals:
+        return None
+    return [float(end) for end in np.mean(intervals, axis=0)]
 
 
 def _comparisons(root: pathlib.Path, runs: dict[str, list[dict]]) -> list[dict]:

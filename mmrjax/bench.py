@@ -8,6 +8,7 @@ A-B-B-A order, so that drift of the machine cancels; the ratio is of the medians
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 
 from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
-from mmrjax import methods, optim, train
+from mmrjax import methods, train
 from mmrjax import state as state_lib
 
 TWIN = pathlib.Path(__file__).resolve().parent.parent / "scripts" / "torch_reference.py"
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.worker:
         print(json.dumps({"windows": measure(arguments)}))
         return 0
+    if arguments.vs and jax.default_backend() != "cpu":
+        print("error: --vs=torch compares on CPU only: JAX_PLATFORMS=cpu", file=sys.stderr)
+        return 1
     if arguments.vs and not TWIN.exists():
         print(f"error: {TWIN} is not here; run from a checkout of the repository", file=sys.stderr)
         return 1
@@ -63,7 +67,7 @@ def measure(arguments: argparse.Namespace) -> list[float]:
     method = methods.create("mmr", config)
     frozen = mesh_lib.replicate(method.load_frozen()[0], mesh)
     variables, _ = method.init(jax.random.key(0), frozen)
-    tx = optim.optimiser(config.optim, config.train.epochs, steps_per_epoch=1)
+    tx = method.optimiser(steps_per_epoch=1)
     step = state_lib.make_train_step(method, tx, train.make_augment(config), 1, mesh)
     state = mesh_lib.replicate(state_lib.create(variables, tx), mesh)
     resident = mesh_lib.replicate(_textured_images(arguments.batch), mesh)
@@ -105,7 +109,8 @@ def _run(name: str, arguments: argparse.Namespace) -> list[float]:
         config = config_lib.load(arguments.config)
         width, depth, heads = methods.mmr.student_size(config.student)
         sizes = [f"--width={width}", f"--depth={depth}", f"--heads={heads}"]
-        command = [str(TWIN), "--benchmark", f"--arch={config.teacher.name}", *sizes, *numbers]
+        sizes += [f"--arch={config.teacher.name}", f"--threads={os.cpu_count()}"]
+        command = [str(TWIN), "--benchmark", *sizes, *numbers]
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     return result["windows"]

@@ -7,6 +7,7 @@ does not match is reported and the previous one is used. The frozen teacher is n
 
 import pathlib
 import re
+import shutil
 import zlib
 
 import jax
@@ -65,27 +66,37 @@ class Checkpoints:
         """
         steps = self.steps()[::-1]
         for step in steps:
-            meta = self._meta(step)
-            if meta is None:
-                continue
-            if isinstance(target, jax.sharding.Sharding):
-                wanted = _stored_dict(meta["leaves"], target)
-            else:
-                _check_leaves(meta["leaves"], _describe(target), self._directory / str(step))
-                wanted = target
-            tree = self._read(step, wanted)
-            if tree is None:
-                continue
-            damaged = [k for k, crc in checksums(tree).items() if meta["checksums"].get(k) != crc]
-            if not damaged:
+            tree = self._intact(step, target)
+            if tree is not None:
+                for newer in steps[: steps.index(step)]:
+                    # Out of the way: their steps will be saved again.
+                    shutil.rmtree(self._directory / str(newer))
+                    self._manager.reload()
                 return step, tree
-            logging.error("checkpoint %d is damaged (checksum of %s): ignored", step, damaged[:3])
         if steps:
             raise RuntimeError(
                 f"none of the checkpoints {steps} in {self._directory} can be read; delete that "
                 "folder to train again from the start"
             )
         return None
+
+    def _intact(self, step: int, target):
+        """The tree of one checkpoint, or None when it is damaged."""
+        meta = self._meta(step)
+        if meta is None:
+            return None
+        if isinstance(target, jax.sharding.Sharding):
+            target = _stored_dict(meta["leaves"], target)
+        else:
+            _check_leaves(meta["leaves"], _describe(target), self._directory / str(step))
+        tree = self._read(step, target)
+        if tree is None:
+            return None
+        damaged = [k for k, crc in checksums(tree).items() if meta["checksums"].get(k) != crc]
+        if damaged:
+            logging.error("checkpoint %d is damaged (checksum of %s): ignored", step, damaged[:3])
+            return None
+        return tree
 
     def _meta(self, step: int) -> dict | None:
         try:

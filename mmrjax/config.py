@@ -9,11 +9,35 @@ import difflib
 import importlib.util
 import inspect
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-import configs
+PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "configs"
+
+
+# Types of the entries of tuples that are empty by default.
+TUPLES = {"data.categories": str, "eval.resize": int}
+# Smallest and largest value of a field, or of every entry of a tuple.
+RANGES = (
+    ("optim.warmup", 0.0, 1.0),  # shares of train.epochs, not epochs
+    ("optim.drops", 0.0, 1.0),
+    ("optim.learning_rate", 0.0, 10.0),
+    ("student.mask_ratio", 0.0, 0.99),
+    ("student.layers", 1, 3),
+    ("patchcore.layers", 1, 3),
+    ("patchcore.coreset", 1e-6, 1.0),  # a share, not percent
+    ("train.crop_scale", 1e-3, 1.0),
+    ("train.crop_ratio", 1e-2, 1e2),
+    ("data.max_side", 0, 1 << 20),
+    ("data.resident_gib", 0.0, 1e6),
+    ("train.seeds", 0, (1 << 32) - 1),
+    ("train.steps_per_call", 0, 1 << 20),
+    ("eval.bootstrap", 0, 1 << 20),
+    ("report.gallery", 0, 1 << 20),
+    ("ckpt.every_seconds", 0.0, 1e9),
+)
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -41,17 +65,18 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def _find(path: str) -> pathlib.Path:
-    given = pathlib.Path(path)
-    packaged = pathlib.Path(configs.__file__).parent
-    for candidate in (given, packaged / given.name):
-        if candidate.is_file():
-            return candidate
+    given, packaged = pathlib.Path(path), PACKAGED
+    if given.is_file():
+        return given
+    if str(given.parent) in (".", "configs") and (packaged / given.name).is_file():
+        return packaged / given.name
     known = sorted(f"configs/{p.name}" for p in packaged.glob("*.py") if p.stem != "__init__")
     known.remove("configs/common.py")
     raise FileNotFoundError(f"no configuration file {path!r}; available: {', '.join(known)}")
 
 
 def _import(path: pathlib.Path):
+    _import_package()
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -60,8 +85,19 @@ def _import(path: pathlib.Path):
     return module
 
 
+def _import_package() -> None:
+    """Makes `from configs import common` mean ours, whatever folder of that name is around."""
+    if getattr(sys.modules.get("configs"), "__file__", None):
+        return
+    spec = importlib.util.spec_from_file_location(
+        "configs", PACKAGED / "__init__.py", submodule_search_locations=["configs", str(PACKAGED)]
+    )
+    sys.modules["configs"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["configs"])
+
+
 def flatten(config: ConfigDict) -> dict[str, object]:
-    """{"group.field": value} of every field, in order of definition."""
+    """{"group.field": value} of every field, sorted by name."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
@@ -103,7 +139,7 @@ def _parse(name: str, text: str, default: object) -> object:
             raise wrong
         return text.lower() in ("true", "1")
     if isinstance(default, tuple):
-        return _parse_tuple(text)
+        return _parse_tuple(name, text, default)
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError) as e:
@@ -115,17 +151,18 @@ def _parse(name: str, text: str, default: object) -> object:
     return value
 
 
-def _parse_tuple(text: str) -> tuple:
-    """`54,55`, `(54, 55)`, `mmr,patchcore` and a single `54` alike; "" and "()" are empty."""
+def _parse_tuple(name: str, text: str, default: tuple) -> tuple:
+    """`54,55`, `(54, 55)`, `mmr,patchcore` and a single `54` alike; "" and "()" are empty.
+
+    Items take the type of the default's first one; of an empty default, what TUPLES says.
+    """
+    kind = type(default[0]) if default else TUPLES[name]
     parts = [part.strip().strip("'\"") for part in text.strip("()[] ").split(",")]
-
-    def item(part: str) -> object:
-        try:
-            return ast.literal_eval(part)
-        except (ValueError, SyntaxError):
-            return part
-
-    return tuple(item(part) for part in parts if part)
+    try:
+        return tuple(kind(part) for part in parts if part)
+    except ValueError as e:
+        example = default or (kind(1),)
+        raise ValueError(f"--config.{name}={text}: expected values such as {example!r}") from e
 
 
 def validate(config: ConfigDict) -> None:
@@ -146,10 +183,20 @@ def validate(config: ConfigDict) -> None:
     for name in ("train.epochs", "train.batch_size", "eval.batch_size", "ckpt.keep"):
         if flat[name] < 1:
             raise ValueError(f"--config.{name}={flat[name]}: must be at least 1")
+    for name, low, high in RANGES:
+        values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
+        if not all(low <= value <= high for value in values):
+            raise ValueError(f"--config.{name}={flat[name]}: must lie between {low} and {high}")
+    for name, length in (("train.crop_scale", 2), ("train.crop_ratio", 2)):
+        if len(flat[name]) != length or flat[name][0] > flat[name][1]:
+            raise ValueError(f"--config.{name}={flat[name]}: expected smallest,largest")
+    for name in ("student.layers", "patchcore.layers", "train.seeds", "method.names"):
+        if not flat[name] or len(set(flat[name])) < len(flat[name]):
+            raise ValueError(f"--config.{name}={flat[name]}: give one or more different values")
     for name in ("data.image_size", "data.resize", "eval.resize"):
         value = flat[name]
         optional = name == "eval.resize" and not value
-        if not optional and (len(value) != 2 or not all(isinstance(n, int) for n in value)):
+        if not optional and (len(value) != 2 or min(value) < 1):
             raise ValueError(f"--config.{name}={value}: expected height,width such as 224,224")
     for name in ("data.resize", "eval.resize"):
         if flat[name] and any(
@@ -159,7 +206,3 @@ def validate(config: ConfigDict) -> None:
                 f"--config.{name}={flat[name]}: smaller than data.image_size="
                 f"{flat['data.image_size']}, which is cropped from it"
             )
-    if not 0 <= config.student.mask_ratio < 1:
-        raise ValueError(f"--config.student.mask_ratio={config.student.mask_ratio}: not in [0, 1)")
-    if not config.train.seeds or not all(isinstance(s, int) for s in config.train.seeds):
-        raise ValueError(f"--config.train.seeds={config.train.seeds}: expected integers: 54,55,56")

@@ -10,8 +10,8 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-import os
 import pathlib
+import shlex
 import sys
 import time
 
@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mmrjax import logs, metrics, train, visualize
+from mmrjax import files, logs, metrics, train, visualize
 from mmrjax import mesh as mesh_lib
 from mmrjax.data import geometry
 from mmrjax.data.records import ANOMALY, Records
@@ -117,8 +117,8 @@ def evaluate(
         "label": np.where(is_anomaly, "anomaly", "good"),
         "score": predictions.scores,
     }
-    write_text(folder / "scores.csv", _scores_csv(table))
-    write_text(folder / "curves.json", json.dumps(curves))
+    files.write_text(folder / "scores.csv", _scores_csv(table))
+    files.write_text(folder / "curves.json", json.dumps(curves))
     scale = visualize.fixed_scale(predictions.maps)
     visualize.write_gallery(
         folder / "maps",
@@ -146,7 +146,7 @@ def evaluate(
         "metrics": {key: domains},
         "facts": facts,
     }
-    write_text(folder / "results.json", json.dumps(results, indent=1))
+    files.write_text(folder / "results.json", json.dumps(results, indent=1))
     logging.info(
         "%s %s seed %d: image AUROC %s, pixel AUROC %s, aupro_0.3 %s, pro_mmr %s",
         trained.method.name,
@@ -182,14 +182,6 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that it is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def _relabel(predictions: Predictions, is_anomaly: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Official MMR labels: an anomaly whose mask the crop emptied counts as good (quirk 16)."""
     empty = is_anomaly & predictions.table["has_mask"] & ~predictions.masks.any(axis=(1, 2))
@@ -212,8 +204,15 @@ def _facts(trained: train.Trained, notes: list[str]) -> dict:
     return {
         **trained.facts,
         "seconds": dict(trained.facts["seconds"]),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
         "notes": notes,
-        "command": " ".join(["python", "-m", "mmrjax.main", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "mmrjax.main", *sys.argv[1:]]),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: run from a checkout"

@@ -4,14 +4,17 @@ Only process 0 writes.
 """
 
 import json
+import logging as std_logging
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 
 import jax
 import tqdm
-from absl import logging
+from absl import flags, logging
+
+from mmrjax import files
 
 LINE_SECONDS = 15.0  # between plain lines when there is no terminal
 FLUSH_SECONDS = 1.0  # between fetches of the losses from the device
@@ -19,9 +22,12 @@ FLUSH_SECONDS = 1.0  # between fetches of the losses from the device
 
 def setup() -> None:
     """Shows our own log lines, and of the libraries' only warnings: Orbax writes 40 per save."""
+    flags.FLAGS.mark_as_parsed()  # nothing here has absl flags, but absl and Grain look for them
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
-    logging.get_absl_handler().addFilter(
+    handler = logging.get_absl_handler()
+    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(
         lambda record: (
             record.levelno >= logging.converter.STANDARD_WARNING
             or any(name in record.pathname for name in ("mmrjax", "data_builders"))
@@ -34,9 +40,20 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and jax.process_index() == 0
 
 
-def progress(items: Sequence | Iterable, label: str, total: int | None = None) -> Iterator:
-    """Iterates with a bar on a terminal, silently otherwise."""
-    return tqdm.tqdm(items, desc=label, total=total, disable=not on_terminal(), leave=False)
+def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
+    """Iterates with a bar on a terminal; elsewhere a plain line now and then says how far it is."""
+    total = len(items) if total is None and isinstance(items, Sized) else total
+    if on_terminal():
+        yield from tqdm.tqdm(items, desc=label, total=total, leave=False)
+        return
+    started = last_line = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - last_line >= LINE_SECONDS:
+            last_line = time.monotonic()
+            left = (last_line - started) / done * (total - done) if done and total else None
+            rest = "" if left is None else f", {tqdm.tqdm.format_interval(left)} left"
+            logging.info("%s %d/%s%s", label, done, total or "?", rest)
+        yield item
 
 
 class TrainLog:
@@ -48,9 +65,9 @@ class TrainLog:
         if path.exists():
             lines = (_parse(line) for line in path.read_text().splitlines())
             kept = [line for line in lines if line and line["step"] < start]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w")
-        self._file.writelines(json.dumps(line) + "\n" for line in kept)
+        # Replaced whole, then appended to: a kill at any moment keeps the history.
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
         self._stop, self._steps_per_epoch, self._batch = stop, steps_per_epoch, batch
         self._pending: list[tuple[int, dict]] = []
         self._step, self._last_flush, self._last_line = start, time.monotonic(), time.monotonic()
@@ -92,7 +109,7 @@ class TrainLog:
                     raise FloatingPointError(
                         f"the loss is {line['loss']} at step {line['step']} (steps {first} to "
                         f"{first + done - 1} were checked together); lower optim.learning_rate or "
-                        "use train.compute_dtype=float32; the last checkpoint is from before"
+                        "use train.compute_dtype=float32, in another --workdir"
                     )
         self._file.flush()
         self._step = first + done
@@ -123,6 +140,12 @@ class TrainLog:
         """Closes bar and file."""
         self._bar.close()
         self._file.close()
+
+
+def seconds(path: pathlib.Path, batch: int) -> float:
+    """Time spent in the steps that `path` holds, over all calls that took part in a run."""
+    lines = [_parse(line) for line in path.read_text().splitlines()]
+    return round(sum(batch / line["images_per_second"] for line in lines if line), 1)
 
 
 def _parse(line: str) -> dict | None:

@@ -19,7 +19,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from data_builders import build
-from mmrjax import aggregate, evaluate, logs, methods, report, train
+from mmrjax import aggregate, evaluate, files, logs, methods, report, train
 from mmrjax import config as config_lib
 from mmrjax.data import records as records_lib
 from mmrjax.data import splits
@@ -52,12 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _use_compile_cache()
         results, report_path = run_all(config, arguments.workdir, arguments.mode)
     except train.Interrupted as e:
-        print(f"{e}; the same command continues", file=sys.stderr)
-        return 143
+        message, number = e.args
+        print(f"{message}; the same command continues", file=sys.stderr)
+        return 128 + number
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError, OSError) as e:
+    except (ValueError, FloatingPointError, RuntimeError, OSError) as e:
+        if os.environ.get("MMRJAX_TRACEBACK"):
+            raise
         print(f"error: {e}", file=sys.stderr)
         return 1
     print(results_table(results))
@@ -105,25 +108,48 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
     logging.info("jax %s on %s", jax.__version__, jax.devices())
     for name in config.method.names:
         if name not in methods.METHODS:
-            raise ValueError(
-                f"--config.method.names={name}: unknown; known: {sorted(methods.METHODS)}"
-            )
-    directories = build.build(
-        config.data.name,
-        config.data.raw_dir or None,
-        config.data.data_dir,
-        list(config.data.categories) or None,
-    )
+            known = sorted(methods.METHODS)
+            raise ValueError(f"--config.method.names={name}: unknown; known: {known}")
+    wanted = None
+    if mode == "evaluate":
+        wanted = trained_runs(workdir)
+    check_same_data_set(config, workdir)
+    try:
+        directories = build.build(
+            config.data.name,
+            config.data.raw_dir or None,
+            config.data.data_dir,
+            list(config.data.categories) or None,
+        )
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{e} (here: --config.data.raw_dir=…)") from e
     root = results_root(config, workdir)
     for category, directory in directories.items():
         records = records_lib.load(directory)
-        for name in config.method.names:
-            for seed in config.train.seeds:
-                run = workdir / name / category / f"seed{seed}"
-                folder = root / name / category / f"seed{seed}"
-                run_one(config, name, records, seed, run, folder, mode)
+        runs = [
+            (name, category, seed) for name in config.method.names for seed in config.train.seeds
+        ]
+        if wanted is not None:
+            runs = [run for run in wanted if run[1] == category]
+        for name, _, seed in runs:
+            path = pathlib.Path(name, category, f"seed{seed}")
+            run_one(config, name, records, seed, workdir / path, root / path, mode)
     results = aggregate.aggregate(root, config.title, config.data.reference_domain)
     return results, report.write_report(root)
+
+
+def trained_runs(workdir: pathlib.Path) -> list[tuple[str, str, int]]:
+    """(method, category, seed) of every run in a work directory.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    found = [path.parent for path in sorted(workdir.glob("*/*/seed*/config.json"))]
+    runs = [(p.parent.parent.name, p.parent.name, int(p.name[4:])) for p in found]
+    runs = [run for run in runs if run[0] in methods.METHODS]
+    if not runs:
+        raise FileNotFoundError(f"nothing trained in {workdir}; run once without --mode=evaluate")
+    return runs
 
 
 def run_one(
@@ -136,8 +162,8 @@ def run_one(
     mode: str,
 ) -> None:
     """Trains and evaluates one method on one category with one seed, unless that is done."""
-    finished = _read_json(folder / "results.json")
-    check_same_training(config, name, run, mode)
+    config = settle_config(config, name, run, records.digest, mode)
+    finished = files.read_json(folder / "results.json")
     if finished and finished["facts"].get("eval") == evaluate.eval_fields(config):
         logging.info("%s: finished before, see %s", run, folder / "results.json")
         return
@@ -148,7 +174,7 @@ def run_one(
     if folder != run:  # another view: the report there shows the same training
         for file in ("config.json", "metrics.jsonl"):
             if (run / file).exists():
-                evaluate.write_text(folder / file, (run / file).read_text())
+                files.write_text(folder / file, (run / file).read_text())
     evaluate.evaluate(trained, records, test_rows, config, seed, folder)
 
 
@@ -162,35 +188,66 @@ def results_root(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     return workdir / "evaluations" / "-".join(parts) if parts else workdir
 
 
-def check_same_training(config: ConfigDict, name: str, run: pathlib.Path, mode: str) -> None:
-    """Compares with the run's config.json, or writes it.
+def check_same_data_set(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises ValueError when the work directory holds runs on another data set."""
+    for path in workdir.glob("*/*/seed*/config.json"):
+        stored = (files.read_json(path) or {}).get("data", {}).get("name", config.data.name)
+        if stored != config.data.name:
+            raise ValueError(
+                f"{workdir} holds runs on {stored}, this configuration is for {config.data.name}; "
+                "use another --workdir"
+            )
+
+
+def settle_config(
+    config: ConfigDict, name: str, run: pathlib.Path, digest: str, mode: str
+) -> ConfigDict:
+    """Holds the configuration against the run's config.json, or writes that.
+
+    Args:
+      config: of this call.
+      name: of the method.
+      run: directory of the run.
+      digest: of the records; a run belongs to the data it was trained on.
+      mode: with "evaluate", what is stored wins over `config` in every field that shaped training.
+
+    Returns:
+      The configuration to go on with.
 
     Raises:
       ValueError: fields that change what is trained differ, naming them.
-      FileNotFoundError: nothing was trained there and `mode` is "evaluate".
     """
-    flat = json.loads(json.dumps(config_lib.flatten(config)))
     path = run / "config.json"
-    stored = _read_json(path)
-    if stored is None:
-        if mode == "evaluate":
-            raise FileNotFoundError(f"nothing trained at {run}; run once without --mode=evaluate")
-        evaluate.write_text(path, json.dumps(config.to_dict(), indent=1))
-        return
-    before = config_lib.flatten(ConfigDict(stored))
+    stored = files.read_json(path)
+    begun = any(p.name.isdigit() for sub in ("checkpoints", "fitted") for p in run.glob(f"{sub}/*"))
+    if stored is None or not (begun or mode == "evaluate"):
+        # A run without any saved step may still change its mind.
+        content = {**config.to_dict(), "data_digest": digest}
+        files.write_text(path, json.dumps(content, indent=1))
+        return config
+    if stored.pop("data_digest", digest) != digest:
+        raise ValueError(
+            f"{run} was trained on other data than the records hold now; use another --workdir"
+        )
     own = methods.METHODS[name].fields
     others = {field for method in methods.METHODS.values() for field in method.fields} - {*own}
-    ignored = (*FREE_FIELDS, *others)
-    differing = [
-        f"{field}: was {before.get(field)!r}, is {value!r}"
-        for field, value in flat.items()
-        if not field.startswith(ignored) and _plain(before.get(field)) != value
-    ]
-    if differing:
+    before, settled = config_lib.flatten(ConfigDict(stored)), config.copy_and_resolve_references()
+    differing = {}
+    for field, value in config_lib.flatten(config).items():
+        old = before.get(field, value)
+        old = tuple(old) if isinstance(value, tuple) else old
+        if old != value and not field.startswith((*FREE_FIELDS, *others)):
+            differing[field] = old
+    if differing and mode == "evaluate":
+        settled.update_from_flattened_dict(differing)
+    elif differing:
+        flat = config_lib.flatten(config)
+        listed = "; ".join(f"{f}: was {old!r}, is {flat[f]!r}" for f, old in differing.items())
         raise ValueError(
-            f"{run} was trained with another configuration ({'; '.join(differing)}); use another "
-            "--workdir, or for another view of the same model --config.eval.resize"
+            f"{run} was trained with another configuration ({listed}); use another --workdir, or "
+            "for another view of the same model --mode=evaluate --config.eval.resize=…"
         )
+    return settled
 
 
 def results_table(results: dict) -> str:
@@ -206,21 +263,15 @@ def results_table(results: dict) -> str:
                     text = evaluate.percent(values[name]["mean"])
                     cells.append(text if spread is None else f"{text} ± {100 * spread:.1f}")
                 rows.append([method, key, domain, *cells])
+        if sum(len(domains) for domains in content["metrics"].values()) > 1:
+            means = [content["summary"].get(name, {}).get("mean") for name in names]
+            rows.append(
+                [method, "mean", "over domains, then categories", *map(evaluate.percent, means)]
+            )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
     )
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _read_json(path: pathlib.Path) -> dict | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _use_compile_cache() -> None:

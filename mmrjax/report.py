@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import jinja2
 import numpy as np
 
-from mmrjax import charts, report_files, report_tables, report_words
+from mmrjax import charts, files, report_files, report_tables, report_words
 
 CATEGORY_BYTES = 2_400_000  # all embedded pictures of one category, as base64
 PAGE_BYTES = 24_000_000  # and of all categories together
@@ -59,9 +59,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         )
         environment.filters |= {"percent": report_tables.percent, "md": _markdown, "fact": _fact}
         text = environment.get_template(f"{name}.j2").render(content)
-        part = workdir / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(workdir / name)
+        files.write_text(workdir / name, text)
     return workdir / "report.html"
 
 

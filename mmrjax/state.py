@@ -54,7 +54,7 @@ def update(
     key: jax.Array,
     progress: dict,
 ) -> tuple[TrainState, dict]:
-    """One gradient step of `method.loss` over `params`; methods with two optimisers override it."""
+    """One gradient step of `method.loss` over `params`."""
 
     def loss_fn(params: dict) -> tuple[jax.Array, tuple[dict, dict]]:
         variables = {"params": params, **state.collections}
@@ -84,7 +84,6 @@ def make_train_step(
     Logs are float32 [k]. The state is donated: the caller must not touch the old one again.
     Teacher and images are arguments, since captured arrays would become constants of the program.
     """
-    step_update = getattr(method, "update", None)
 
     def one_step(state, frozen, resident, rows, key):
         key = jax.random.fold_in(key, state.step)
@@ -98,8 +97,8 @@ def make_train_step(
             "keys": key_method,
         }
         progress = {"step": state.step, "epoch": state.step // steps_per_epoch}
-        if step_update is not None:
-            return step_update(state, frozen, batch, key, progress)
+        if method.update is not None:
+            return method.update(state, frozen, batch, key, progress)
         return update(method, tx, state, frozen, batch, key, progress)
 
     def train_step(state, frozen, resident, chunk, key):

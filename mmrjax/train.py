@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 from mmrjax import checkpoint, logs, methods, optim
 from mmrjax import mesh as mesh_lib
 from mmrjax import state as state_lib
-from mmrjax.data import augment, feed, geometry
+from mmrjax.data import augment, epochs, feed, geometry
 from mmrjax.data.records import Records
 
+LOG = "metrics.jsonl"
 STEPS_PER_CALL = 64  # on accelerators: about a second of work, never more than an epoch
 
 
@@ -37,8 +38,8 @@ class Trained:
 
 
 @dataclasses.dataclass
-class Stage:
-    """What both stages of a run work with."""
+class Run:
+    """What both stages of a run, gradient and fit, work with."""
 
     config: ConfigDict
     method: methods.base.Method
@@ -46,7 +47,7 @@ class Stage:
     records: Records
     indices: np.ndarray
     seed: int
-    run: pathlib.Path
+    folder: pathlib.Path
     mesh: jax.sharding.Mesh
     evaluate_only: bool
 
@@ -54,11 +55,11 @@ class Stage:
         """Raises ValueError when this call may only evaluate."""
         if self.evaluate_only:
             raise ValueError(
-                f"{self.run} is not trained to the end ({done}); run once without --mode=evaluate"
+                f"{self.folder} is not trained to the end ({done}); run it without --mode=evaluate"
             )
 
-    def feed(self) -> feed.Feed:
-        """The training batches."""
+    def feed(self, start: int) -> feed.Feed:
+        """The training batches from step `start` on."""
         on_cpu = jax.default_backend() == "cpu"
         data, train = self.config.data, self.config.train
         return feed.Feed(
@@ -70,12 +71,13 @@ class Stage:
             batch_size=train.batch_size,
             seed=self.seed,
             steps_per_call=train.steps_per_call or (1 if on_cpu else STEPS_PER_CALL),
+            start=start,
             device_mesh=self.mesh,
         )
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C); its state is saved."""
+    """The run was asked to stop by a signal; its state is saved. `args`: message, signal."""
 
 
 def train(
@@ -84,7 +86,7 @@ def train(
     records: Records,
     indices: np.ndarray,
     seed: int,
-    run: pathlib.Path,
+    folder: pathlib.Path,
     evaluate_only: bool = False,
 ) -> Trained:
     """Trains one method on one category with one seed, or picks up where a killed run stopped.
@@ -95,7 +97,7 @@ def train(
       records: of the category.
       indices: records to train on.
       seed: of initial values, order, crops and masks.
-      run: directory of this run; checkpoints/ and metrics.jsonl go there.
+      folder: of this run; checkpoints/, fitted/ and metrics.jsonl go there.
       evaluate_only: refuse to train what is not finished.
 
     Raises:
@@ -103,87 +105,91 @@ def train(
       Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     mesh = mesh_lib.make_mesh()
-    mesh_lib.check_divisible("train.batch_size", config.train.batch_size, mesh)
     method = methods.create(name, config)
+    if method.trains:
+        mesh_lib.check_divisible("train.batch_size", config.train.batch_size, mesh)
+    mesh_lib.check_divisible("eval.batch_size", config.eval.batch_size, mesh)
+    if method.dtype == jnp.float32:  # also on accelerators, whose default is less
+        jax.config.update("jax_default_matmul_precision", "highest")
     frozen, facts = method.load_frozen()
     frozen = mesh_lib.replicate(frozen, mesh)
     key_init, key_train, key_fit = jax.random.split(jax.random.key(seed), 3)
     variables, init_facts = method.init(key_init, frozen)
-    facts |= init_facts
-    facts["parameters"] = {
-        "trained": _count(variables["params"]),
-        "frozen": _count(frozen),
-    }
-    started = time.monotonic()
-    stage = Stage(config, method, frozen, records, indices, seed, run, mesh, evaluate_only)
+    parameters = {"trained": _count(variables["params"]), "frozen": _count(frozen)}
+    facts |= {**init_facts, "parameters": parameters, "compute_dtype": str(method.dtype)}
+    run = Run(config, method, frozen, records, indices, seed, folder, mesh, evaluate_only)
+    facts["seconds"] = {}
     if method.trains:
-        variables = _gradient_stage(stage, variables, key_train)
+        variables = _gradient_stage(run, variables, key_train)
+        facts["seconds"]["training"] = logs.seconds(folder / LOG, config.train.batch_size)
     if method.fits:
-        variables = _fit_stage(stage, variables, key_fit)
-    facts["seconds"] = {"train": round(time.monotonic() - started, 1)}
+        started = time.monotonic()
+        variables, fitted = _fit_stage(run, variables, key_fit)
+        if fitted:
+            facts["seconds"]["fitting"] = round(time.monotonic() - started, 1)
     return Trained(method, variables, frozen, facts, mesh)
 
 
-def _gradient_stage(stage: Stage, variables: dict, key: jax.Array) -> dict:
+def _gradient_stage(run: Run, variables: dict, key: jax.Array) -> dict:
     """Runs the steps that are still to do and returns the trained variables."""
-    config, data = stage.config, stage.feed()
-    total = config.train.epochs * data.steps_per_epoch
-    tx = optim.optimiser(config.optim, config.train.epochs, data.steps_per_epoch)
-    step_fn = state_lib.make_train_step(
-        stage.method, tx, make_augment(config), data.steps_per_epoch, stage.mesh
-    )
-    state = mesh_lib.replicate(state_lib.create(variables, tx), stage.mesh)
-    with checkpoint.Checkpoints(stage.run / "checkpoints", config.ckpt.keep) as checkpoints:
+    config = run.config
+    steps_per_epoch = epochs.steps_per_epoch(len(run.indices), config.train.batch_size)
+    total = config.train.epochs * steps_per_epoch
+    tx = run.method.optimiser(steps_per_epoch)
+    state = mesh_lib.replicate(state_lib.create(variables, tx), run.mesh)
+    with checkpoint.Checkpoints(run.folder / "checkpoints", config.ckpt.keep) as checkpoints:
         start, state = checkpoints.restore(state) or (0, state)
         if 0 < start < total:
             logging.info("resuming at step %d of %d", start, total)
         if start < total:
-            stage.refuse_to_train(f"step {start} of {total}")
-            state = _loop(stage, step_fn, state, data, start, total, key, checkpoints)
+            run.refuse_to_train(f"step {start} of {total}")
+            step_fn = state_lib.make_train_step(
+                run.method, tx, make_augment(config), steps_per_epoch, run.mesh
+            )
+            state = _loop(run, step_fn, state, start, total, key, checkpoints)
     return state.variables
 
 
-def _loop(stage, step_fn, state, data, start, total, key, checkpoints) -> state_lib.TrainState:
+def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.TrainState:
     """Step, log, save when due, stop when asked; in this order, so that a save is complete."""
-    config = stage.config
+    config, data = run.config, run.feed(start)
     log = logs.TrainLog(
-        stage.run / "metrics.jsonl", start, total, data.steps_per_epoch, config.train.batch_size
+        run.folder / LOG, start, total, data.steps_per_epoch, config.train.batch_size
     )
     rates = optim.learning_rates(config.optim, config.train.epochs)
     step, last_save = start, time.monotonic()
     with log, StopRequest() as stop:
         for chunk in data.chunks(start, total):
-            state, values = step_fn(state, stage.frozen, data.resident, chunk, key)
+            state, values = step_fn(state, run.frozen, data.resident, chunk, key)
             rate = np.full(data.steps_per_call, rates[step // data.steps_per_epoch])
             log.add(step, {**values, "lr": rate})
             step += data.steps_per_call
             due = time.monotonic() - last_save >= config.ckpt.every_seconds
-            if due or stop.requested or step == total:
+            if due or stop.signal or step == total:
                 log.flush()  # raises on a loss that is not finite: such a state is not saved
                 checkpoints.save(step, state)
                 last_save = time.monotonic()
-            if stop.requested and step < total:
+            if stop.signal:
                 checkpoints.wait()
-                raise Interrupted(f"stopped at step {step} of {total} as asked; state saved")
+                raise Interrupted(f"stopped at step {step} of {total}, saved", stop.signal)
     return state
 
 
-def _fit_stage(stage: Stage, variables: dict, key: jax.Array) -> dict:
-    """Fits, or restores a finished fit."""
-    config = stage.config
-    with checkpoint.Checkpoints(stage.run / "fitted", config.ckpt.keep) as checkpoints:
-        restored = checkpoints.restore(mesh_lib.replicated(stage.mesh))
+def _fit_stage(run: Run, variables: dict, key: jax.Array) -> tuple[dict, bool]:
+    """Fits, or restores a finished fit; (variables, whether it was done now)."""
+    config = run.config
+    with checkpoint.Checkpoints(run.folder / "fitted", config.ckpt.keep) as checkpoints:
+        restored = checkpoints.restore(mesh_lib.replicated(run.mesh))
         if restored is not None:
-            return {**variables, **restored[1]}
-        stage.refuse_to_train("not fitted")
-        batches = geometry.batches(
-            stage.records, stage.indices, geometry.View.of(config), config.eval.batch_size
-        )
-        images = ((mesh_lib.put_batch(image, stage.mesh), n) for image, _, n in batches)
-        fitted = stage.method.fit(variables, stage.frozen, images, key)
-        changed = {name: value for name, value in fitted.items() if name not in variables}
-        checkpoints.save(0, changed)
-    return fitted
+            return {**variables, **restored[1]}, False
+        run.refuse_to_train("not fitted")
+        view, size, count = geometry.View.of(config), config.eval.batch_size, len(run.indices)
+        batches = geometry.batches(run.records, run.indices, view, size)
+        batches = logs.progress(batches, "embedding", -(-count // size))
+        images = ((mesh_lib.put_batch(image, run.mesh), real) for image, _, real in batches)
+        fitted = run.method.fit(variables, run.frozen, images, count, key)
+        checkpoints.save(0, {name: fitted[name] for name in fitted if name not in variables})
+    return fitted, True
 
 
 def make_augment(config: ConfigDict) -> state_lib.Augment:
@@ -204,7 +210,7 @@ def make_augment(config: ConfigDict) -> state_lib.Augment:
 class StopRequest:
     """Notices SIGTERM and Ctrl-C in a `with` block, so that the loop can save before it leaves."""
 
-    requested = False
+    signal = 0  # the number of the signal, once there was one
 
     def __enter__(self):
         """Takes over the signals (in the main thread only: elsewhere Python does not allow it)."""
@@ -214,13 +220,15 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def _note(self, signum, frame):
-        self.requested = True
+    def _note(self, number, frame):
+        self.signal = number
+        logging.warning("stopping after this step; a second signal stops at once")
+        self.__exit__()
 
     def __exit__(self, *exception):
         """Gives the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
 
 def _count(tree) -> int:

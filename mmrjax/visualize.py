@@ -22,6 +22,8 @@ import cv2
 import matplotlib
 import numpy as np
 
+from mmrjax import files
+
 LOW_QUANTILE = 0.5  # half of all pixels carry no colour at all: normal regions stay visible
 HIGH_QUANTILE = 0.995  # 1 pixel in 200 saturates: a few hot pixels cannot stretch the scale
 MAX_SAMPLED_PIXELS = 20_000_000  # beyond this, quantiles are taken on an even subsample
@@ -285,9 +287,7 @@ def write_gallery(
         score = float(table["score"][index])
         items.append({"kind": kind, "score": score, "truth": None, **item, **names})
     text = json.dumps({"scale": [float(scale[0]), float(scale[1])], "items": items}, indent=1)
-    part = folder / "gallery.json.part"
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(folder / "gallery.json")
+    files.write_text(folder / "gallery.json", text + "\n")
 
 
 def _write_png(path: pathlib.Path, image: np.ndarray) -> None:

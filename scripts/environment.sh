@@ -21,5 +21,10 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     fi
     . .venv/bin/activate
 fi
-echo "installing mmrjax${1:+ with the extra '$1'} (a minute or two the first time)"
-python -m pip install --quiet --disable-pip-version-check --editable ".${1:+[$1]}"
+# Once per environment and change of pyproject.toml: the next call also works without a network.
+stamp="$(python -c 'import sys; print(sys.prefix)')/.mmrjax-${1:-base}"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$(cksum pyproject.toml) $root" ]; then
+    echo "installing mmrjax${1:+ with the extra '$1'} (a minute or two)"
+    python -m pip install --quiet --disable-pip-version-check --editable ".${1:+[$1]}"
+    echo "$(cksum pyproject.toml) $root" >"$stamp"
+fi

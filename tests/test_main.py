@@ -135,6 +135,7 @@ BAD_INPUT = {
     "bad size": (["--config.data.image_size=60,60"], "multiple of the patch"),
     "bad mode": (["--mode=test"], "--mode"),
     "nothing trained": (["--mode=evaluate"], "nothing trained"),
+    "epochs for shares": (["--config.optim.drops=23,31"], "between 0.0 and 1.0"),
     "crop larger than the image": (["--config.data.image_size=96,96"], "cropped from it"),
 }
 

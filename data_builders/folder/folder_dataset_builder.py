@@ -42,8 +42,10 @@ class Builder(common.RecordBuilder):
         cls, raw_dir: pathlib.Path | None, in_raw: set[str], built: set[str]
     ) -> list[str]:
         """Those in the raw folder; without it, the one of its name, or all that are built."""
-        if in_raw or raw_dir is None:
-            return sorted(in_raw or built)
+        if in_raw:
+            return sorted(in_raw)
+        if raw_dir is None:
+            return sorted(built) if len(built) == 1 else []  # of several, nobody said which
         return [slug(raw_dir)] if slug(raw_dir) in built else []
 
     @classmethod

@@ -5,18 +5,19 @@ training images as uint8 on every device and sends only indices; `stream` decode
 of the step.
 """
 
-import io
+import math
 from collections.abc import Iterator
 
 import grain
 import jax
 import numpy as np
 from absl import logging
-from PIL import Image
 
 from mmrjax import logs, mesh
 from mmrjax.data import epochs
 from mmrjax.data.records import Records
+
+STREAM_CHUNK_BYTES = 2**28
 
 
 class Feed:
@@ -38,18 +39,26 @@ class Feed:
         batch_size: int,
         seed: int,
         steps_per_call: int,
+        start: int,
         device_mesh: jax.sharding.Mesh,
     ):
-        """Prepares the feed; `mode` is resident, stream or auto (resident if it fits)."""
+        """Prepares the feed.
+
+        `mode` is resident, stream or auto (resident if it fits). `steps_per_call` is lowered so
+        that chunks divide an epoch and the step `start`, where a resumed run begins.
+        """
         self._records, self._indices, self._max_side = records, indices, max_side
         self._batch_size, self._seed, self._mesh = batch_size, seed, device_mesh
         self.steps_per_epoch = epochs.steps_per_epoch(len(indices), batch_size)
-        self.steps_per_call = _divisor(self.steps_per_epoch, steps_per_call)
-        sizes = np.array([_size(records, i, max_side) for i in indices])
+        sizes = np.array([records.size(i, max_side) for i in indices])
         self.canvas = tuple(int(n) for n in sizes.max(axis=0))
         gib = len(indices) * self.canvas[0] * self.canvas[1] * 3 / 2**30
         if mode == "auto":
             mode = "resident" if gib <= resident_gib else "stream"
+        if mode == "stream":  # a chunk travels whole, and several wait in the queue
+            batch_bytes = batch_size * self.canvas[0] * self.canvas[1] * 3
+            steps_per_call = min(steps_per_call, max(1, STREAM_CHUNK_BYTES // batch_bytes))
+        self.steps_per_call = _divisor(math.gcd(self.steps_per_epoch, start), steps_per_call)
         logging.info(
             "%d training images, canvas %s, %s, %.2f GiB", len(indices), self.canvas, mode, gib
         )
@@ -65,9 +74,14 @@ class Feed:
         """Yields the batches of steps [start, stop), `steps_per_call` at a time, on device.
 
         Each chunk holds "index" int32 and "weight" float32 [k, b], and when streamed also "image"
-        uint8 [k, b, h, w, 3] and "size" int32 [k, b, 2]. `start` must be a multiple of k.
+        uint8 [k, b, h, w, 3] and "size" int32 [k, b, 2].
+
+        Raises:
+          ValueError: `start` is not a multiple of k.
         """
         k = self.steps_per_call
+        if start % k:
+            raise ValueError(f"start={start} must be a multiple of steps_per_call={k}")
         if self.resident:
             for step in range(start, stop, k):
                 yield mesh.put_batch(self._rows(step), self._mesh, axis=1)
@@ -103,11 +117,3 @@ class Feed:
 def _divisor(steps: int, wanted: int) -> int:
     """The largest divisor of `steps` up to `wanted`: whole chunks per epoch, hence one compile."""
     return max(k for k in range(1, steps + 1) if steps % k == 0 and k <= max(wanted, 1))
-
-
-def _size(records: Records, i: int, max_side: int) -> tuple[int, int]:
-    """(height, width) after `max_side`, from the header alone."""
-    with Image.open(io.BytesIO(records.encoded(i, "image"))) as image:
-        w, h = image.size
-    shrink = min(1.0, max_side / max(h, w)) if max_side else 1.0
-    return (h, w) if shrink == 1.0 else (max(1, round(h * shrink)), max(1, round(w * shrink)))

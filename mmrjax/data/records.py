@@ -4,11 +4,15 @@ The schema is written in data_builders/common.py and is the only contract betwee
 """
 
 import dataclasses
+import hashlib
+import io
 import pathlib
+import zlib
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 GOOD, ANOMALY = 0, 1
 
@@ -21,11 +25,13 @@ class Records:
       dataset, category: names.
       table: columns of equal length: id, split, defect, domain, group (str), label (0 good, 1
         anomaly), has_mask (bool: False means no pixel truth, never no defect).
+      digest: hex text that changes when an id, a split, a label, an image or a mask does.
     """
 
     dataset: str
     category: str
     table: dict[str, np.ndarray]
+    digest: str
     _sources: dict[str, object]
     _rows: list[tuple[str, int]]
 
@@ -36,11 +42,15 @@ class Records:
     def image(self, i: int, max_side: int = 0) -> np.ndarray:
         """RGB uint8 [h, w, 3] at native size; shrunk when a side exceeds `max_side` > 0."""
         image = self._decode(i, "image", cv2.IMREAD_COLOR_RGB)
-        longest = max(image.shape[:2])
-        if 0 < max_side < longest:
-            h, w = (max(1, round(n * max_side / longest)) for n in image.shape[:2])
+        h, w = shrunk_size(image.shape[:2], max_side)
+        if (h, w) != image.shape[:2]:
             image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA)
         return image
+
+    def size(self, i: int, max_side: int = 0) -> tuple[int, int]:
+        """(height, width) of what `image` returns, from the header alone."""
+        with Image.open(io.BytesIO(self.encoded(i, "image"))) as image:
+            return shrunk_size(image.size[::-1], max_side)
 
     def mask(self, i: int) -> np.ndarray:
         """Ground truth uint8 [h, w], 0 or 255, at native size."""
@@ -54,13 +64,21 @@ class Records:
     def _decode(self, i: int, field: str, flags: int) -> np.ndarray:
         data = np.frombuffer(self.encoded(i, field), np.uint8)
         # Orientation tags are ignored: masks were drawn on the stored pixels.
-        array = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
+        array = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
         if array is None:
             raise ValueError(
-                f"the {field} of record {self.table['id'][i]!r} cannot be decoded: the records are "
+                f"the {field} of record '{self.table['id'][i]}' cannot be decoded: the records are "
                 "damaged; delete their folder and run again to rebuild them"
             )
         return array
+
+
+def shrunk_size(size_hw: tuple[int, int], max_side: int) -> tuple[int, int]:
+    """(height, width) after the longer side is limited to `max_side` > 0."""
+    longest = max(size_hw)
+    if not 0 < max_side < longest:
+        return tuple(size_hw)
+    return tuple(max(1, round(n * max_side / longest)) for n in size_hw)
 
 
 def load(directory: str | pathlib.Path) -> Records:
@@ -79,12 +97,25 @@ def load(directory: str | pathlib.Path) -> Records:
     for split, source in sources.items():
         for row in range(len(source)):
             rows.append((split, row))
-            columns.append(_columns(source[row], split))
+            record = source[row]
+            if not record or record["image"] is None or record["mask"] is None:
+                raise ValueError(
+                    f"record {row} of split {split!r} in {directory} cannot be read: the file is "
+                    "damaged; delete the folder and run again to rebuild it"
+                )
+            columns.append({**_columns(record, split), "_crc": _checksum(record)})
     order = sorted(range(len(rows)), key=lambda i: (columns[i]["split"], columns[i]["id"]))
-    names = columns[0] if columns else ()
+    names = [name for name in (columns[0] if columns else ()) if name != "_crc"]
+    content = repr([(columns[i]["id"], columns[i]["split"], columns[i]["_crc"]) for i in order])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     table = {name: np.array([columns[i][name] for i in order]) for name in names}
     dataset, category = directory.parent.parent.name, directory.parent.name
-    return Records(dataset, category, table, sources, [rows[i] for i in order])
+    return Records(dataset, category, table, digest, sources, [rows[i] for i in order])
+
+
+def _checksum(record: dict) -> int:
+    crc = zlib.crc32(record["mask"], zlib.crc32(record["image"]))
+    return zlib.crc32(bytes([record["label"], record["has_mask"]]), crc)
 
 
 def _columns(record: dict, split: str) -> dict:

@@ -24,7 +24,8 @@ def select(records: Records, protocol: str) -> tuple[np.ndarray, np.ndarray]:
         test = np.sort(np.concatenate([good_test, np.flatnonzero(~good & ~in_train)]))
     elif set(records.table["group"][train]) & set(records.table["group"][test]):
         shared = sorted(set(records.table["group"][train]) & set(records.table["group"][test]))
-        raise ValueError(f"groups in both splits, scores would leak: {shared[:3]}")
+        names = [str(group) for group in shared[:3]]
+        raise ValueError(f"groups in both splits, scores would leak: {names}")
     where = f"{records.dataset}/{records.category}"
     if not len(train):
         raise ValueError(f"{where}: no good image to train on among {len(records)} records")

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
-from mmrjax import weights
+from mmrjax import optim, weights
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -24,14 +25,15 @@ class Method:
     """Base class; images reach a method as RGB float32 [b, h, w, 3] in [0, 1].
 
     Variables are dicts of collections; "params" is what the gradient changes and may be empty.
-    A method whose training is not the gradient of one loss defines
-    `update(state, frozen, batch, key, progress) -> (state, logs)` as well.
+    A method whose training is not the gradient of one loss replaces `update`, and one with several
+    optimisers brings them as one `optax.partition` from `optimiser`.
     """
 
     name: str
     fields: tuple[str, ...] = ()  # configuration that no other method reads, by prefix
     trains = True  # has a gradient stage
     fits = False  # has a `fit` after it
+    update = None  # (state, frozen, batch, key, progress) -> (state, logs); None: see state.update
 
     def __init__(self, config: ConfigDict):
         """Builds modules; no arrays yet."""
@@ -48,6 +50,10 @@ class Method:
     def init(self, key: jax.Array, frozen: dict) -> tuple[dict, dict]:
         """Draws or loads the variables: ({"params": …, …}, facts)."""
         raise NotImplementedError
+
+    def optimiser(self, steps_per_epoch: int) -> optax.GradientTransformation:
+        """What turns gradients into updates; by default `config.optim`'s AdamW."""
+        return optim.optimiser(self.config.optim, self.config.train.epochs, steps_per_epoch)
 
     def loss(
         self, variables: dict, frozen: dict, batch: dict, key: jax.Array, progress: dict
@@ -66,13 +72,16 @@ class Method:
         """
         raise NotImplementedError
 
-    def fit(self, variables: dict, frozen: dict, batches: Iterable, key: jax.Array) -> dict:
+    def fit(
+        self, variables: dict, frozen: dict, batches: Iterable, count: int, key: jax.Array
+    ) -> dict:
         """Whatever follows the gradient stage, from un-augmented training images.
 
         Args:
           variables: all collections.
           frozen: from `load_frozen`.
           batches: of uint8 [b, h, w, 3] in evaluation geometry, with the number of real rows.
+          count: images in all batches together.
           key: of the run.
 
         Returns:

@@ -9,11 +9,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from mmrjax import anomaly_map, logs
 from mmrjax.methods import base
 from mmrjax.models import resnet
 
+EXACT = jax.lax.Precision.HIGHEST  # TF32 would change which patches are nearest
 BANK_ROWS_PER_CHUNK = 4096  # distances to this many bank rows at a time
 
 
@@ -46,21 +48,27 @@ class PatchCore(base.Method):
             x = _neighbourhoods(features[layer].astype(jnp.float32), options.patch)
             # Pooling and resizing are both linear and act on different axes: pool first, it is
             # cheaper.
-            x = x @ jnp.asarray(adaptive_pool_matrix(x.shape[-1], options.width))
+            x = jnp.matmul(x, adaptive_pool_matrix(x.shape[-1], options.width), precision=EXACT)
             grid = grid or x.shape[1:3]
             pooled.append(_resize(x, grid))
         x = jnp.stack(pooled, axis=-2)  # [b, h, w, layers, d]
         # Adaptive pooling of the concatenation to d: the mean over runs of `layers` entries.
         return x.reshape(*x.shape[:3], options.width, len(pooled)).mean(axis=-1)
 
-    def fit(self, variables, frozen, batches, key):
+    def fit(self, variables, frozen, batches, count, key):
         """Fills the bank with a greedy coreset of all training patches."""
         options = self.config.patchcore
-        patches = []
-        for images, count in batches:
-            embedded = np.asarray(self._embed(frozen, images))[:count]
-            patches.append(embedded.reshape(-1, options.width))
-        patches = jnp.asarray(np.concatenate(patches))
+        patches, done = None, 0
+        for images, real in batches:
+            embedded = np.asarray(self._embed(frozen, images))[:real]
+            if patches is None:  # one array from the start: there is no room for two
+                patches = np.empty((count, *embedded.shape[1:]), np.float32)
+                logging.info(
+                    "%d training patches, %.1f GiB", patches[..., 0].size, patches.nbytes / 2**30
+                )
+            patches[done : done + real] = embedded
+            done += real
+        patches = jnp.asarray(patches.reshape(-1, options.width))
         rows = max(1, int(options.coreset * len(patches)))
         chosen = greedy_coreset(
             patches, rows, key, projection=options.projection, start_points=options.start_points
@@ -109,17 +117,15 @@ def _resize(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
         anomaly_map.upsample_matrix(n_in, n_out, align_corners=False).astype(np.float32)
         for n_in, n_out in zip(x.shape[1:3], grid, strict=True)
     )
-    exact = jax.lax.Precision.HIGHEST
-    return jnp.einsum("yh,xw,bhwd->byxd", rows, columns, x, precision=exact)
+    return jnp.einsum("yh,xw,bhwd->byxd", rows, columns, x, precision=EXACT)
 
 
 def nearest_squared_distance(queries: jax.Array, bank: jax.Array) -> jax.Array:
     """The minimum over rows m of |q - m|^2 for every query, [n, d] x [m, d] -> [n], float32."""
-    exact = jax.lax.Precision.HIGHEST
     best = jnp.full(len(queries), jnp.inf)
     for start in range(0, len(bank), BANK_ROWS_PER_CHUNK):
         rows = bank[start : start + BANK_ROWS_PER_CHUNK]
-        products = jnp.matmul(queries, rows.T, precision=exact)
+        products = jnp.matmul(queries, rows.T, precision=EXACT)
         best = jnp.minimum(best, jnp.min(jnp.sum(rows**2, axis=1) - 2 * products, axis=1))
     return jnp.maximum(best + jnp.sum(queries**2, axis=1), 0.0)
 
@@ -147,7 +153,7 @@ def greedy_coreset(
     if projection < d:
         bound = d**-0.5  # torch's default for a linear layer
         matrix = jax.random.uniform(key_project, (d, projection), minval=-bound, maxval=bound)
-        patches = patches @ matrix
+        patches = jnp.matmul(patches, matrix, precision=EXACT)
     columns = patches.T  # [projection, n]: one row vector times matrix per selected point
     squares = jnp.sum(columns**2, axis=0)
     start = jax.random.choice(key_start, n, (min(start_points, n),), replace=False)
@@ -165,7 +171,7 @@ def greedy_coreset(
 @jax.jit
 def _distance_to(columns: jax.Array, squares: jax.Array, i: int) -> jax.Array:
     """Euclidean distance of every column to column i, float32 [n]."""
-    products = jnp.matmul(columns[:, i], columns, precision=jax.lax.Precision.HIGHEST)
+    products = jnp.matmul(columns[:, i], columns, precision=EXACT)
     return jnp.sqrt(jnp.maximum(squares - 2 * products + squares[i], 0.0))
 
 

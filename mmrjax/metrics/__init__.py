@@ -14,7 +14,7 @@ from mmrjax.metrics.evaluation import (
 )
 from mmrjax.metrics.pro import Regions, aupro, pro_curve, pro_mmr, pro_mmr_per_image, regions
 from mmrjax.metrics.ranking import auroc, average_precision, f1_max
-from mmrjax.metrics.summary import mmr_means, summarise
+from mmrjax.metrics.summary import summarise
 
 __all__ = [
     "IMAGE_METRICS",
@@ -27,7 +27,6 @@ __all__ = [
     "curves",
     "evaluate",
     "f1_max",
-    "mmr_means",
     "paired_difference",
     "pro_curve",
     "pro_mmr",

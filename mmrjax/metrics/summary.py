@@ -50,29 +50,6 @@ def summarise(
     return summary
 
 
-def mmr_means(per_domain: Mapping[str, Mapping]) -> dict[str, float]:
-    """Means as the official MMR code prints them, for comparison with its tables only.
-
-    It rounds image AUROC and PRO of every class or domain to 3 decimals before averaging, and does
-    not round pixel AUROC (main.py and MMR_pipeline.py of zhangzilongc/MMR @22d1b17).
-
-    Args:
-        per_domain: {name: {metric: number or None}}, the rows of a table, without `all`.
-
-    Returns:
-        {"image_auroc", "pixel_auroc", "pro_mmr"}: means of the defined values; undefined ones
-        absent.
-    """
-    means = {}
-    for metric, digits in (("image_auroc", 3), ("pixel_auroc", None), ("pro_mmr", 3)):
-        values = [row[metric] for row in per_domain.values() if row.get(metric) is not None]
-        if values:
-            means[metric] = float(
-                np.mean([v if digits is None else round(v, digits) for v in values])
-            )
-    return means
-
-
 def _named(domains: Mapping[str, Mapping]) -> Mapping[str, Mapping]:
     """The named domains of a category, or what there is if none is named."""
     return {d: v for d, v in domains.items() if d not in ("all", "")} or domains

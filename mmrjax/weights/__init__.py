@@ -95,10 +95,19 @@ def init_student(variables: dict, init: str, size: str) -> tuple[dict, dict]:
         path, licence = source.published_file(source.MAE[size]), source.MAE_LICENCE
     else:
         path, licence = pathlib.Path(init).expanduser(), "unknown: a local file"
-    state = source.read_state(path)
+    state = {
+        k: v.astype(np.float32) if np.issubdtype(v.dtype, np.floating) else v
+        for k, v in source.read_state(path).items()
+    }
     host = jax.device_get(variables)
     if "decoder_FPN_mask_token" in state:
-        torch_names.check_shapes(state, torch_names.student_to_torch(host), f"student.init={init}")
+        wanted = torch_names.student_to_torch(host)
+        if unlike := sorted(set(state) ^ set(wanted)):
+            raise ValueError(
+                f"student.init={init!r} is a student of another shape: {len(unlike)} tensors only "
+                f"in one of the two, first {unlike[:3]}"
+            )
+        torch_names.check_shapes(state, wanted, f"student.init={init}")
         layers = tuple(n for n in (1, 2, 3) if f"layer{n}_conv1" in host["params"]["fpn"])
         new = torch_names.student_from_torch(state, layers)
         report = {"used": sorted(state), "missing": [], "unused": []}

@@ -7,11 +7,14 @@ weights_only=True. Nothing is ever unpickled.
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import pathlib
+import shutil
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 
 import numpy as np
 import safetensors
@@ -20,6 +23,18 @@ from absl import logging
 
 IMAGENET_LICENCE = "BSD-3-Clause code; ImageNet terms of access apply to the weights"
 MAE_LICENCE = "CC BY-NC 4.0 (non-commercial)"
+
+
+# What safetensors and NumPy raise on damaged or foreign files (TypeError: a bare .npy array).
+DAMAGE = (
+    safetensors.SafetensorError,
+    ValueError,
+    TypeError,
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +89,11 @@ def published_file(published: Published) -> pathlib.Path:
     """
     path = cache_dir() / "weights" / published.filename
     if not path.exists():
+        if path.suffix == ".pth" and importlib.util.find_spec("torch") is None:
+            raise ValueError(
+                f"{published.filename} is a PyTorch file, and torch is not installed: "
+                "pip install torch, or give a .safetensors file"
+            )
         _download(published.url, path)
     digest = sha256(path)
     if not digest.startswith(published.sha256_prefix):
@@ -92,8 +112,10 @@ def _download(url: str, path: pathlib.Path) -> None:
     part = path.with_name(path.name + ".part")
     try:
         with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as out:
-            while block := response.read(1 << 20):
-                out.write(block)
+            shutil.copyfileobj(response, out)
+            promised = int(response.headers.get("Content-Length") or out.tell())
+            if out.tell() != promised:
+                raise OSError(f"got {out.tell()} of {promised} bytes")
     except (urllib.error.URLError, OSError) as e:
         part.unlink(missing_ok=True)
         raise FileNotFoundError(
@@ -128,7 +150,7 @@ def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 return dict(archive)
-    except (safetensors.SafetensorError, ValueError, OSError, zipfile.BadZipFile) as e:
+    except DAMAGE as e:
         raise ValueError(f"{path} is not a whole {path.suffix} file: {e}") from e
     if path.suffix in (".pth", ".pt"):
         return _read_torch(path)
@@ -140,7 +162,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as e:
         raise ValueError(
-            f"{path} is a PyTorch file: pip install 'mmrjax[torch]', or convert it to .safetensors"
+            f"{path} is a PyTorch file: pip install torch, or convert it to .safetensors"
         ) from e
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -80,7 +80,7 @@ def student_from_torch(state: State, layers: tuple[int, ...] = (1, 2, 3)) -> dic
     """Official MMR state dict -> {"params", "positions"} of `models.student.MaskedStudent`.
 
     Raises:
-      KeyError: naming the keys that `state` lacks.
+      ValueError: naming the keys that `state` lacks.
     """
     depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=-1)
     variables: dict = {}
@@ -97,7 +97,7 @@ def student_from_torch(state: State, layers: tuple[int, ...] = (1, 2, 3)) -> dic
             value = value if "{i}" in key else value[0]
         _set(variables, path, np.ascontiguousarray(value))
     if missing:
-        raise KeyError(f"not an MMR student: {len(missing)} tensors missing, first {missing[:5]}")
+        raise ValueError(f"not an MMR student: {len(missing)} tensors missing, first {missing[:5]}")
     return variables
 
 
@@ -148,8 +148,13 @@ def merge_mae(variables: dict, state: State) -> tuple[dict, dict[str, list[str]]
         "missing": [k for k in wanted if k not in encoder],
         "unused": sorted(set(state) - set(used)),
     }
-    if not any(k.startswith("blocks.") for k in used):
-        raise ValueError(f"not a MAE or ViT checkpoint: no blocks.* among {sorted(state)[:5]} …")
+    missing = [k for k in report["missing"] if k not in ("pos_embed", "cls_token")]
+    left_over = [k for k in report["unused"] if k.startswith("blocks.")]
+    if missing or left_over:
+        raise ValueError(
+            f"not an encoder of this depth: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(left_over)} of further blocks {left_over[:3]}"
+        )
     merged = {**target, **{k: encoder[k].astype(np.float32) for k in used}}
     layers = tuple(
         layer for layer in (1, 2, 3) if f"layer{layer}_conv1" in variables["params"]["fpn"]

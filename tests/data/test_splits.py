@@ -69,9 +69,6 @@ def test_groups_on_both_sides_are_refused_and_named():
         splits.select(make_records(rows), "one_class")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="NumPy 2 shows an array's text as np.str_('…'): convert it with str()"
-)
 def test_shared_groups_are_named_as_a_person_would_write_them():
     rows = [*ROWS, ("test", ANOMALY, "a7"), ("test", GOOD, "a3")]
     with pytest.raises(ValueError, match=r"\['a3', 'a7'\]"):

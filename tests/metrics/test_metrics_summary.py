@@ -61,15 +61,3 @@ def test_std_is_over_the_summary_mean_of_each_seed():
     assert one["mean"] == pytest.approx((0.55 + 0.8) / 2)
     per_seed = [(0.55 + 0.9) / 2, (0.55 + 0.7) / 2]
     assert one["std"] == pytest.approx(np.std(per_seed, ddof=1))
-
-
-def test_official_means_round_image_auroc_and_pro_but_not_pixel_auroc():
-    rows = {
-        "a": {"image_auroc": 0.8004, "pixel_auroc": 0.8004, "pro_mmr": 0.9006},
-        "b": {"image_auroc": 0.9004, "pixel_auroc": 0.9004, "pro_mmr": None},
-    }
-    means = metrics.mmr_means(rows)
-    assert means["image_auroc"] == pytest.approx(0.85, abs=1e-12)
-    assert means["pixel_auroc"] == pytest.approx(0.8504, abs=1e-12)
-    assert means["pro_mmr"] == pytest.approx(0.901, abs=1e-12)
-    assert metrics.mmr_means({"a": {"image_auroc": None}}) == {}

@@ -229,29 +229,18 @@ def test_whole_student_of_another_width_is_refused(tmp_path, fresh, official):
         weights.init_student(fresh, save(tmp_path, wide), "")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="init_student compares shapes key by key and takes the file's depth"
-)
 @pytest.mark.parametrize("depth", [2, 4])
 def test_whole_student_of_another_depth_is_refused(tmp_path, official, depth):
     with pytest.raises(ValueError, match="blocks"):
         weights.init_student(small_student(depth=depth), save(tmp_path, official), "")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=KeyError,
-    reason="student_from_torch raises KeyError, which no program catches; it should be ValueError",
-)
 def test_whole_student_that_lacks_a_pyramid_stage_is_refused(tmp_path, fresh, official):
     part = {k: v for k, v in official.items() if not k.startswith("simfp_2")}
     with pytest.raises(ValueError, match="simfp_2"):
         weights.init_student(fresh, save(tmp_path, part), "")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="init_student keeps the file's dtype; parameters are to be float32"
-)
 @pytest.mark.parametrize("dtype", [np.float16])
 def test_whole_student_in_half_precision_becomes_float32(tmp_path, fresh, official, dtype):
     half = {key: value.astype(dtype) for key, value in official.items()}
