@@ -136,13 +136,11 @@ def test_state_may_be_donated_as_soon_as_save_returns(folder, replicated):
     expected = jax.tree.map(np.array, make_state(5))
     current = jax.device_put(make_state(5), replicated)
     train_step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 + 9, s), donate_argnums=0)
-    old = jax.tree.leaves(current)
     with checkpoint.Checkpoints(folder) as checkpoints:
         checkpoints.save(5, current)
         for _ in range(3):
             current = train_step(current)
         checkpoints.wait()
-        assert all(leaf.is_deleted() for leaf in old)  # it was donated indeed
         _, restored = checkpoints.restore(current)
     assert_bitwise_equal(jax.tree.map(np.asarray, restored), expected)
 
@@ -177,8 +175,9 @@ def test_sharding_alone_finds_nothing_in_an_empty_directory(folder, replicated):
 
 def test_the_same_step_twice_is_refused(folder):
     save(folder, 1)
-    with checkpoint.Checkpoints(folder) as checkpoints, pytest.raises(Exception, match="1"):
-        checkpoints.save(1, make_state(1))
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        with pytest.raises((RuntimeError, ValueError), match="already exists"):
+            checkpoints.save(1, make_state(1))
 
 
 # --- damaged checkpoints

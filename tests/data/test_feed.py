@@ -2,14 +2,12 @@
 
 import itertools
 
-import cv2
 import jax
 import numpy as np
 import pytest
 
 from mmrjax import mesh as mesh_lib
 from mmrjax.data import epochs, feed
-from mmrjax.data import records as records_lib
 
 TWO_DEVICES = 2
 BATCH = 2  # 7 examples: four steps per epoch, the last one half empty
@@ -113,13 +111,29 @@ def test_several_steps_per_call_give_the_same_rows(make, request, mode):
 
 
 @pytest.mark.parametrize("mode", ["resident", "stream"])
-def test_start_inside_a_chunk_is_refused_or_right(make, resident, mode):
+@pytest.mark.parametrize(("start", "expected"), [(3, 1), (6, 2), (8, 4), (1, 1)])
+def test_chunks_shrink_to_begin_at_the_step_where_a_run_resumes(
+    make, resident, mode, start, expected
+):
+    """A run may be saved at any step, by a machine with other chunks."""
+    source = make(mode, steps_per_call=4, start=start)
+    assert source.steps_per_call == expected
+    assert_same(batches(source, start, 12), batches(resident, start, 12))
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_start_inside_a_chunk_is_refused(make, mode):
     source = make(mode, steps_per_call=4)
-    try:
-        got = batches(source, 3, 8)
-    except ValueError:
-        return
-    assert_same(got, batches(resident, 3, 8))
+    with pytest.raises(ValueError, match="start=3 must be a multiple of steps_per_call=4"):
+        next(source.chunks(3, 8))
+
+
+def test_streamed_chunks_stay_within_their_byte_budget(make, monkeypatch):
+    bytes_per_step = BATCH * 64 * 55 * 3
+    for budget, expected in ((3 * bytes_per_step, 2), (bytes_per_step // 2, 1)):
+        monkeypatch.setattr(feed, "STREAM_CHUNK_BYTES", budget)
+        assert make("stream", steps_per_call=4).steps_per_call == expected
+        assert make("resident", steps_per_call=4).steps_per_call == 4
 
 
 def test_rows_follow_the_epoch_table(resident):
@@ -183,29 +197,6 @@ def test_max_side_shrinks_images_and_canvas(make, records, train_rows, mode):
             expected = records.image(train_rows[position], 32)
             assert (h, w) == expected.shape[:2]
             np.testing.assert_array_equal(image[:h, :w], expected)
-
-
-def decoded_size(size_hw, max_side):
-    """Sizes (h, w) by the feed, which reads the header, and by the records, which decode."""
-    data = cv2.imencode(".png", np.zeros((*size_hw, 3), np.uint8))[1].tobytes()
-    table, sources = {"id": np.array(["x"])}, {"train": [{"image": data}]}
-    lone = records_lib.Records("parts", "bolt", table, sources, [("train", 0)])
-    return feed._size(lone, 0, max_side), lone.image(0, max_side).shape[:2]
-
-
-@pytest.mark.parametrize("size_hw", [(100, 130), (131, 97), (30, 20), (3, 900)])
-def test_size_from_the_header_is_that_of_the_decoded_image(size_hw):
-    for max_side in (0, 7, 50, 64, 224):
-        from_header, decoded = decoded_size(size_hw, max_side)
-        assert from_header == decoded
-
-
-@pytest.mark.parametrize(
-    ("size_hw", "max_side"), [((210, 384), 224), ((180, 1280), 224), ((1305, 1392), 1000)]
-)
-def test_size_from_the_header_is_that_of_the_decoded_image_at_halves(size_hw, max_side):
-    from_header, decoded = decoded_size(size_hw, max_side)
-    assert from_header == decoded
 
 
 def test_rows_do_not_depend_on_the_number_of_devices(make, resident):

@@ -67,6 +67,14 @@ def test_longer_side_is_shrunk_to_max_side_and_the_aspect_kept(built, max_side):
         assert abs(shrunk.mean() - pixels[name].mean()) < 6  # the same picture
 
 
+@pytest.mark.parametrize("max_side", [0, 7, 50, 64, 224, 1000])
+def test_size_from_the_header_is_that_of_the_decoded_image(records, max_side):
+    # The last three end in half a pixel at 224, 224 and 1000.
+    for size_hw in ((100, 130), (30, 20), (3, 900), (210, 384), (180, 1280), (1305, 1392)):
+        lone = with_bytes(records, np.zeros((*size_hw, 3), np.uint8))
+        assert lone.size(0, max_side) == lone.image(0, max_side).shape[:2]
+
+
 def test_no_max_side_means_native_size(built):
     records, pixels, _ = built
     np.testing.assert_array_equal(records.image(0, max_side=0), pixels["test/dent/000.png"])
@@ -155,15 +163,56 @@ def test_orientation_tags_are_ignored_as_masks_are_drawn_on_stored_pixels(record
     assert turned.mask(0).shape == (4, 9)
 
 
+@pytest.fixture
+def digest_of(tmp_path):
+    """Builds a small data set, after `change(raw folder)`, and returns the records' digest."""
+
+    def build_one(change=lambda raw: None) -> str:
+        raw, data_dir = tmp_path / "raw" / "parts", tmp_path / "data"
+        for folder in (raw, data_dir):
+            shutil.rmtree(folder, ignore_errors=True)
+        for i, name in enumerate(("train/good/0", "train/good/1", "test/good/2", "test/bad/3")):
+            write(raw / f"{name}.png", np.full((9, 8, 3), 40 * i, np.uint8))
+        write(raw / "ground_truth/bad/3_mask.png", np.eye(9, 8, dtype=np.uint8) * 255)
+        change(raw)
+        built = build.build("folder", raw, data_dir, log=lambda line: None)
+        return records_lib.load(built["parts"]).digest
+
+    return build_one
+
+
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def test_digest_is_that_of_the_content_whenever_and_wherever_it_was_built(digest_of):
+    assert digest_of() == digest_of()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: write(raw / "train/good/1.png", np.full((9, 8, 3), 41, np.uint8)),
+        lambda raw: write(raw / "ground_truth/bad/3_mask.png", np.full((9, 8), 255, np.uint8)),
+        lambda raw: (raw / "test/good/2.png").rename(raw / "test/good/4.png"),
+        lambda raw: (raw / "test/good/2.png").rename(raw / "train/good/2.png"),
+        lambda raw: (raw / "test/good/2.png").rename(raw / "test/bad/2.png"),
+        lambda raw: (raw / "train/good/0.png").unlink(),
+    ],
+    ids=["pixel", "mask", "id", "split", "label", "missing"],
+)
+def test_digest_changes_with_any_content(digest_of, change):
+    assert digest_of(change) != digest_of()
+
+
 def test_place_without_records_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no records at {tmp_path}"):
         records_lib.load(tmp_path)
 
 
 def test_records_of_a_single_split_can_be_read(tmp_path):
-    path = tmp_path / "raw/lone/train/good/0.png"
-    path.parent.mkdir(parents=True)
-    Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(path)
+    write(tmp_path / "raw/lone/train/good/0.png", np.zeros((8, 9, 3), np.uint8))
     built = build.build("folder", tmp_path / "raw/lone", tmp_path / "data", log=lambda line: None)
     records = records_lib.load(built["lone"])
     assert records.table["split"].tolist() == ["train"]

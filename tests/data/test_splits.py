@@ -23,7 +23,7 @@ def make_records(rows=ROWS) -> Records:
         "group": np.array(group, str),
         "id": np.array([str(i) for i in range(len(rows))], str),
     }
-    return Records("parts", "bolt", table, {}, [("", i) for i in range(len(rows))])
+    return Records("parts", "bolt", table, "", {}, [("", i) for i in range(len(rows))])
 
 
 def mixed(seed: int = 0) -> Records:

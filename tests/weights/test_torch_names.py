@@ -105,7 +105,7 @@ def test_layouts_put_every_weight_where_the_formula_says(student):
 @pytest.mark.parametrize("key", ["cls_token", "blocks.1.attn.qkv.bias", "simfp_3.2.norm.weight"])
 def test_missing_student_tensor_is_named(student, key):
     state = {k: v for k, v in student[0].items() if k != key}
-    with pytest.raises(KeyError, match=rf"1 tensors missing, first \['{key}'\]"):
+    with pytest.raises(ValueError, match=rf"1 tensors missing, first \['{key}'\]"):
         torch_names.student_from_torch(state)
 
 
@@ -158,14 +158,24 @@ def test_merging_leaves_its_arguments_alone(student, mae):
     jax.tree.map(np.testing.assert_array_equal, student[1], before)
 
 
-def test_missing_and_unknown_tensors_of_a_checkpoint_are_reported(student, mae):
+def test_missing_tensors_of_the_encoder_are_refused_by_name(student, mae):
     del mae["norm.weight"], mae["blocks.2.norm1.bias"]
     mae["head.weight"] = np.zeros((10, 48), np.float32)
-    merged, report = torch_names.merge_mae(student[1], mae)
-    assert sorted(report["missing"]) == ["blocks.2.norm1.bias", "norm.weight"]
+    with pytest.raises(ValueError, match=r"2 tensors missing \['blocks.2.norm1.bias', 'norm.wei"):
+        torch_names.merge_mae(student[1], mae)
+
+
+def test_a_classifiers_head_is_reported_as_unused(student, mae):
+    mae["head.weight"] = np.zeros((10, 48), np.float32)
+    _, report = torch_names.merge_mae(student[1], mae)
+    assert report["missing"] == []
     assert "head.weight" in report["unused"]
-    scale = student[1]["params"]["encoder"]["norm"]["scale"]
-    np.testing.assert_array_equal(merged["params"]["encoder"]["norm"]["scale"], scale)
+
+
+def test_a_deeper_encoder_is_refused(student, mae):
+    mae |= {k.replace("blocks.2", "blocks.3"): v for k, v in mae.items() if "blocks.2" in k}
+    with pytest.raises(ValueError, match="12 of further blocks"):
+        torch_names.merge_mae(student[1], mae)
 
 
 def test_position_table_of_another_image_size_keeps_the_resized_one(student, mae):
@@ -192,7 +202,7 @@ def test_checkpoint_of_another_width_is_refused_with_both_shapes(student, mae):
 
 def test_state_without_transformer_blocks_is_no_checkpoint(student, golden_dir):
     state = source.read_state(golden_dir / "teacher/state_reduced_resnet18.safetensors")
-    with pytest.raises(ValueError, match=r"not a MAE or ViT checkpoint: no blocks\.\*"):
+    with pytest.raises(ValueError, match="not an encoder of this depth: 40 tensors missing"):
         torch_names.merge_mae(student[1], state)
 
 
