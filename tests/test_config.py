@@ -341,6 +341,13 @@ def test_counts_must_be_positive(field, value):
         ("train.seeds=", "give one or more different values"),
         ("train.seeds=a", "expected values such as"),
         ("train.seeds=54,5.5", "expected values such as"),
+        ("train.seeds=54,54", "give one or more different values"),
+        ("method.names=", "give one or more different values"),
+        ("student.layers=1,1", "give one or more different values"),
+        ("train.crop_scale=1,0.7", "expected smallest,largest"),
+        ("optim.warmup=50", "must lie between 0.0 and 1.0"),
+        ("patchcore.coreset=1.5", "must lie between"),
+        ("eval.resize=x", "expected values such as"),
     ],
 )
 def test_values_that_cannot_work_are_refused_before_anything_is_computed(override, message):

@@ -10,8 +10,6 @@ import time
 import orbax.checkpoint as ocp
 import pytest
 
-from mmrjax import checkpoint
-
 FIELDS = ("train.epochs=6", "ckpt.every_seconds=0", "method.names=mmr", "train.seeds=3")
 
 
@@ -92,15 +90,3 @@ def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
     with logs.TrainLog(path, start=1, stop=2, steps_per_epoch=2, batch=4):
         pass
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0]
-
-
-def test_checkpoints_survive_a_missing_newest_one(tmp_path):
-    import jax.numpy as jnp
-
-    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
-        for step in (1, 2):
-            checkpoints.save(step, {"w": jnp.full(3, float(step))})
-    (tmp_path / "c" / "2" / "state" / "_METADATA").unlink()
-    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
-        step, tree = checkpoints.restore({"w": jnp.zeros(3)})
-    assert (step, float(tree["w"][0])) == (1, 1.0)

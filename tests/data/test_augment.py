@@ -184,25 +184,27 @@ def test_image_of_a_usual_shape_falls_back_to_the_whole(draw):
 COUNT, SIZE, OUT = 256, (36, 44), (24, 20)
 
 
-@functools.cache
-def augmenter(flip: bool):
-    def one(key, image):
-        return augment.augment(key, image, jnp.asarray(SIZE), OUT, SCALE, RATIO, flip)
-
-    return jax.jit(jax.vmap(one))
+@jax.jit
+@jax.vmap
+def augmented(key, image):
+    """(plain, with flips, box) of one example; together, since compiling takes most of the time."""
+    size = jnp.asarray(SIZE)
+    plain, flipped = (
+        augment.augment(key, image, size, OUT, SCALE, RATIO, flip) for flip in (False, True)
+    )
+    return plain, flipped, augment.random_box(jax.random.split(key)[0], size, SCALE, RATIO)
 
 
 @pytest.fixture(scope="module")
 def case():
-    """(keys, images on their canvas, plain results, results with flip) of 256 examples."""
+    """(keys, images on their canvas, plain results, results with flip, boxes) of 256 examples."""
     keys = jax.random.split(jax.random.key(3), COUNT)
     images = np.stack([noise((40, 50), i % 4) for i in range(COUNT)])
-    plain, flipped = (np.asarray(augmenter(flip)(keys, images)) for flip in (False, True))
-    return keys, images, plain, flipped
+    return keys, images, *map(np.asarray, augmented(keys, images))
 
 
 def test_half_of_the_images_are_mirrored_and_nothing_else_changes(case):
-    _, _, plain, flipped = case
+    _, _, plain, flipped, _ = case
     same = (plain == flipped).all(axis=(1, 2, 3))
     mirrored = (plain[:, :, ::-1] == flipped).all(axis=(1, 2, 3))
     assert (same ^ mirrored).all()
@@ -210,16 +212,12 @@ def test_half_of_the_images_are_mirrored_and_nothing_else_changes(case):
 
 
 def test_results_are_crops_of_their_own_image_in_unit_range(case):
-    keys, images, plain, _ = case
+    _, images, plain, _, boxes = case
     assert plain.dtype == np.float32
     assert plain.min() == 0
     assert plain.max() == 1
-    draw_box = jax.jit(
-        lambda key: augment.random_box(jax.random.split(key)[0], jnp.asarray(SIZE), SCALE, RATIO)
-    )
-    for key, image, result in list(zip(keys, images, plain, strict=True))[:8]:
-        expected = pillow(image, np.asarray(draw_box(key)), OUT)
-        assert np.abs(result * 255 - expected).max() <= 1.001
+    for image, box, result in zip(images, boxes, plain, strict=True):
+        assert np.abs(result * 255 - pillow(image, box, OUT)).max() <= 1.001
 
 
 def test_different_keys_give_different_crops_of_one_image(case):
@@ -228,16 +226,16 @@ def test_different_keys_give_different_crops_of_one_image(case):
 
 
 def test_one_key_gives_one_image_whatever_the_batch_around_it(case):
-    keys, images, _, flipped = case
+    keys, images, _, flipped, _ = case
     order = np.random.default_rng(0).permutation(COUNT)
-    np.testing.assert_array_equal(augmenter(True)(keys[order], images[order]), flipped[order])
-    alone = augmenter(True)(keys[5:6], images[5:6])
+    np.testing.assert_array_equal(augmented(keys[order], images[order])[1], flipped[order])
+    alone = augmented(keys[5:6], images[5:6])[1]
     np.testing.assert_array_equal(alone[0], flipped[5])
 
 
 def test_what_fills_the_canvas_around_an_image_does_not_matter(case):
-    keys, images, _, flipped = case
+    keys, images, _, flipped, _ = case
     other = images.copy()
     other[:, SIZE[0] :] = 77
     other[:, :, SIZE[1] :] = 200
-    np.testing.assert_array_equal(augmenter(True)(keys, other), flipped)
+    np.testing.assert_array_equal(augmented(keys, other)[1], flipped)

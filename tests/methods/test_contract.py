@@ -47,21 +47,6 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(fitted, images):
     np.testing.assert_allclose(alone["map"][0], together["map"][2], rtol=1e-4, atol=1e-5)
 
 
-def test_a_defect_raises_the_map_where_it_is(fitted, images):
-    method, variables, frozen, _ = fitted
-    smooth = np.full((8, 64, 64, 3), 128, np.uint8) + images // 16
-    if method.fits:
-        variables = method.fit(variables, frozen, [(smooth, 8)], 8, jax.random.key(1))
-    else:
-        pytest.xfail("an untrained student has no idea of good parts; training is tested elsewhere")
-    defective = smooth[:1].copy()
-    defective[0, 40:56, 8:24] = 255
-    result = method.predict(variables, frozen, jnp.asarray(defective) / 255.0)["map"][0]
-    y, x = np.unravel_index(np.argmax(result), result.shape)
-    assert 32 <= y < 64
-    assert 0 <= x < 32
-
-
 def test_loss_is_a_scalar_and_its_gradient_reaches_every_parameter(fitted, images):
     method, variables, frozen, _ = fitted
     if not method.trains:

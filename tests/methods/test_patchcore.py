@@ -75,3 +75,17 @@ def test_embedding_has_one_row_per_patch_of_the_finer_layer(tiny_config):
     frozen, _ = method.load_frozen()
     got = method.embed(frozen, jnp.zeros((2, 64, 96, 3)))
     assert got.shape == (2, 8, 12, tiny_config.patchcore.width)
+
+
+def test_a_defect_raises_the_map_where_it_is(tiny_config):
+    method = patchcore.PatchCore(tiny_config)
+    frozen, _ = method.load_frozen()
+    noise = np.random.default_rng(0).integers(0, 16, (8, 64, 64, 3), dtype=np.uint8)
+    good = noise + np.uint8(128)
+    variables = method.fit({"params": {}}, frozen, [(good, 8)], 8, jax.random.key(1))
+    defective = good[:1].copy()
+    defective[0, 40:56, 8:24] = 255
+    found = method.predict(variables, frozen, jnp.asarray(defective) / 255.0)["map"][0]
+    y, x = np.unravel_index(np.argmax(found), found.shape)
+    assert 32 <= y < 64
+    assert 0 <= x < 32

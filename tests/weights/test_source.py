@@ -1,6 +1,7 @@
 """Where weights come from: checked, never unpickled, and a clear message without a network."""
 
 import hashlib
+import importlib.util
 import io
 import os
 import pathlib
@@ -158,6 +159,14 @@ def test_published_hashes_are_those_in_torchvisions_file_names():
     )
     assert "NC" in source.MAE["base"].licence
     assert not source.MAE["base"].sha256_prefix  # none is published: none is invented
+
+
+def test_pytorch_file_that_could_not_be_read_is_not_fetched(cache, online, monkeypatch):
+    asked = online(CONTENT)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"net-1234\.pth .* torch is not installed: pip install"):
+        source.published_file(published())
+    assert asked == []
 
 
 # --- reading

@@ -172,6 +172,20 @@ def test_a_classifiers_head_is_reported_as_unused(student, mae):
     assert "head.weight" in report["unused"]
 
 
+def test_encoder_without_class_token_is_used_and_reported(student, mae):
+    del mae["cls_token"]
+    merged, report = torch_names.merge_mae(student[1], mae)
+    assert report["missing"] == ["cls_token"]
+    tokens = merged["params"]["cls_token"], student[1]["params"]["cls_token"]
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_a_shallower_encoder_is_refused(student, mae):
+    shallow = {key: value for key, value in mae.items() if not key.startswith("blocks.2.")}
+    with pytest.raises(ValueError, match=r"12 tensors missing \['blocks\.2\."):
+        torch_names.merge_mae(student[1], shallow)
+
+
 def test_a_deeper_encoder_is_refused(student, mae):
     mae |= {k.replace("blocks.2", "blocks.3"): v for k, v in mae.items() if "blocks.2" in k}
     with pytest.raises(ValueError, match="12 of further blocks"):
