@@ -1,7 +1,4 @@
-"""What a person sees while a run works: a bar on a terminal, plain lines in a log, metrics.jsonl.
-
-Only process 0 writes.
-"""
+"""What a person sees while a run works: a bar on a terminal or plain lines, and metrics.jsonl."""
 
 import json
 import logging as std_logging

@@ -1,7 +1,6 @@
 """The device mesh and the only two placements there are: replicated, and split over the batch."""
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -42,8 +41,3 @@ def check_divisible(name: str, batch_size: int, mesh: Mesh) -> None:
         low, high = batch_size // n * n, (batch_size // n + 1) * n
         near = f"{low} or {high}" if low else f"{high}"
         raise ValueError(f"{name}={batch_size} must be divisible by {n} devices; try {near}")
-
-
-def to_host(tree):
-    """Device arrays as NumPy arrays."""
-    return jax.tree.map(np.asarray, jax.device_get(tree))

@@ -40,9 +40,9 @@ def batches(source: feed.Feed, start: int, stop: int) -> list[dict]:
     """Steps [start, stop), one dict of NumPy arrays each, with the images that the step sees."""
     found = []
     for chunk in source.chunks(start, stop):
-        chunk = mesh_lib.to_host(chunk)
+        chunk = jax.device_get(chunk)
         if source.resident:
-            images = mesh_lib.to_host(source.resident)
+            images = jax.device_get(source.resident)
             chunk |= {name: array[chunk["index"]] for name, array in images.items()}
         for row in range(len(chunk["index"])):
             found.append({name: array[row] for name, array in chunk.items()})
@@ -202,4 +202,4 @@ def test_max_side_shrinks_images_and_canvas(make, records, train_rows, mode):
 def test_rows_do_not_depend_on_the_number_of_devices(make, resident):
     one = make("resident", device_mesh=mesh_lib.make_mesh(1))
     for a, b in itertools.zip_longest(one.chunks(0, 4), resident.chunks(0, 4)):
-        jax.tree.map(np.testing.assert_array_equal, mesh_lib.to_host(a), mesh_lib.to_host(b))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
