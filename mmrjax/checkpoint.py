@@ -69,8 +69,11 @@ class Checkpoints:
             tree = self._intact(step, target)
             if tree is not None:
                 for newer in steps[: steps.index(step)]:
-                    # Out of the way: their steps will be saved again.
-                    shutil.rmtree(self._directory / str(newer))
+                    # Out of the way, since their steps will be saved again; not deleted, since a
+                    # disk may have refused to read what it holds.
+                    aside = self._directory.with_name(f"{self._directory.name}-damaged-{newer}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self._directory / str(newer)).rename(aside)
                     self._manager.reload()
                 return step, tree
         if steps:

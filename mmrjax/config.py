@@ -90,7 +90,7 @@ def _import_package() -> None:
     if getattr(sys.modules.get("configs"), "__file__", None):
         return
     spec = importlib.util.spec_from_file_location(
-        "configs", PACKAGED / "__init__.py", submodule_search_locations=["configs", str(PACKAGED)]
+        "configs", PACKAGED / "__init__.py", submodule_search_locations=[str(PACKAGED), "configs"]
     )
     sys.modules["configs"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["configs"])

@@ -1,7 +1,10 @@
 """Configurations: every file builds, and wrong input is answered with what to type instead."""
 
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -172,6 +175,21 @@ def test_missing_file_in_another_folder_is_not_replaced_by_a_packaged_one(tmp_pa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"experiments/demo\.py"):
         load(spec="experiments/demo.py")
+
+
+def test_common_of_a_users_own_configs_folder_does_not_replace_ours(tmp_path):
+    write_config(tmp_path / "configs/common.py", "TITLE = 'not the common of mmrjax'")
+    code = "from mmrjax import config; print(config.load('configs/demo.py').data.name)"
+    root = str(FOLDER.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "demo_parts\n", done.stderr
 
 
 def test_file_without_get_config_says_so(tmp_path):
