@@ -60,9 +60,9 @@ def online(monkeypatch):
     return start
 
 
-def published(content: bytes = CONTENT, known: bool = True) -> source.Published:
+def published(content: bytes = CONTENT, known: bool = True, suffix: str = "npz"):
     prefix = hashlib.sha256(content).hexdigest()[:8] if known else ""
-    return source.Published("https://example.org/models/net-1234.pth", prefix, "none")
+    return source.Published(f"https://example.org/models/net-1234.{suffix}", prefix, "none")
 
 
 def assert_equal(got: dict, expected: dict) -> None:
@@ -78,11 +78,11 @@ def assert_equal(got: dict, expected: dict) -> None:
 def test_file_is_fetched_once_into_the_cache_that_the_variable_names(cache, online):
     asked = online(CONTENT)
     path = source.published_file(published())
-    assert path == cache / "weights" / "net-1234.pth"
+    assert path == cache / "weights" / "net-1234.npz"
     assert path.read_bytes() == CONTENT
     assert source.published_file(published()) == path
-    assert asked == ["https://example.org/models/net-1234.pth"]
-    assert [p.name for p in path.parent.iterdir()] == ["net-1234.pth"]
+    assert asked == ["https://example.org/models/net-1234.npz"]
+    assert [p.name for p in path.parent.iterdir()] == ["net-1234.npz"]
 
 
 def test_without_the_variable_the_cache_lies_in_the_home_folder(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_without_the_variable_the_cache_lies_in_the_home_folder(tmp_path, monkey
 
 
 def test_file_put_into_the_cache_by_hand_needs_no_network(cache, offline):
-    path = cache / "weights" / "net-1234.pth"
+    path = cache / "weights" / "net-1234.npz"
     path.parent.mkdir(parents=True)
     path.write_bytes(CONTENT)
     assert source.published_file(published()) == path
@@ -104,15 +104,15 @@ def test_offline_message_has_the_url_and_the_place_to_put_the_file(cache, offlin
     with pytest.raises(FileNotFoundError) as caught:
         source.published_file(published())
     message = str(caught.value)
-    assert "https://example.org/models/net-1234.pth" in message
-    assert str(cache / "weights" / "net-1234.pth") in message
+    assert "https://example.org/models/net-1234.npz" in message
+    assert str(cache / "weights" / "net-1234.npz") in message
     assert "Name or service not known" in message
     assert not list((cache / "weights").iterdir())
 
 
 @pytest.mark.parametrize("in_cache", [True, False])
 def test_wrong_hash_is_refused_and_the_file_left_for_inspection(cache, online, in_cache):
-    other, path = b"something else", cache / "weights" / "net-1234.pth"
+    other, path = b"something else", cache / "weights" / "net-1234.npz"
     asked = online(other)
     if in_cache:
         path.parent.mkdir(parents=True)
@@ -136,7 +136,7 @@ def test_file_without_published_hash_is_taken_as_it_is(cache, online):
 
 def test_connection_lost_half_way_leaves_nothing_that_looks_whole(cache, online):
     online(CONTENT, fail_after=3000)
-    with pytest.raises(FileNotFoundError, match=r"net-1234\.pth cannot be reached .*reset by peer"):
+    with pytest.raises(FileNotFoundError, match=r"net-1234\.npz cannot be reached .*reset by peer"):
         source.published_file(published(known=False))
     assert not list((cache / "weights").iterdir())
 
@@ -145,7 +145,7 @@ def test_answer_shorter_than_announced_does_not_enter_the_cache(cache, online):
     online(CONTENT[:3000], headers={"Content-Length": str(len(CONTENT))})
     with pytest.raises((FileNotFoundError, ValueError)):
         source.published_file(published(known=False))
-    assert not list((cache / "weights").glob("*.pth"))
+    assert not list((cache / "weights").glob("*.npz"))
 
 
 def test_published_hashes_are_those_in_torchvisions_file_names():
@@ -165,7 +165,7 @@ def test_pytorch_file_that_could_not_be_read_is_not_fetched(cache, online, monke
     asked = online(CONTENT)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"net-1234\.pth .* torch is not installed: pip install"):
-        source.published_file(published())
+        source.published_file(published(suffix="pth"))
     assert asked == []
 
 
