@@ -136,6 +136,11 @@ def test_state_may_be_donated_as_soon_as_save_returns(folder, replicated):
     expected = jax.tree.map(np.array, make_state(5))
     current = jax.device_put(make_state(5), replicated)
     train_step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 + 9, s), donate_argnums=0)
+    # That the step donates is shown on a state that nobody is copying: while a save still reads a
+    # buffer, JAX may keep it, and the load of the machine would decide the test.
+    other = jax.device_put(make_state(5), replicated)
+    train_step(other)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(other))
     with checkpoint.Checkpoints(folder) as checkpoints:
         checkpoints.save(5, current)
         for _ in range(3):
@@ -312,3 +317,12 @@ def test_checksum_does_not_depend_on_where_the_array_lies(replicated):
         for x in (array, np.asfortranarray(array), jax.device_put(array, replicated))
     ]
     assert values[0] == values[1] == values[2]
+
+
+@pytest.mark.parametrize("victim", ["meta/metadata", "state/manifest.ocdbt"])
+def test_a_missing_file_of_the_newest_checkpoint_means_the_previous_one(folder, victim):
+    save(folder, 3, 8)
+    (folder / "8" / victim).unlink()
+    step, restored = restore(folder)
+    assert step == 3
+    assert_bitwise_equal(restored, make_state(3))
