@@ -19,7 +19,6 @@ contract with mmrjax, which reads the records and never imports this package.
 
 import abc
 import collections
-import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -29,13 +28,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from data_builders import images
+from data_builders import download, files, images
 
 SCHEMA_VERSION = 1  # raise it when the features or their meaning change: records are then rebuilt
 LABELS = ("good", "anomaly")
 SOURCES = ("real", "synthetic")
 
-_IGNORED_NAMES = ("__MACOSX", "Thumbs.db")
 _REQUIRED_KEYS = {"id", "image", "label"}
 _KNOWN_KEYS = _REQUIRED_KEYS | {"mask", "defect", "domain", "group", "frame", "source", "twin"}
 
@@ -66,54 +64,6 @@ def record_features() -> tfds.features.FeaturesDict:
     )
 
 
-def list_images(folder: os.PathLike, recursive: bool = True) -> list[pathlib.Path]:
-    """Returns the image files of a folder, sorted by path; links to folders are followed.
-
-    Names that start with "." (macOS writes `._x.png`), `__MACOSX` and `Thumbs.db` do not count.
-    """
-    found, visited = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        is_new = real not in visited  # a link may lead back up
-        visited.add(real)
-        folders[:] = [name for name in folders if is_new and recursive and is_visible(name)]
-        if is_new:
-            found += [pathlib.Path(parent, n) for n in names if is_visible(n) and is_image(n)]
-    return sorted(found, key=pathlib.Path.as_posix)
-
-
-def list_folders(folder: os.PathLike) -> list[pathlib.Path]:
-    """Returns the visible sub-folders, sorted; an empty list if there is no such folder."""
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and is_visible(p.name))
-
-
-def is_visible(name: str) -> bool:
-    """Whether a file or folder name belongs to the data, not to an operating system."""
-    return not name.startswith(".") and name not in _IGNORED_NAMES
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name ends as an image's does."""
-    return name.lower().endswith(images.SUFFIXES)
-
-
-def folder_fingerprint(folder: os.PathLike) -> str:
-    """Returns a hash of the relative names, sizes and times of a folder's image files.
-
-    The time belongs to it: uncompressed pictures of another line have the same names and sizes.
-    """
-    digest = hashlib.sha256()
-    for path in list_images(folder):
-        name = path.relative_to(folder).as_posix()
-        known = path.stat()
-        line = f"{name}\0{known.st_size}\0{known.st_mtime_ns}\n"
-        digest.update(line.encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Base of all builders; see the module's docstring for what a subclass gives.
 
@@ -129,6 +79,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     CATEGORIES: ClassVar[tuple[str, ...]] = ()
     EXPECTED: ClassVar[Mapping[str, Mapping[str, int]]] = {}
     HOW_TO_GET: ClassVar[str] = ""
+    DOWNLOAD: ClassVar[download.Archive | None] = None  # where a program may fetch it
     PROCEDURAL: ClassVar[bool] = False  # drawn by a program: no raw folder, `raw_dir` is None
 
     def __init_subclass__(cls, **kwargs):
@@ -171,6 +122,15 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           called when the record is written, under the progress bar.
         """
 
+    def file_examples(
+        self, raw_dir: pathlib.Path, category: str
+    ) -> Iterator[tuple[str, Example | Callable[[], Example]]]:
+        """Yields (split, example) of whole image files, for `check`, in which a file is named.
+
+        The same as `examples`, unless these are parts of files.
+        """
+        yield from self.examples(raw_dir, category)
+
     def binarise(self, grey: np.ndarray) -> np.ndarray:
         """The data set's mask rule: grey levels [h, w] of a mask file -> defect or not, bool."""
         return images.above_127(grey)
@@ -184,7 +144,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Returns a text that changes when the raw data does: its files, or the version."""
         if cls.PROCEDURAL:
             return f"{cls.name} {cls.VERSION}"
-        return folder_fingerprint(cls.category_folders(root)[category])
+        return files.folder_fingerprint(cls.category_folders(root)[category])
 
     # What the base class does with it
 
@@ -217,7 +177,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 )
             if found:
                 return found[0]
-            level = [child for folder in level for child in list_folders(folder)]
+            level = [child for folder in level for child in files.list_folders(folder)]
         return None
 
     def check_twins(self) -> None:
@@ -250,15 +210,16 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, split: str) -> Iterator[tuple[str, Example]]:
         total = sum(len(examples) for examples in self._planned.values())
         for example in self._planned[split]:
-            record = self._record(example() if callable(example) else example)
-            self.counts[self.count_key(split, record)] += 1
-            if record["label"] == "anomaly":
-                self.counts["defective with mask"] += record["has_mask"]
+            record = self.make_record(split, example() if callable(example) else example)
             yield record["id"], record
             self.on_record(len(self._ids), total)
 
-    def _record(self, example: Example) -> Example:
-        """Checks an example, fills in the defaults and encodes its pixels."""
+    def make_record(self, split: str, example: Example) -> Example:
+        """Checks an example, fills in the defaults, encodes its pixels and counts it.
+
+        Raises:
+          ValueError: what is wrong with it, or with its files, beginning with its name.
+        """
         name = str(example.get("id"))
         if missing := _REQUIRED_KEYS - example.keys():
             raise ValueError(f"{name}: the example lacks {sorted(missing)}")
@@ -283,6 +244,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         record["mask"] = images.encode_mask(mask)
         record["has_mask"] = bool(label == "good" or mask.any())
         record |= {"dataset": self.name, "category": self.builder_config.name}
+        self.counts[self.count_key(split, record)] += 1
+        if label == "anomaly":
+            self.counts["defective with mask"] += record["has_mask"]
         return record
 
     def _mask(self, source: Any, size_hw: tuple[int, int], name: str) -> np.ndarray:
@@ -292,11 +256,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             source = self.binarise(images.read_grey(path)) if path.is_file() else None
         if source is None:
             return np.zeros(size_hw, bool)
-        if source.shape != tuple(size_hw):
-            raise ValueError(
-                f"{name}: the mask is {_size(source.shape)}, its image {_size(size_hw)}; "
-                "they must be of one size"
-            )
+        check_mask_size(source, size_hw, name)
         return source != 0
 
     # TFDS prints these two to stdout; `build` logs one line instead.
@@ -306,6 +266,15 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _log_download_done(self) -> None:
         pass
+
+
+def check_mask_size(mask: np.ndarray, size_hw: tuple[int, int], name: str) -> None:
+    """Raises ValueError if a mask [h, w] is not of its image's size."""
+    if mask.shape != tuple(size_hw):
+        raise ValueError(
+            f"{name}: the mask is {_size(mask.shape)}, its image {_size(size_hw)}; "
+            "they must be of one size"
+        )
 
 
 def _size(shape: tuple[int, ...]) -> str:

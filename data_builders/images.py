@@ -9,18 +9,32 @@ Called by `common.RecordBuilder` for each record; it knows nothing of data sets 
 import io
 import os
 import pathlib
+import struct
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+from data_builders import limits
+
+SUFFIXES_OF_FORMAT = {  # as Pillow names the formats; MPO is a JPEG with a preview
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "MPO": (".jpg", ".jpeg"),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+SUFFIXES = tuple(dict.fromkeys(s for known in SUFFIXES_OF_FORMAT.values() for s in known))
 
 _JPEG = b"\xff\xd8\xff"
 _KEPT_MAGIC = (_JPEG, b"\x89PNG\r\n\x1a\n", b"BM")  # JPEG, PNG, BMP
 _EXIF_ORIENTATION = 0x0112
 # A mask with more grey levels than this is anti-aliased or was a JPEG, not a set of labels.
 _MOST_LABELS = 8
+
+# Pillow's own limit cannot be raised from outside; `_check_size` comes before every decoding.
+Image.MAX_IMAGE_PIXELS = None
 
 
 def encode_image(
@@ -44,13 +58,13 @@ def encode_image(
         _check_pixels(source, where)
         return encode_png(source), source.shape[:2]
     data = source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
-    pixels = _decode(data, cv2.IMREAD_UNCHANGED, where)
+    pixels = decode(data, cv2.IMREAD_UNCHANGED, where)
     is_upright = _orientation(data) == 1
     is_plain = pixels.dtype == np.uint8 and (pixels.ndim == 2 or pixels.shape[2] == 3)
     if data.startswith(_KEPT_MAGIC) and is_plain and is_upright:
         return data, pixels.shape[:2]
     if not is_upright:
-        pixels = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, where)  # turns it upright
+        pixels = decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, where)  # turns it upright
     pixels = _to_uint8(pixels, full_scale, where)
     if pixels.ndim == 3:
         pixels = np.ascontiguousarray(pixels[..., :3][..., ::-1])  # BGR(A) -> RGB
@@ -77,10 +91,19 @@ def read_grey(path: os.PathLike) -> np.ndarray:
     Raises:
       ValueError: the file is damaged or not an image of integers; the message names it.
     """
-    pixels = _decode(pathlib.Path(path).read_bytes(), cv2.IMREAD_UNCHANGED, str(path))
+    pixels = decode(pathlib.Path(path).read_bytes(), cv2.IMREAD_UNCHANGED, str(path))
     if not np.issubdtype(pixels.dtype, np.integer):
         raise ValueError(f"{path}: expected integer grey levels, found {pixels.dtype}")
     return pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=-1)
+
+
+def read_rgb(path: os.PathLike) -> np.ndarray:
+    """Returns an 8-bit image file as RGB pixels uint8 [h, w, 3], turned upright.
+
+    Raises:
+      ValueError: the file is damaged; the message names it.
+    """
+    return decode(pathlib.Path(path).read_bytes(), cv2.IMREAD_COLOR, str(path))[..., ::-1]
 
 
 def above_127(grey: np.ndarray) -> np.ndarray:
@@ -98,6 +121,37 @@ def labels_or_soft(grey: np.ndarray) -> np.ndarray:
     return grey > 0 if levels.size <= _MOST_LABELS else grey > int(levels[-1]) // 2
 
 
+def decode(data: bytes, flags: int, where: str) -> np.ndarray:
+    """Returns the pixels of an encoded image, as OpenCV decodes them with `flags`.
+
+    Raises:
+      ValueError: damaged, or absurdly large; the message begins with `where`.
+    """
+    if not data:
+        raise ValueError(f"{where}: the file is empty; replace or delete it")
+    _check_size(data, where)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as e:  # more than its own limit, or than there is memory
+        raise ValueError(f"{where}: OpenCV refuses the image ({e.err or e})") from e
+    # OpenCV before 5 fills the missing part of a cut-off JPEG with grey and says nothing.
+    if pixels is None or data.startswith(_JPEG):
+        reason = _damage(data)
+        if pixels is None or reason:
+            reason = reason or "OpenCV does not read this format"
+            raise ValueError(f"{where}: the image is damaged ({reason}); replace or delete it")
+    return pixels
+
+
+def format_of(data: bytes) -> str:
+    """The format of an encoded image, a key of SUFFIXES_OF_FORMAT; empty for any other."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.format if image.format in SUFFIXES_OF_FORMAT else ""
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return ""
+
+
 def largest_value(path: os.PathLike) -> int:
     """Returns the largest pixel value of an image deeper than 8 bits, or 0 for any other."""
     path = pathlib.Path(path)
@@ -108,7 +162,7 @@ def largest_value(path: os.PathLike) -> int:
             return 0
     elif path.suffix.lower() not in (".tif", ".tiff"):
         return 0
-    pixels = _decode(path.read_bytes(), cv2.IMREAD_UNCHANGED, str(path))
+    pixels = decode(path.read_bytes(), cv2.IMREAD_UNCHANGED, str(path))
     return int(pixels.max()) if pixels.dtype == np.uint16 else 0
 
 
@@ -119,18 +173,35 @@ def _check_pixels(pixels: np.ndarray, where: str) -> None:
         )
 
 
-def _decode(data: bytes, flags: int, where: str) -> np.ndarray:
-    """Decodes with OpenCV; a damaged file raises with the reason."""
-    if not data:
-        raise ValueError(f"{where}: the file is empty; replace or delete it")
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    # OpenCV before 5 fills the missing part of a cut-off JPEG with grey and says nothing.
-    if pixels is None or data.startswith(_JPEG):
-        reason = _damage(data)
-        if pixels is None or reason:
-            reason = reason or "OpenCV does not read this format"
-            raise ValueError(f"{where}: the image is damaged ({reason}); replace or delete it")
-    return pixels
+def _check_size(data: bytes, where: str) -> None:
+    """Refuses by the header what would take more memory than any camera's picture."""
+    width, height = _size_in_header(data)
+    megapixels, limit = width * height / 1e6, limits.max_megapixels()
+    if megapixels > limit:
+        raise ValueError(
+            f"{where}: {width}x{height} are {megapixels:.0f} million pixels, from "
+            f"{len(data)} bytes; the limit is {limit:g}. Delete it, or if it is meant to be so "
+            f"large, set MMRJAX_MAX_MEGAPIXELS={megapixels + 1:.0f}"
+        )
+
+
+def _size_in_header(data: bytes) -> tuple[int, int]:
+    """(width, height), or (0, 0) where no header can be read: then OpenCV cannot either."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, EOFError):
+        pass
+    if data[:2] in (b"II", b"MM"):  # a TIFF of a kind that Pillow does not read, as float RGB
+        try:
+            tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if 43 in data[2:4] else 8])
+            stream = io.BytesIO(data)
+            stream.seek(tags.next)
+            tags.load(stream)
+            return tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
+        except (OSError, SyntaxError, KeyError, struct.error):
+            pass
+    return 0, 0
 
 
 def _damage(data: bytes) -> str:

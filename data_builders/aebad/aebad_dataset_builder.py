@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_builders import common
+from data_builders import common, files
 
 _FOLDERS = {"s": "AeBAD_S", "v": "AeBAD_V"}
 
@@ -89,13 +89,13 @@ def frame_numbers(paths: Sequence[pathlib.Path]) -> list[int]:
 
 def _blades(folder: pathlib.Path) -> Iterator[tuple[str, common.Example]]:
     """AeBAD_S: the sub-folders of train/good are used together."""
-    for path in common.list_images(folder / "train" / "good"):
+    for path in files.list_images(folder / "train" / "good"):
         yield "train", {"image": path, "label": "good"}
-    for type_folder in common.list_folders(folder / "test"):
-        for domain_folder in common.list_folders(type_folder):
+    for type_folder in files.list_folders(folder / "test"):
+        for domain_folder in files.list_folders(type_folder):
             defect, domain = type_folder.name, domain_folder.name
             masks = folder / "ground_truth" / defect / domain
-            for path in common.list_images(domain_folder):
+            for path in files.list_images(domain_folder):
                 yield (
                     "test",
                     {
@@ -110,16 +110,16 @@ def _blades(folder: pathlib.Path) -> Iterator[tuple[str, common.Example]]:
 
 def _videos(folder: pathlib.Path) -> Iterator[tuple[str, common.Example]]:
     """AeBAD_V: neighbouring frames are near-duplicates, so a video is one group."""
-    for video in common.list_folders(folder / "train" / "good"):
+    for video in files.list_folders(folder / "train" / "good"):
         yield from (("train", frame) for frame in _frames(video, video.name, "good", ""))
-    for video in common.list_folders(folder / "test"):
-        for type_folder in common.list_folders(video):
+    for video in files.list_folders(folder / "test"):
+        for type_folder in files.list_folders(video):
             frames = _frames(type_folder, video.name, type_folder.name, video.name)
             yield from (("test", frame) for frame in frames)
 
 
 def _frames(folder: pathlib.Path, video: str, defect: str, domain: str) -> Iterator[common.Example]:
-    paths = common.list_images(folder)
+    paths = files.list_images(folder)
     for path, number in zip(paths, frame_numbers(paths), strict=True):
         yield {
             "image": path,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_builders import common, images
+from data_builders import common, files, images
 from data_builders.folder import layout
 
 _BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras whose images are kept in 16 bits
@@ -29,9 +29,9 @@ class Builder(common.RecordBuilder):
     @classmethod
     def category_folders(cls, root: pathlib.Path) -> dict[str, pathlib.Path]:
         """The folder itself, or its sub-folders if several have train folders of their own."""
-        several = [folder for folder in common.list_folders(root) if _has_train_folder(folder)]
+        several = [folder for folder in files.list_folders(root) if _has_train_folder(folder)]
         if len(several) < 2 or _has_train_folder(root):
-            return {slug(root): root} if common.list_images(root) else {}
+            return {slug(root): root} if files.list_images(root) else {}
         categories = {slug(folder): folder for folder in several}
         if len(categories) < len(several):
             raise ValueError(f"{root}: sub-folders must differ by letters or digits in their names")
@@ -100,4 +100,4 @@ def full_scale(largest: int) -> int:
 
 
 def _has_train_folder(folder: pathlib.Path) -> bool:
-    return any(f.name.lower() in layout.TRAIN_NAMES for f in common.list_folders(folder))
+    return any(f.name.lower() in layout.TRAIN_NAMES for f in files.list_folders(folder))

@@ -17,7 +17,7 @@ import pathlib
 import re
 from collections.abc import Iterable
 
-from data_builders import common, images
+from data_builders import files, images
 
 GOOD_NAMES = ("good", "ok", "normal")
 TRAIN_NAMES = ("train", "val", "valid", "validation")
@@ -85,7 +85,7 @@ def _tell_masks_apart(root: pathlib.Path) -> tuple[Places, Places]:
     """Returns the pictures and the masks; a folder of masks does not count among the folders."""
     pictures: Places = {}
     masks: Places = {}
-    for path in common.list_images(root):
+    for path in files.list_images(root):
         folders = path.parent.relative_to(root).parts
         marks = [i for i, name in enumerate(folders) if name.lower() in MASK_NAMES]
         if marks:

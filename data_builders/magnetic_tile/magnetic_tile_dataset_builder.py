@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_builders import common, images
+from data_builders import common, files, images
 from data_builders.magnetic_tile import tile_groups
 
 GOOD_FOLDER = "MT_Free"
@@ -60,7 +60,7 @@ class Builder(common.RecordBuilder):
         paths = [
             path
             for folder in (GOOD_FOLDER, *DEFECT_FOLDERS)
-            for path in common.list_images(raw_dir / folder / "Imgs", recursive=False)
+            for path in files.list_images(raw_dir / folder / "Imgs", recursive=False)
             if path.suffix.lower() == ".jpg"  # the masks are .png
         ]
         names = [_parse(path) for path in paths]

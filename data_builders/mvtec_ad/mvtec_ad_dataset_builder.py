@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
-from data_builders import common
+from data_builders import common, files
 
 # category: images in train, good in test, defective in test, as published
 PUBLISHED_COUNTS = {
@@ -60,10 +60,10 @@ class Builder(common.RecordBuilder):
         """Yields the published split; a mask is `ground_truth/<type>/<stem>_mask.png`."""
         folder = raw_dir / category
         for split in ("train", "test"):
-            for type_folder in common.list_folders(folder / split):
+            for type_folder in files.list_folders(folder / split):
                 masks = folder / "ground_truth" / type_folder.name
                 is_good = type_folder.name == "good"
-                for path in common.list_images(type_folder):
+                for path in files.list_images(type_folder):
                     yield (
                         split,
                         {

@@ -8,6 +8,7 @@ import hashlib
 import io
 import pathlib
 import zlib
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -59,18 +60,24 @@ class Records:
     def encoded(self, i: int, field: str) -> bytes:
         """The encoded bytes of the "image" or the "mask" of record `i`."""
         split, row = self._rows[i]
-        return self._sources[split][row][field]
+        try:
+            return self._sources[split][row][field]
+        except RuntimeError as e:  # ArrayRecord's: a block does not match its hash any more
+            raise self._damaged(i, field, "read") from e
 
     def _decode(self, i: int, field: str, flags: int) -> np.ndarray:
         data = np.frombuffer(self.encoded(i, field), np.uint8)
         # Orientation tags are ignored: masks were drawn on the stored pixels.
         array = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
         if array is None:
-            raise ValueError(
-                f"the {field} of record '{self.table['id'][i]}' cannot be decoded: the records are "
-                "damaged; delete their folder and run again to rebuild them"
-            )
+            raise self._damaged(i, field, "decoded")
         return array
+
+    def _damaged(self, i: int, field: str, verb: str) -> ValueError:
+        return ValueError(
+            f"the {field} of record '{self.table['id'][i]}' cannot be {verb}: the records are "
+            "damaged; delete their folder and run again to rebuild them"
+        )
 
 
 def shrunk_size(size_hw: tuple[int, int], max_side: int) -> tuple[int, int]:
@@ -86,10 +93,30 @@ def load(directory: str | pathlib.Path) -> Records:
 
     Raises:
       FileNotFoundError: no records there.
+      ValueError: a file of them is damaged.
     """
     directory = pathlib.Path(directory)
     if not (directory / "dataset_info.json").is_file():
         raise FileNotFoundError(f"no records at {directory}")
+    try:
+        sources, rows, columns = _read(directory)
+    except Exception as e:  # TFDS and ArrayRecord raise whatever their parsers raise
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(
+            f"the records in {directory} are damaged ({reason}); delete that folder and repeat the "
+            "command to build them again"
+        ) from e
+    order = sorted(range(len(rows)), key=lambda i: (columns[i]["split"], columns[i]["id"]))
+    names = [name for name in (columns[0] if columns else ()) if name != "_crc"]
+    content = repr([(columns[i]["id"], columns[i]["split"], columns[i]["_crc"]) for i in order])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    table = {name: np.array([columns[i][name] for i in order]) for name in names}
+    dataset, category = directory.parent.parent.name, directory.parent.name
+    return Records(dataset, category, table, digest, sources, [rows[i] for i in order])
+
+
+def _read(directory: pathlib.Path) -> tuple[dict, list[tuple[str, int]], list[dict]]:
+    """Every record once: {split: source}, (split, row) of each, and its columns."""
     builder = tfds.builder_from_directory(str(directory))
     skip = {name: tfds.decode.SkipDecoding() for name in ("image", "mask")}
     sources = {s: builder.as_data_source(s, decoders=skip) for s in sorted(builder.info.splits)}
@@ -99,18 +126,35 @@ def load(directory: str | pathlib.Path) -> Records:
             rows.append((split, row))
             record = source[row]
             if not record or record["image"] is None or record["mask"] is None:
-                raise ValueError(
-                    f"record {row} of split {split!r} in {directory} cannot be read: the file is "
-                    "damaged; delete the folder and run again to rebuild it"
-                )
+                raise ValueError(f"record {row} of split {split!r} is empty")
             columns.append({**_columns(record, split), "_crc": _checksum(record)})
-    order = sorted(range(len(rows)), key=lambda i: (columns[i]["split"], columns[i]["id"]))
-    names = [name for name in (columns[0] if columns else ()) if name != "_crc"]
-    content = repr([(columns[i]["id"], columns[i]["split"], columns[i]["_crc"]) for i in order])
-    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-    table = {name: np.array([columns[i][name] for i in order]) for name in names}
-    dataset, category = directory.parent.parent.name, directory.parent.name
-    return Records(dataset, category, table, digest, sources, [rows[i] for i in order])
+    return sources, rows, columns
+
+
+def join(parts: Sequence[Records], category: str = "all") -> Records:
+    """Returns the records of several categories or data sets as one, in the order given.
+
+    The table gets a column `part`, "<dataset>/<category>"; groups begin with it, and ids with the
+    data set if there are several, so that equal names stay apart.
+    """
+    names = [f"{part.dataset}/{part.category}" for part in parts]
+    datasets = list(dict.fromkeys(part.dataset for part in parts))
+    if not parts or len(set(names)) < len(names):
+        raise ValueError(f"expected one or more different parts to join, found {names}")
+    tables, sources, rows = [], {}, []
+    for part, name in zip(parts, names, strict=True):
+        prefix = f"{part.dataset}/" if len(datasets) > 1 else ""
+        changed = {
+            "part": np.full(len(part), name),
+            "id": np.array([f"{prefix}{text}" for text in part.table["id"]], str),
+            "group": np.array([f"{name}/{text}" for text in part.table["group"]], str),
+        }
+        tables.append({**part.table, **changed})
+        sources |= {f"{name}/{split}": source for split, source in part._sources.items()}
+        rows += [(f"{name}/{split}", row) for split, row in part._rows]
+    table = {column: np.concatenate([own[column] for own in tables]) for column in tables[0]}
+    digest = hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest()[:16]
+    return Records("+".join(datasets), category, table, digest, sources, rows)
 
 
 def _checksum(record: dict) -> int:

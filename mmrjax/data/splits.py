@@ -1,34 +1,77 @@
-"""Which records are trained on and which are tested: functions of the records, at read time."""
+"""Which records are trained on and which are tested: functions of the records, at read time.
+
+Here are the protocols that a configuration can name. The cross-domain tracks, which need several
+data sets, are in `tracks`. All but "image_split" refuse a group of images on both sides.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from mmrjax.data import records as records_lib
 from mmrjax.data.records import GOOD, Records
 
 
-def select(records: Records, protocol: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (train, test) record indices.
+def select(
+    records: Records, protocol: str, shots: int = 0, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (train, test) record indices, each sorted.
 
     "one_class": the published split; only good images train.
+    "k_shot": the same test, but only `shots` of the training images, drawn by `seed`. With one
+    seed, the images of fewer shots are among those of more.
+    "one_for_all": as "one_class", for the records of all categories that `units` has joined.
     "image_split": as many training and good test images as there, but drawn image by image. Images
     of one group then lie on both sides: it exists to measure how much such a leak flatters.
 
     Raises:
-      ValueError: no good training image, or no test image.
+      ValueError: no good training image, fewer than `shots`, no test image, or a group on both
+        sides.
     """
     good = records.table["label"] == GOOD
     in_train = records.table["split"] == "train"
     train, test = np.flatnonzero(in_train & good), np.flatnonzero(~in_train)
+    where = f"{records.dataset}/{records.category}"
+    if not len(train):
+        raise ValueError(f"{where}: no good image to train on among {len(records)} records")
     if protocol == "image_split":
         drawn = np.random.default_rng(0).permutation(np.flatnonzero(good))
         train, good_test = np.sort(drawn[: len(train)]), drawn[len(train) :]
         test = np.sort(np.concatenate([good_test, np.flatnonzero(~good & ~in_train)]))
-    elif set(records.table["group"][train]) & set(records.table["group"][test]):
-        shared = sorted(set(records.table["group"][train]) & set(records.table["group"][test]))
-        names = [str(group) for group in shared[:3]]
-        raise ValueError(f"groups in both splits, scores would leak: {names}")
-    where = f"{records.dataset}/{records.category}"
-    if not len(train):
-        raise ValueError(f"{where}: no good image to train on among {len(records)} records")
+    else:
+        check_groups(records, train, test)
+    if protocol == "k_shot":
+        if not 0 < shots <= len(train):
+            raise ValueError(
+                f"{where}: data.shots={shots}, but there are {len(train)} good images to train on; "
+                f"choose from 1 to {len(train)}"
+            )
+        train = np.sort(np.random.default_rng(seed).permutation(train)[:shots])
     if not len(test):
         raise ValueError(f"{where}: no test image among {len(records)} records")
     return train, test
+
+
+def units(parts: Iterable[Records], protocol: str) -> Iterator[Records]:
+    """Yields what one model is trained on: each category, or all of them joined.
+
+    Joined by "one_for_all", the domain of a record begins with its category, so that results are
+    told and averaged by category.
+    """
+    if protocol != "one_for_all":
+        yield from parts
+        return
+    joined = records_lib.join(list(parts))
+    categories = [part.split("/", 1)[1] for part in joined.table["part"]]
+    pairs = zip(categories, joined.table["domain"], strict=True)
+    domains = np.array([f"{category} {domain}".strip() for category, domain in pairs])
+    yield dataclasses.replace(joined, table={**joined.table, "domain": domains})
+
+
+def check_groups(records: Records, train: np.ndarray, test: np.ndarray) -> None:
+    """Raises ValueError if images of one group are among both the indices `train` and `test`."""
+    groups = records.table["group"]
+    if shared := sorted(set(groups[train]) & set(groups[test])):
+        names = [str(group) for group in shared[:3]]
+        raise ValueError(f"groups in both splits, scores would leak: {names}")

@@ -19,7 +19,7 @@ def write_image():
 
     def write(path: pathlib.Path, size_hw=(24, 32), grey=False) -> pathlib.Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(zlib.crc32(path.name.encode()))
+        rng = np.random.default_rng(zlib.crc32("/".join(path.parts[-4:]).encode()))
         shape = size_hw if grey else (*size_hw, 3)
         assert cv2.imwrite(str(path), rng.integers(0, 256, shape, np.uint8))
         return path

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from data_builders import build, common
+from data_builders import build, common, store
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -58,6 +58,16 @@ def test_fresh_records_are_reused(run):
     assert "up to date" in log
 
 
+def test_what_a_build_killed_at_its_very_end_leaves_is_removed(run):
+    record_dir, _ = run()
+    before = written(record_dir)
+    left = record_dir.parents[1] / ".bottle.building"
+    left.mkdir()
+    run()
+    assert not left.exists()
+    assert written(record_dir) == before
+
+
 @pytest.mark.parametrize("change", ["added", "removed", "resized"])
 def test_changed_raw_data_is_rebuilt_with_one_notice(run, raw_dir, write_image, change):
     record_dir, _ = run()
@@ -89,7 +99,7 @@ def test_other_schema_is_rebuilt_or_refused_without_raw_data(run, monkeypatch):
         run(raw=None)
     record_dir, log = run()
     assert "schema 1 became 2" in log
-    assert build.read_fingerprint(record_dir)["schema"] == 2
+    assert store.read_fingerprint(record_dir)["schema"] == 2
 
 
 def test_records_serve_without_raw_data(run, tmp_path):
@@ -127,10 +137,10 @@ def test_build_killed_in_a_process_leaves_nothing_and_starts_over(run, raw_dir, 
     program = (
         "import os, sys\n"
         "from data_builders import build, common\n"
-        "real = common.RecordBuilder._record\n"
-        "def die(self, example):\n"
-        "    return os._exit(9) if len(self._ids) == 3 else real(self, example)\n"
-        "common.RecordBuilder._record = die\n"
+        "real = common.RecordBuilder.make_record\n"
+        "def die(self, *args):\n"
+        "    return os._exit(9) if len(self._ids) == 3 else real(self, *args)\n"
+        "common.RecordBuilder.make_record = die\n"
         "build.build('mvtec_ad', sys.argv[1], sys.argv[2])\n"
     )
     args = [sys.executable, "-c", program, str(raw_dir), str(tmp_path / "data")]
@@ -173,8 +183,8 @@ def test_second_process_waits_and_reuses(run, tmp_path):
 
 
 def test_unknown_names_are_refused_with_what_there_is(run, raw_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"unknown data set 'visa'; available: \['aebad'"):
-        build.build("visa", raw_dir, tmp_path)
+    with pytest.raises(ValueError, match=r"unknown data set 'vista'; available: \['aebad'"):
+        build.build("vista", raw_dir, tmp_path)
     with pytest.raises(ValueError, match=r"unknown category 'vase'; available: \['bottle'"):
         run(categories=["vase"])
 
@@ -193,11 +203,11 @@ def test_missing_raw_folder_says_where_to_get_the_data(run, raw_dir, tmp_path):
 
 
 def test_counts_name_what_differs_from_the_published_ones():
-    line = build.describe_counts({"train good": 2, "test good": 1, "odd": 5}, {"train good": 2})
+    line = store.describe_counts({"train good": 2, "test good": 1, "odd": 5}, {"train good": 2})
     assert line == "found/expected: train good 2/2, odd 5, test good 1"
-    line = build.describe_counts({"train good": 2}, {"train good": 3, "test good": 1})
+    line = store.describe_counts({"train good": 2}, {"train good": 3, "test good": 1})
     assert line.endswith("DIFFERS from the published one in: train good, test good")
-    assert build.describe_counts({"a": 1}, {}) == "found: a 1"
+    assert store.describe_counts({"a": 1}, {}) == "found: a 1"
 
 
 def cli(*args) -> subprocess.CompletedProcess:

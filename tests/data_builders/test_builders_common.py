@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from data_builders import build, common
+from data_builders import build, common, files
 
 PIXELS = np.full((8, 10, 3), 90, np.uint8)
 
@@ -132,28 +132,28 @@ def test_list_images_ignores_what_systems_leave_and_survives_link_loops(
         write_image(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "c/loop").symlink_to(tmp_path)
-    found = [p.relative_to(tmp_path).as_posix() for p in common.list_images(tmp_path)]
+    found = [p.relative_to(tmp_path).as_posix() for p in files.list_images(tmp_path)]
     assert found == ["a b/10.jpg", "a b/2.PNG", "c/1.webp"]
 
 
 def test_fingerprint_follows_names_and_sizes_of_images_only(tmp_path, write_image, clutter):
     image = write_image(tmp_path / "a/1.png")
-    before = common.folder_fingerprint(tmp_path)
+    before = files.folder_fingerprint(tmp_path)
     clutter(tmp_path / "a")
     (tmp_path / "readme.txt").write_text("no image")
-    assert common.folder_fingerprint(tmp_path) == before
+    assert files.folder_fingerprint(tmp_path) == before
     image.rename(tmp_path / "a/2.png")
-    renamed = common.folder_fingerprint(tmp_path)
+    renamed = files.folder_fingerprint(tmp_path)
     assert renamed != before
     write_image(tmp_path / "a/2.png", size_hw=(30, 30))
-    assert common.folder_fingerprint(tmp_path) not in (before, renamed)
+    assert files.folder_fingerprint(tmp_path) not in (before, renamed)
 
 
 def test_fingerprint_does_not_depend_on_where_the_folder_lies(tmp_path, write_image):
     write_image(tmp_path / "x/a/1.png")
-    before = common.folder_fingerprint(tmp_path / "x")
+    before = files.folder_fingerprint(tmp_path / "x")
     (tmp_path / "x").rename(tmp_path / "y")
-    assert common.folder_fingerprint(tmp_path / "y") == before
+    assert files.folder_fingerprint(tmp_path / "y") == before
 
 
 def test_masks_are_read_by_the_usual_rule_above_127(toy, tmp_path):

@@ -1,6 +1,8 @@
 """The bytes that a record keeps decode to the right upright 8-bit RGB pixels, whatever came in."""
 
 import io
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -125,3 +127,69 @@ def test_colour_masks_count_with_their_brightest_channel(tmp_path):
 def test_unknown_masks_are_labels_or_soft(grey, expected):
     mask = images.labels_or_soft(np.array([list(grey)], np.uint8))
     assert mask.tolist() == [list(expected)]
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of some hundred bytes that claims a size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
+
+
+def tiff_header(data: bytes, size: int) -> bytes:
+    """A TIFF whose tags of width and height are overwritten."""
+    tags = struct.pack("<I", size)
+    for tag in (256, 257):
+        place = data.index(struct.pack("<H", tag), int.from_bytes(data[4:8], "little"))
+        data = data[: place + 2] + struct.pack("<HI", 4, 1) + tags + data[place + 12 :]
+    return data
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (1_000_000, 101), (40_000, 40_000)])
+def test_images_that_claim_absurd_sizes_are_refused_before_decoding(tmp_path, size):
+    (tmp_path / "bomb.png").write_bytes(png_header(*size))
+    message = (
+        rf"bomb\.png: {size[0]}x{size[1]} are \d+ million pixels, from \d+ bytes; the limit is"
+    )
+    with pytest.raises(ValueError, match=message):
+        images.encode_image(tmp_path / "bomb.png", "bomb.png")
+    with pytest.raises(ValueError, match=message):
+        images.read_grey(tmp_path / "bomb.png")
+
+
+def test_tiff_that_pillow_cannot_open_is_refused_by_its_tags():
+    data = cv2.imencode(".tif", np.zeros((4, 6, 3), np.float32))[1].tobytes()
+    with pytest.raises(ValueError, match="expected 8 or 16 bits a pixel"):
+        images.encode_image(data, "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif: 30000x30000 are 900 million pixels"):
+        images.encode_image(tiff_header(data, 30_000), "a.tif")
+
+
+def test_limit_of_pixels_can_be_raised(monkeypatch):
+    large = encode(np.zeros((60, 50, 3), np.uint8), "png")
+    monkeypatch.setenv("MMRJAX_MAX_MEGAPIXELS", "0.002")
+    with pytest.raises(ValueError, match=r"set MMRJAX_MAX_MEGAPIXELS=\d+$"):
+        images.encode_image(large, "x")
+    monkeypatch.setenv("MMRJAX_MAX_MEGAPIXELS", "0.003")
+    assert images.encode_image(large, "x")[1] == (60, 50)
+    monkeypatch.setenv("MMRJAX_MAX_MEGAPIXELS", "10000")
+    with pytest.raises(ValueError, match=r"x: OpenCV refuses the image"):
+        images.encode_image(png_header(40_000, 40_000), "x")
+
+
+@pytest.mark.parametrize("text", ["many", "0", "-1", "nan"])
+def test_limit_that_is_no_number_is_refused(rgb, monkeypatch, text):
+    monkeypatch.setenv("MMRJAX_MAX_MEGAPIXELS", text)
+    with pytest.raises(ValueError, match=rf"MMRJAX_MAX_MEGAPIXELS={text}: expected a positive"):
+        images.encode_image(encode(rgb, "png"), "x")
+
+
+def test_rgb_pixels_are_read_upright_in_order(rgb, tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(rgb, "png"))
+    np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.png"), rgb)

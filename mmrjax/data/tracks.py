@@ -1,0 +1,176 @@
+"""Cross-domain protocols over several data sets, joined by `records.join`.
+
+Track A keeps a published test and lets the other data sets add training images. Track B splits each
+data set 70 to 30 by group, and can withhold combinations of defect and condition from training. Not
+reachable from a configuration: they are called with joined records, and return indices into them.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmrjax.data import splits
+from mmrjax.data.records import GOOD, Records
+
+# (part, defect, domain) that training never sees; an empty text stands for any.
+HELD_OUT = (
+    ("aebad/s", "groove", "illumination"),
+    ("aebad/s", "fracture", "view"),
+    ("magnetic_tile/tile", "crack", "exp1"),
+    ("magnetic_tile/tile", "crack", "exp2"),
+    ("magnetic_tile/tile", "blowhole", "exp6"),
+    ("rsdds/i", "", "dark"),
+    ("rsdds/ii", "", "dark"),
+)
+
+# A group that shows several defects counts for the last of these; unlisted ones come after all.
+_SEVERITY = ("good", "uneven", "blowhole", "break", "crack", "fray")
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """Record indices, each sorted: `unseen` are those of `test` that are held-out combinations."""
+
+    train: np.ndarray
+    test: np.ndarray
+    unseen: np.ndarray
+
+
+def track_a(records: Records, target: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (train, test): the published test of `target`, the good training images of all parts.
+
+    Args:
+      records: joined ones.
+      target: "<dataset>/<category>", such as "aebad/s".
+
+    Raises:
+      ValueError: no such part, or as `splits.select`.
+    """
+    train, test = splits.select(records, "one_class")
+    part = part_of(records)
+    if target not in part:
+        raise ValueError(f"no part {target!r}; there are {sorted(set(part.tolist()))}")
+    return train, test[part[test] == target]
+
+
+def track_b(
+    records: Records,
+    seed: int,
+    held_out: Sequence[tuple[str, str, str]] = (),
+    labelled: bool = False,
+) -> Track:
+    """Splits every part 70 to 30 by group, whatever its published split.
+
+    Groups are drawn within strata of equal defect (the most severe one in the group) and, where no
+    group of the part has several domains, equal domain; a stratum of n groups trains floor(0.7 n).
+
+    Images of a held-out combination never train. A group that holds nothing else is tested; of
+    other groups of the training side these images are left out altogether, because their siblings
+    train.
+
+    Args:
+      records: joined ones, or a single part.
+      seed: of the draw.
+      held_out: combinations as in HELD_OUT; those of parts that are not there are passed over.
+      labelled: whether the defective images of the training side train too.
+
+    Raises:
+      ValueError: a held-out combination without images, or a part or a defect that the training
+        side lacks.
+    """
+    in_train = np.zeros(len(records), bool)
+    part, group = part_of(records), records.table["group"]
+    for name in sorted(set(part.tolist())):
+        rows = np.flatnonzero(part == name)
+        in_train[rows] = np.isin(
+            group[rows], _draw(records, rows, [seed, zlib.crc32(name.encode())])
+        )
+    withheld = _withheld(records, held_out)
+    is_whole = ~np.isin(group, group[~withheld])  # the group holds nothing but withheld images
+    is_dropped = withheld & in_train & ~is_whole
+    in_train &= ~withheld
+    in_test = ~in_train & ~is_dropped
+    _check_coverage(records, in_train)
+    splits.check_groups(records, np.flatnonzero(in_train), np.flatnonzero(in_test))
+    if not labelled:
+        in_train &= records.table["label"] == GOOD
+    indices = (np.flatnonzero(rows) for rows in (in_train, in_test, in_test & withheld))
+    return Track(*indices)
+
+
+def mark_dark(records: Records, parts: Sequence[str] = ("rsdds/i", "rsdds/ii")) -> Records:
+    """Returns the records with domain "dark" for the darkest third of the groups of some parts.
+
+    For data sets that name no condition. Darkness is the mean of HSV's V over all pixels of the
+    group's images, which are decoded for it.
+    """
+    domain = records.table["domain"].astype(object)
+    part, group = part_of(records), records.table["group"]
+    for name in parts:
+        rows = np.flatnonzero(part == name)
+        groups, index = np.unique(group[rows], return_inverse=True)
+        values = np.array([records.image(i).max(axis=-1).mean() for i in rows])
+        brightness = np.bincount(index, values) / np.maximum(np.bincount(index), 1)
+        dark = groups[np.argsort(brightness, kind="stable")[: len(groups) // 3]]
+        domain[rows[np.isin(group[rows], dark)]] = "dark"
+    return dataclasses.replace(records, table={**records.table, "domain": domain.astype(str)})
+
+
+def part_of(records: Records) -> np.ndarray:
+    """The part of each record, "<dataset>/<category>" as str [n]."""
+    own = np.full(len(records), f"{records.dataset}/{records.category}")
+    return records.table.get("part", own)
+
+
+def _draw(records: Records, rows: np.ndarray, seed: list[int]) -> list[str]:
+    """The training groups of the part that has the records `rows`."""
+    defects: dict[str, set[str]] = {}
+    domains: dict[str, set[str]] = {}
+    for i in rows:
+        group = str(records.table["group"][i])
+        defects.setdefault(group, set()).add(str(records.table["defect"][i]))
+        domains.setdefault(group, set()).add(str(records.table["domain"][i]))
+    one_domain = all(len(names) == 1 for names in domains.values())
+    strata: dict[tuple[str, str], list[str]] = {}
+    for group in sorted(defects):
+        worst = max(defects[group], key=_severity)
+        strata.setdefault((worst, min(domains[group]) if one_domain else ""), []).append(group)
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _, groups in sorted(strata.items()):
+        drawn += rng.permutation(groups)[: len(groups) * 7 // 10].tolist()
+    return drawn
+
+
+def _severity(defect: str) -> tuple[int, str]:
+    rank = _SEVERITY.index(defect) if defect in _SEVERITY else len(_SEVERITY)
+    return rank, defect
+
+
+def _withheld(records: Records, held_out: Sequence[tuple[str, str, str]]) -> np.ndarray:
+    """Whether each record is of a held-out combination, bool [n]."""
+    part, withheld = part_of(records), np.zeros(len(records), bool)
+    for name, defect, domain in held_out:
+        found = part == name
+        if not found.any():
+            continue
+        found &= (records.table["defect"] == defect) | (not defect)
+        found &= (records.table["domain"] == domain) | (not domain)
+        if not found.any():
+            hint = "; mark_dark gives this condition" if domain == "dark" else ""
+            raise ValueError(
+                f"held out: {name}, defect {defect or 'any'}, domain {domain or 'any'}, but no "
+                f"image is of it{hint}"
+            )
+        withheld |= found
+    return withheld
+
+
+def _check_coverage(records: Records, in_train: np.ndarray) -> None:
+    """Raises ValueError if the training side lacks a part, or a defect of a part."""
+    kinds = list(zip(part_of(records).tolist(), records.table["defect"].tolist(), strict=True))
+    if lacking := set(kinds) - {kinds[i] for i in np.flatnonzero(in_train)}:
+        names = ", ".join(f"{part} {defect}" for part, defect in sorted(lacking)[:5])
+        raise ValueError(f"the training side has no image of: {names}")

@@ -1,0 +1,229 @@
+"""Cross-domain tracks: no group on two sides, no held-out combination in training."""
+
+import collections
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mmrjax.data import records as records_lib
+from mmrjax.data import splits, tracks
+from mmrjax.data.records import ANOMALY, GOOD, Records
+
+
+def make_records(dataset: str, category: str, rows) -> Records:
+    """Records of (split, defect, domain, group)."""
+    split, defect, domain, group = (np.array(column, str) for column in zip(*rows, strict=True))
+    table = {
+        "id": np.array([str(i) for i in range(len(rows))], str),
+        "split": split,
+        "defect": defect,
+        "domain": domain,
+        "group": group,
+        "label": np.where(defect == "good", GOOD, ANOMALY),
+    }
+    return Records(dataset, category, table, dataset, {}, [("", i) for i in range(len(rows))])
+
+
+def blades() -> Records:
+    """As AeBAD-S: every image its own group, test conditions by name."""
+    kinds = [("train", "good", "")] * 20
+    for domain in ("same", "background", "illumination", "view"):
+        for defect, count in (("good", 10), ("groove", 10), ("fracture", 10), ("ablation", 3)):
+            kinds += [("test", defect, domain)] * count
+    return make_records("aebad", "s", [(*kind, f"{i}.png") for i, kind in enumerate(kinds)])
+
+
+def tiles() -> Records:
+    """As the magnetic tiles: a group shows one tile at six exposures, good and defective."""
+    rows = []
+    tile_kinds = ["good"] * 20 + ["crack"] * 10 + ["blowhole"] * 10
+    for tile, kind in enumerate(tile_kinds):
+        split = "train" if tile < 14 else "test"
+        for e in range(1, 7):
+            rows.append((split, kind, f"exp{e}", str(tile)))
+        if kind != "good":
+            rows += [(split, "good", f"exp{e}", str(tile)) for e in (1, 6)]
+    return make_records("magnetic_tile", "tile", rows)
+
+
+def rails() -> Records:
+    """As RSDDs: strips of tiles, each with good and defective ones."""
+    rows = []
+    for strip in range(12):
+        split = "train" if strip < 8 else "test"
+        rows += [(split, defect, "", f"rail_{strip}.jpg") for defect in ("good", "good", "anomaly")]
+    return make_records("rsdds", "i", rows)
+
+
+@pytest.fixture
+def joined() -> Records:
+    return records_lib.join([blades(), tiles(), rails()])
+
+
+def groups(records: Records, rows: np.ndarray) -> set[str]:
+    return set(records.table["group"][rows].tolist())
+
+
+def combinations(records: Records, rows: np.ndarray) -> set[tuple[str, str, str]]:
+    part = tracks.part_of(records)
+    columns = (part, records.table["defect"], records.table["domain"])
+    return {tuple(str(column[i]) for column in columns) for i in rows}
+
+
+# --- track A
+
+
+def test_track_a_keeps_the_published_test_and_adds_training_images(joined):
+    train, test = tracks.track_a(joined, "aebad/s")
+    alone = splits.select(blades(), "one_class")
+    np.testing.assert_array_equal(test, alone[1])  # aebad/s comes first
+    np.testing.assert_array_equal(train[: len(alone[0])], alone[0])
+    assert set(tracks.part_of(joined)[train]) == {"aebad/s", "magnetic_tile/tile", "rsdds/i"}
+    assert (joined.table["label"][train] == GOOD).all()
+    assert (joined.table["split"][train] == "train").all()
+
+
+def test_track_a_lists_the_parts_there_are(joined):
+    with pytest.raises(ValueError, match=r"no part 'aebad/v'; there are \['aebad/s', 'magn"):
+        tracks.track_a(joined, "aebad/v")
+
+
+def test_track_a_refuses_shared_groups(joined):
+    joined.table["group"][-1] = joined.table["group"][tracks.part_of(joined) == "rsdds/i"][0]
+    with pytest.raises(ValueError, match="groups in both splits"):
+        tracks.track_a(joined, "aebad/s")
+
+
+# --- track B
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_track_b_splits_groups_seventy_to_thirty_in_every_stratum(joined, seed):
+    track = tracks.track_b(joined, seed, labelled=True)
+    assert not groups(joined, track.train) & groups(joined, track.test)
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([track.train, track.test])), np.arange(len(joined))
+    )
+    assert not len(track.unseen)
+    part = tracks.part_of(joined)
+    # Blades are drawn within (defect, domain): 20 of nothing, 4 x 10, 10, 10 and 3.
+    blade = [i for i in track.train if part[i] == "aebad/s"]
+    counts = collections.Counter(
+        (joined.table["defect"][i], joined.table["domain"][i]) for i in blade
+    )
+    expected = {("good", ""): 14}
+    for domain in ("same", "background", "illumination", "view"):
+        expected |= {(d, domain): n for d, n in (("groove", 7), ("fracture", 7), ("good", 7))}
+        expected[("ablation", domain)] = 2
+    assert counts == expected
+    # Tiles are drawn by their worst defect only: each has all exposures.
+    assert len(groups(joined, [i for i in track.train if part[i] == "magnetic_tile/tile"])) == 28
+    assert len(groups(joined, [i for i in track.train if part[i] == "rsdds/i"])) == 8
+
+
+def test_track_b_trains_on_good_images_unless_labels_are_asked_for(joined):
+    labelled, good = (tracks.track_b(joined, 0, labelled=flag) for flag in (True, False))
+    assert (joined.table["label"][good.train] == GOOD).all()
+    is_good = joined.table["label"][labelled.train] == GOOD
+    np.testing.assert_array_equal(labelled.train[is_good], good.train)
+    np.testing.assert_array_equal(labelled.test, good.test)
+
+
+def test_track_b_depends_on_the_seed_and_on_each_part_alone(joined):
+    draws = {tuple(tracks.track_b(joined, seed).train) for seed in range(3)}
+    assert len(draws) == 3
+    alone = tracks.track_b(blades(), 1)
+    together = tracks.track_b(joined, 1)
+    is_blade = tracks.part_of(joined)[together.train] == "aebad/s"
+    np.testing.assert_array_equal(alone.train, together.train[is_blade])
+
+
+def test_track_b_refuses_a_defect_that_cannot_be_learned(joined):
+    joined.table["defect"][-1] = "rust"  # one group only: floor(0.7) is none
+    with pytest.raises(ValueError, match=r"the training side has no image of: rsdds/i rust"):
+        tracks.track_b(joined, 0)
+
+
+# --- held-out combinations
+
+
+HELD_OUT = tuple(held for held in tracks.HELD_OUT if not held[0].startswith("rsdds"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_held_out_combinations_never_train(joined, seed):
+    track = tracks.track_b(joined, seed, HELD_OUT, labelled=True)
+    assert not combinations(joined, track.train) & set(HELD_OUT)
+    assert not groups(joined, track.train) & groups(joined, track.test)
+    assert set(HELD_OUT) == combinations(joined, track.unseen)
+    assert set(track.unseen) <= set(track.test)
+    seen = np.setdiff1d(track.test, track.unseen)
+    assert not combinations(joined, seen) & set(HELD_OUT)
+
+
+def test_held_out_images_of_training_tiles_are_left_out_and_those_of_test_tiles_stay(joined):
+    plain = tracks.track_b(joined, 0, labelled=True)
+    track = tracks.track_b(joined, 0, HELD_OUT, labelled=True)
+    part = tracks.part_of(joined)
+    dropped = np.setdiff1d(np.setdiff1d(np.arange(len(joined)), track.train), track.test)
+    # 7 cracked tiles at two exposures and 7 with blowholes at one; their other images still train.
+    assert set(part[dropped]) == {"magnetic_tile/tile"}
+    assert len(dropped) == 7 * 2 + 7
+    assert groups(joined, dropped) <= groups(joined, track.train)
+    # A blade is a group of its own: all of a held-out combination are tested.
+    moved = np.setdiff1d(track.test, plain.test)
+    assert set(part[moved]) == {"aebad/s"}
+    assert len(moved) == 7 + 7
+
+
+def test_pairs_of_absent_parts_are_passed_over_and_mistaken_ones_are_not(joined):
+    assert not len(tracks.track_b(joined, 0, [("rsdds/ii", "", "dark")]).unseen)
+    with pytest.raises(ValueError, match=r"rsdds/i, defect any, domain dark, .* mark_dark gives"):
+        tracks.track_b(joined, 0, [("rsdds/i", "", "dark")])
+    with pytest.raises(ValueError, match=r"aebad/s, defect rust, domain any, but no image"):
+        tracks.track_b(joined, 0, [("aebad/s", "rust", "")])
+
+
+def test_the_darkest_third_of_the_strips_is_dark_and_can_be_held_out(joined, monkeypatch):
+    def image(self, i, max_side=0):
+        """Strip k has its brightest channel at 10 k on average; its tiles differ."""
+        strip = int(self.table["group"][i].split("_")[-1].split(".")[0])
+        pixels = np.full((4, 5, 3), 10 * strip, np.uint8)
+        pixels[..., 1:] //= 2
+        return pixels
+
+    monkeypatch.setattr(Records, "image", image)
+    marked = tracks.mark_dark(joined)
+    dark = marked.table["domain"] == "dark"
+    assert groups(joined, dark) == {f"rsdds/i/rail_{k}.jpg" for k in range(4)}  # of 12
+    assert (joined.table["domain"] != "dark").all()  # the given records stay as they are
+    track = tracks.track_b(marked, 0, tracks.HELD_OUT, labelled=True)
+    assert not (marked.table["domain"][track.train] == "dark").any()
+    assert set(np.flatnonzero(dark)) <= set(track.unseen)
+
+
+# --- the real tiles
+
+
+def test_real_tiles_split_into_the_specified_numbers_of_groups(shared):
+    with (shared / "data" / "magnetic_tile" / "split.csv").open() as file:
+        rows = [
+            (r["split"], "good" if r["class"] == "MT_Free" else r["class"][3:].lower(),
+             f"exp{r['exposure']}", r["group"])
+            for r in csv.DictReader(file)
+        ]  # fmt: skip
+    records = make_records("magnetic_tile", "tile", rows)
+    track = tracks.track_b(records, 0, HELD_OUT, labelled=True)
+    order = ("good", "uneven", "blowhole", "break", "crack", "fray")
+    worst = collections.defaultdict(int)
+    for group, defect in zip(records.table["group"], records.table["defect"], strict=True):
+        worst[str(group)] = max(worst[str(group)], order.index(defect))
+    sides = [
+        collections.Counter(order[worst[group]] for group in groups(records, side))
+        for side in (tracks.track_b(records, 0, labelled=True).train, track.test)
+    ]
+    assert sides[0] == {"good": 93, "blowhole": 12, "uneven": 11, "break": 9, "crack": 7, "fray": 5}
+    assert sides[1] == {"good": 40, "blowhole": 6, "uneven": 6, "break": 5, "crack": 3, "fray": 3}
+    assert dataclasses.astuple(track)[2].size > 0
