@@ -4,20 +4,13 @@ Written from the description of the method, with the tensor names of the officia
 same safetensors files load in both. Not part of the package: nothing in mmrjax imports it. Tensors
 are NCHW. Shapes: b batch, n patches, k kept patches, d width, c channels, h w image, g grid side.
 
-`--benchmark` measures the training speed (one line of JSON); `--image`, `--student`, `--teacher`
-and `--arch` score one image, which is also
-
-    import torch_reference as mmr
-    student = mmr.load_student("student.safetensors")                  # official key names
-    teacher = mmr.load_teacher("resnet18.safetensors", "resnet18")     # torchvision's key names
-    images = mmr.load_image("part.png", student.image_size)            # [1, 3, h, w]
-    with torch.no_grad():
-        maps = mmr.anomaly_maps(student(images, 0.0), teacher(images), student.image_size)
-    print(mmr.image_scores(maps))
+`--benchmark` measures the training speed (one line of JSON); score_in_torch.py scores an image with
+weights that `python -m mmrjax.convert to-torch` has written.
 """
 
 import argparse
 import json
+import math
 import time
 from collections import OrderedDict
 
@@ -25,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
 from scipy import ndimage
 from torch import nn
 
@@ -114,26 +107,36 @@ class ResNetTeacher(nn.Module):
         return {name: maps[name] for name in LAYERS}
 
 
-def sincos_table(width: int, grid: int) -> torch.Tensor:
-    """Fixed position table [1, 1 + grid^2, width], float32; the row of the cls token is zero.
+def pair(size) -> tuple[int, int]:
+    """(height, width) of a size that may be one number for both."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def sincos_table(width: int, grid) -> torch.Tensor:
+    """Fixed position table [1, 1 + h * w, width], float32; the row of the cls token is zero.
+
+    `grid` is the number of patches per column and per row, or one number for both.
 
     Of a patch (row, column) the first half of the dimensions encodes the column, the second the
     row; either half is [sin(p w_i), cos(p w_i)] with w_i = 10000^(-i / (width / 4)).
     """
     omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
-    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    rows, columns = np.indices(pair(grid)).reshape(2, -1)
     angles = [p[:, None] * omega for p in (columns, rows)]
     table = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
     return torch.from_numpy(np.pad(table, ((1, 0), (0, 0))).astype(np.float32))[None]
 
 
-def resize_table(table: torch.Tensor, grid: int) -> torch.Tensor:
-    """Position table [1, 1 + m^2, d] -> [1, 1 + grid^2, d]: bicubic (a = -0.75), no antialias."""
-    m = int((table.shape[1] - 1) ** 0.5)
-    if m == grid:
+def resize_table(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Position table [1, 1 + m^2, d] -> [1, 1 + h * w, d]: bicubic (a = -0.75), no antialias.
+
+    A table whose rows are no square number has the grid already.
+    """
+    m = math.isqrt(table.shape[1] - 1)
+    if (m, m) == grid or m * m != table.shape[1] - 1:
         return table
     patches = table[:, 1:].transpose(1, 2).reshape(1, -1, m, m)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
     return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -186,20 +189,22 @@ class NormedConv(nn.Conv2d):
 class MMRStudent(nn.Module):
     """Masked ViT encoder, restored token grid and simple feature pyramid.
 
-    The images are squares of `image_size` pixels, cut in patches of `patch`; `width` is d, a
-    multiple of 4 and of `heads`; `teacher_channels` are those of layer1..3. The encoder's position
-    table always has the grid of a 224 px image, the decoder's that of `image_size`.
+    The images have `image_size` pixels, (height, width) or one number for both, cut in patches of
+    `patch`; `width` is d, a multiple of 4 and of `heads`; `teacher_channels` are those of
+    layer1..3, 0 for a layer that is not reconstructed. The encoder's position table always has the
+    grid of a 224 px image, the decoder's that of `image_size`.
     """
 
     def __init__(
         self, image_size=224, patch=16, width=768, depth=12, heads=12, teacher_channels=WIDE_RESNET
     ):
         super().__init__()
-        if image_size % patch or width % heads or width % 4:
+        self.image_size = pair(image_size)
+        self.grid = tuple(side // patch for side in self.image_size)
+        if any(n % patch for n in self.image_size) or width % heads or width % 4:
             raise ValueError(
                 f"{image_size=} must be a multiple of {patch=}, {width=} of {heads=}, 4"
             )
-        self.image_size, self.grid = image_size, image_size // patch
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, patch)))
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.decoder_FPN_mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
@@ -210,12 +215,15 @@ class MMRStudent(nn.Module):
 
         c1, c2, c3 = teacher_channels
         half, quarter = width // 2, width // 4
-        up1, up2 = nn.ConvTranspose2d(width, half, 2, 2), nn.ConvTranspose2d(half, quarter, 2, 2)
-        last = (NormedConv(quarter, c1, 1), NormedConv(c1, c1, 3))
-        self.simfp_2 = nn.Sequential(up1, ChannelNorm(half, eps=1e-6), nn.GELU(), up2, *last)
-        last = (NormedConv(half, c2, 1), NormedConv(c2, c2, 3))
-        self.simfp_3 = nn.Sequential(nn.ConvTranspose2d(width, half, 2, 2), *last)
-        self.simfp_4 = nn.Sequential(NormedConv(width, c3, 1), NormedConv(c3, c3, 3))
+        if c1:
+            up1, up2 = (nn.ConvTranspose2d(n, n // 2, 2, 2) for n in (width, half))
+            last = (NormedConv(quarter, c1, 1), NormedConv(c1, c1, 3))
+            self.simfp_2 = nn.Sequential(up1, ChannelNorm(half, eps=1e-6), nn.GELU(), up2, *last)
+        if c2:
+            last = (NormedConv(half, c2, 1), NormedConv(c2, c2, 3))
+            self.simfp_3 = nn.Sequential(nn.ConvTranspose2d(width, half, 2, 2), *last)
+        if c3:
+            self.simfp_4 = nn.Sequential(NormedConv(width, c3, 1), NormedConv(c3, c3, 3))
 
         for module in self.modules():  # the pyramid and the bias of the patches keep torch's init
             if isinstance(module, nn.Linear):
@@ -249,8 +257,9 @@ class MMRStudent(nn.Module):
         tokens = torch.cat([latent[:, 1:], dropped], dim=1)
         tokens = tokens.gather(1, restore[..., None].expand(-1, -1, d))
         tokens = tokens + self.decoder_FPN_pos_embed[:, 1:]
-        x = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [b, d, g, g]
-        maps = {"layer1": self.simfp_2(x), "layer2": self.simfp_3(x), "layer3": self.simfp_4(x)}
+        x = tokens.transpose(1, 2).unflatten(2, self.grid)  # [b, d, g, g]
+        stages = zip(LAYERS, ("simfp_2", "simfp_3", "simfp_4"), strict=True)
+        maps = {name: getattr(self, stage)(x) for name, stage in stages if hasattr(self, stage)}
         return {**maps, "latent": latent, "mask": (restore >= keep).float()}
 
 
@@ -264,18 +273,19 @@ def cosine_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
 
 def mmr_loss(student_maps: dict, teacher_maps: dict) -> torch.Tensor:
     """Sum over the scales of the mean cosine distance over all locations; scalar in [0, 6]."""
-    return sum(cosine_distance(student_maps[name], teacher_maps[name]).mean() for name in LAYERS)
+    names = [name for name in LAYERS if name in student_maps]
+    return sum(cosine_distance(student_maps[name], teacher_maps[name]).mean() for name in names)
 
 
-def anomaly_maps(student_maps: dict, teacher_maps: dict, size: int, sigma=4.0) -> np.ndarray:
+def anomaly_maps(student_maps: dict, teacher_maps: dict, size, sigma=4.0) -> np.ndarray:
     """Sum of the aligned-corners bilinear distance maps, Gaussian-smoothed (`sigma` px, 0 = raw).
 
-    Returns float64 [b, size, size].
+    Returns float64 [b, h, w], the `size` of the images.
     """
     total = 0.0
-    for name in LAYERS:
+    for name in (name for name in LAYERS if name in student_maps):
         maps = cosine_distance(student_maps[name], teacher_maps[name])[:, None].double()
-        maps = F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=True)
+        maps = F.interpolate(maps, size=pair(size), mode="bilinear", align_corners=True)
         total = total + maps[:, 0]
     maps = total.cpu().numpy()
     return ndimage.gaussian_filter(maps, sigma, axes=(1, 2)) if sigma else maps
@@ -325,27 +335,48 @@ def train_step(student, teacher, optimizer, images, mask_ratio=0.4, noise=None) 
     return loss.detach()
 
 
+def load_file(path: str) -> tuple[dict, dict]:
+    """(tensors by name, header) of a .safetensors file, or of a .pth file that holds tensors."""
+    if not str(path).endswith(".safetensors"):
+        return torch.load(path, weights_only=True), {}
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
 def load_student(path: str, heads: int | None = None) -> MMRStudent:
-    """Student from safetensors; the shapes give every size but `heads` (default width / 64)."""
-    state = load_file(path)
+    """Student from a file with the official key names, in evaluation mode.
+
+    The shapes give its sizes, the header what they do not: heads (else width / 64) and sides of an
+    image that is no square. `view` then holds the arguments of `load_image`.
+    """
+    state, header = load_file(path)
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    side = math.isqrt(state["decoder_FPN_pos_embed"].shape[1] - 1) * patch
+    sizes = {
+        k: tuple(map(int, header[k].split(","))) for k in ("image_size", "resize") if k in header
+    }
+    channels = [state.get(f"simfp_{i}.norm.weight", ()) for i in ("2.5", "3.2", "4.1")]
     student = MMRStudent(
-        image_size=round((state["decoder_FPN_pos_embed"].shape[1] - 1) ** 0.5) * patch,
+        image_size=sizes.get("image_size", side),
         patch=patch,
         width=width,
         depth=sum(name.endswith(".norm1.weight") for name in state),
-        heads=heads or max(1, width // 64),
-        teacher_channels=[state[f"simfp_{i}.weight"].shape[0] for i in ("2.5", "3.2", "4.1")],
+        heads=heads or int(header.get("heads", 0)) or max(1, width // 64),
+        teacher_channels=[len(weight) for weight in channels],
     )
-    student.load_state_dict(state)
+    student.pos_embed = torch.empty_like(state["pos_embed"])  # a learned one may be of another size
+    student.load_state_dict(state, strict=True)
+    student.view = {"image_size": student.image_size, **sizes}
+    student.view |= {k: header[k] for k in ("interpolation",) if k in header}
     return student.eval()
 
 
 def load_teacher(path: str, arch: str, **sizes) -> ResNetTeacher:
-    """Teacher through layer3 from torchvision safetensors; layer4 and fc may be there or not."""
+    """Teacher through layer3 from torchvision's names; layer4 and fc may be there or not."""
     teacher = ResNetTeacher(arch, **sizes)
-    state = load_file(path).items()
-    teacher.load_state_dict({k: v for k, v in state if not k.startswith(("layer4.", "fc."))})
+    state = load_file(path)[0].items()
+    used = {k: v for k, v in state if not k.startswith(("layer4.", "fc."))}
+    teacher.load_state_dict(used, strict=True)
     return teacher
 
 
@@ -355,11 +386,17 @@ def normalise(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(scaled.astype(np.float32)).permute(0, 3, 1, 2).contiguous()
 
 
-def load_image(path: str, image_size: int) -> torch.Tensor:
-    """Official test image [1, 3, h, w]: squashed to 8/7 of the size (256 for 224), centre crop."""
-    side, low = image_size * 8 // 7, (image_size * 8 // 7 - image_size) // 2
-    image = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-    return normalise(np.asarray(image)[None, low : low + image_size, low : low + image_size])
+def load_image(path: str, image_size, resize=None, interpolation="bilinear") -> torch.Tensor:
+    """Test image [1, 3, h, w]: squashed to `resize`, then the centre of `image_size`.
+
+    Sizes are (height, width) or one number; the official `resize` is 8/7 of the size, 256 for 224.
+    """
+    size = pair(image_size)
+    resize = pair(resize or tuple(n * 8 // 7 for n in size))
+    how = Image.Resampling[interpolation.upper()]
+    pixels = np.asarray(Image.open(path).convert("RGB").resize(resize[::-1], how))
+    top, left = (round((n - s) / 2) for n, s in zip(resize, size, strict=True))
+    return normalise(pixels[None, top : top + size[0], left : left + size[1]])
 
 
 def textured_images(count: int, image_size: int, seed: int = 0) -> torch.Tensor:
@@ -417,9 +454,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="resnet18", choices=sorted(ARCHITECTURES))
     parser.add_argument("--heads", type=int, help="default: width / 64")
-    for name in ("image", "student", "teacher"):
-        parser.add_argument(f"--{name}", help="image or safetensors file, to score one image")
-    parser.add_argument("--map", help="also write the anomaly map, .npy float64 [h, w]")
     parser.add_argument("--benchmark", action="store_true", help="measure the training speed")
     parser.add_argument("--official", action="store_true", help="layer4 too, loss read every step")
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
@@ -429,20 +463,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"benchmark: {default}")
     args = parser.parse_args()
 
-    if args.benchmark:
-        args.heads = args.heads or max(1, args.width // 64)
-        print(json.dumps(benchmark(args)))
-    elif args.image and args.student and args.teacher:
-        student = load_student(args.student, args.heads)
-        teacher = load_teacher(args.teacher, args.arch)
-        images = load_image(args.image, student.image_size)
-        with torch.no_grad():
-            maps = anomaly_maps(student(images, 0.0), teacher(images), student.image_size)
-        print(json.dumps({"image": args.image, "score": float(image_scores(maps)[0])}))
-        if args.map:
-            np.save(args.map, maps[0])
-    else:
-        parser.error("give --image, --student and --teacher, or --benchmark")
+    if not args.benchmark:
+        parser.error("give --benchmark; to score an image, see score_in_torch.py")
+    args.heads = args.heads or max(1, args.width // 64)
+    print(json.dumps(benchmark(args)))
 
 
 if __name__ == "__main__":

@@ -357,24 +357,43 @@ def test_image_is_squashed_to_256_and_cropped_in_the_centre(tmp_path):
     np.testing.assert_allclose(image[0], expected, rtol=0, atol=1e-6)
     Image.fromarray(pixels).resize((300, 200)).save(tmp_path / "part.png")
     assert mmr.load_image(tmp_path / "part.png", 224).shape == (1, 3, 224, 224)
+    view = {"image_size": (48, 80), "resize": (61, 83), "interpolation": "bicubic"}
+    assert mmr.load_image(tmp_path / "part.png", **view).shape == (1, 3, 48, 80)
 
 
-def test_command_line_scores_one_image_from_safetensors(tmp_path, monkeypatch, capsys):
-    student, teacher = tiny_student(teacher_channels=(64, 128, 256)).eval(), mmr.ResNetTeacher()
-    images = tmp_path / "part.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(images)
-    save_file(student.state_dict(), tmp_path / "student.safetensors")
-    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
-    arguments = {"image": images, "heads": 2, "map": tmp_path / "map.npy"}
-    arguments |= {n: tmp_path / f"{n}.safetensors" for n in ("student", "teacher")}
-    monkeypatch.setattr(sys, "argv", ["x", *(f"--{k}={v}" for k, v in arguments.items())])
-    mmr.main()
-
-    tensors = mmr.load_image(images, 32)
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_students_of_any_shape_are_read_back(suffix, tmp_path):
+    """Oblong images, a missing layer, a position table of their own size."""
+    student = tiny_student(image_size=(32, 96), teacher_channels=(0, 16, 32)).eval()
+    student.pos_embed = torch.randn(1, 13, 24)
+    path, header = (
+        tmp_path / f"x.{suffix}",
+        {"heads": "2", "image_size": "32,96", "resize": "40,99"},
+    )
+    if suffix == "pth":  # holds no header: 12 patches are no square
+        torch.save(student.state_dict(), path)
+        with pytest.raises(RuntimeError, match="decoder_FPN_pos_embed"):
+            mmr.load_student(path, heads=2)
+        return
+    save_file(student.state_dict(), path, metadata=header)
+    again = mmr.load_student(path)
+    assert again.view == {"image_size": (32, 96), "resize": (40, 99)}
+    images = torch.randn(2, 3, 32, 96)
     with torch.no_grad():
-        maps = mmr.anomaly_maps(student(tensors, 0.0), teacher(tensors), 32)
-    assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(maps.max(), abs=1e-6)
-    np.testing.assert_allclose(np.load(tmp_path / "map.npy"), maps[0], rtol=0, atol=1e-6)
+        want, got = student(images, 0.0), again(images, 0.0)
+    assert want.keys() == got.keys() == {"layer2", "layer3", "latent", "mask"}
+    assert got["layer2"].shape == (2, 16, 4, 12)
+    for name in ("layer2", "layer3"):  # the shuffle of the tokens only changes the rounding
+        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-5)
+
+
+def test_students_of_square_images_are_read_from_pth_files(tmp_path):
+    student = tiny_student()
+    torch.save(student.state_dict(), tmp_path / "x.pth")
+    again = mmr.load_student(tmp_path / "x.pth", heads=2)
+    assert again.image_size == (32, 32)
+    assert again.view == {"image_size": (32, 32)}
+    assert all(torch.equal(v, student.state_dict()[k]) for k, v in again.state_dict().items())
 
 
 @pytest.mark.parametrize("official", [False, True])

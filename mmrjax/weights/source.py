@@ -5,11 +5,14 @@ name). Formats: .safetensors and .npz natively; .pth through torch (extra `torch
 weights_only=True. Nothing is ever unpickled.
 """
 
+import argparse
 import dataclasses
 import hashlib
+import http.client
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -25,13 +28,17 @@ IMAGENET_LICENCE = "BSD-3-Clause code; ImageNet terms of access apply to the wei
 MAE_LICENCE = "CC BY-NC 4.0 (non-commercial)"
 
 
-# What safetensors and NumPy raise on damaged or foreign files (TypeError: a bare .npy array).
+MOST_UNPACKED = 100  # times the size of an .npz file: weights hardly compress
+# What safetensors and NumPy raise on damaged or foreign files (TypeError: a bare .npy array;
+# AttributeError: a number format that NumPy does not have).
 DAMAGE = (
     safetensors.SafetensorError,
     ValueError,
     TypeError,
+    AttributeError,
     OSError,
     EOFError,
+    MemoryError,  # a header that promises petabytes
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -109,14 +116,14 @@ def published_file(published: Published) -> pathlib.Path:
 def _download(url: str, path: pathlib.Path) -> None:
     logging.info("fetching %s", url)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may fetch it
     try:
         with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as out:
             shutil.copyfileobj(response, out)
             promised = int(response.headers.get("Content-Length") or out.tell())
             if out.tell() != promised:
                 raise OSError(f"got {out.tell()} of {promised} bytes")
-    except (urllib.error.URLError, OSError) as e:
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
         part.unlink(missing_ok=True)
         raise FileNotFoundError(
             f"{path.name} is not in the cache and {url} cannot be reached ({e}); "
@@ -132,7 +139,7 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads a state dict as NumPy arrays.
+    """Reads a state dict as NumPy arrays; half precision becomes float32.
 
     Args:
       path: .safetensors, .npz, .pth or .pt. A nested "model" or "state_dict" entry is unwrapped.
@@ -146,15 +153,32 @@ def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"no weights file at {path}")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.numpy.load_file(path)
+            return _single(safetensors.numpy.load_file(path))
         if path.suffix == ".npz":
+            _check_unpacked_size(path)
             with np.load(path, allow_pickle=False) as archive:
-                return dict(archive)
+                return _single(dict(archive))
     except DAMAGE as e:
         raise ValueError(f"{path} is not a whole {path.suffix} file: {e}") from e
     if path.suffix in (".pth", ".pt"):
         return _read_torch(path)
     raise ValueError(f"{path}: unknown suffix; known are .safetensors, .npz, .pth and .pt")
+
+
+def _check_unpacked_size(path: pathlib.Path) -> None:
+    """Raises ValueError for an archive that would unpack to far more memory than weights take."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > MOST_UNPACKED * path.stat().st_size:
+        raise ValueError(
+            f"it unpacks to {unpacked / 2**20:.0f} MiB, more than {MOST_UNPACKED} times its size; "
+            "if it is yours, save it with numpy.savez, which does not compress"
+        )
+
+
+def _single(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    half = ("float16", "bfloat16")
+    return {k: v.astype(np.float32) if v.dtype.name in half else v for k, v in state.items()}
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -165,12 +189,30 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             f"{path} is a PyTorch file: pip install torch, or convert it to .safetensors"
         ) from e
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # MAE's training script puts its command line beside the weights: inert, as a dict is.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises pickle, zip, runtime and end-of-file errors alike
-        raise ValueError(f"{path} is not a whole PyTorch weights file: {e}") from e
+        raise ValueError(f"{path} is not a whole PyTorch weights file: {_reason(e)}") from e
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()
+    ):
         raise ValueError(f"{path} holds no flat dict of tensors")
-    return {k: v.float().numpy() if v.is_floating_point() else v.numpy() for k, v in state.items()}
+    state = {k: v.detach() for k, v in state.items()}
+    try:
+        return {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in state.items()}
+    except (TypeError, RuntimeError) as e:  # sparse, quantised or meta tensors
+        raise ValueError(f"{path} holds no flat dict of plain tensors: {_reason(e)}") from e
+
+
+def _reason(error: Exception) -> str:
+    """One line of what torch says, without its advice to switch the protection off."""
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks to run {found[1]}, which was not done; only tensors are read"
+    if "weights_only" in text:
+        return "its content is neither a zip archive of tensors nor a pickle of tensors alone"
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,40 +1,41 @@
-"""Names and layouts: PyTorch state dicts <-> mmrjax variables. The only place that knows NCHW.
+"""Our networks under PyTorch's names: state dicts of NumPy arrays <-> mmrjax variables.
 
-Everything works on dicts of NumPy arrays, so neither torch nor a device is needed. Layouts:
-linear (out, in) -> (in, out); convolution OIHW -> HWIO; transposed convolution (in, out, kh, kw)
--> (in, kh, kw, out); patch embedding OIHW -> (kh * kw * in, out); stacked blocks [depth, ...].
+Neither torch nor a device is needed. Names: the student's are those of the official MMR code (its
+encoder is a timm ViT, as MAE's), the teacher's torchvision's. Position tables keep the size they
+come with; `merge_student` resizes them to the image size of the student that it fills.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from mmrjax.models import resnet
+from mmrjax.weights import layouts, tables
+from mmrjax.weights.layouts import Name, State
 
-State = dict[str, np.ndarray]
 BATCH_NORM_EPSILON = 1e-5
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+TABLES = ("pos_embed", "decoder_FPN_pos_embed")
+MASK_TOKEN = "decoder_FPN_mask_token"  # only a whole MMR student has it
+# Without these an encoder is still one: they keep their initial values.
+OPTIONAL = ("cls_token", "pos_embed")
+# What MAE and timm checkpoints hold beside the encoder: MAE's decoder, heads of classifiers.
+_NOT_ENCODER = re.compile(r".*decoder|mask_token$|(head|head_dist|fc_norm|pre_logits)\.")
+_NOT_TEACHER = re.compile(r"(layer4|fc)\.|.*num_batches_tracked$")
 
-_TO_JAX = {
-    "same": lambda x: x,
-    "linear": lambda x: x.T,
-    "conv": lambda x: x.transpose(2, 3, 1, 0),
-    "deconv": lambda x: x.transpose(0, 2, 3, 1),
-    "patch": lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
-}
-_TO_TORCH = {
-    "same": lambda x: x,
-    "linear": lambda x: x.T,
-    "conv": lambda x: x.transpose(3, 2, 0, 1),
-    "deconv": lambda x: x.transpose(0, 3, 1, 2),
-}
+Report = dict[str, list[str]]
+Grid = tables.Grid
 
 
-def student_names(layers: tuple[int, ...]) -> Iterator[tuple[str, str, str]]:
-    """Yields (official MMR key, variable path, layout); "{i}" stands for the block number."""
+# --- students
+
+
+def encoder_names() -> Iterator[Name]:
+    """Yields the names of the ViT: tokens, position table, patch embedding, blocks, norm."""
     yield "cls_token", "params/cls_token", "same"
-    yield "decoder_FPN_mask_token", "params/mask_token", "same"
     yield "pos_embed", "positions/encoder_table", "table"
-    yield "decoder_FPN_pos_embed", "positions/decoder_table", "table"
     yield "patch_embed.proj.weight", "params/patch_kernel", "patch"
     yield "patch_embed.proj.bias", "params/patch_bias", "same"
     block = "params/encoder/blocks"
@@ -49,31 +50,44 @@ def student_names(layers: tuple[int, ...]) -> Iterator[tuple[str, str, str]]:
     for norm in ("norm1", "norm2"):
         yield from _norm_names(f"blocks.{{i}}.{norm}", f"{block}/{norm}")
     yield from _norm_names("norm", "params/encoder/norm")
-    yield from _pyramid_names(layers)
 
 
-def _pyramid_names(layers: tuple[int, ...]) -> Iterator[tuple[str, str, str]]:
+def student_names(layers: tuple[int, ...]) -> Iterator[Name]:
+    """Yields the names of a student that reconstructs `layers`."""
+    yield from encoder_names()
+    yield MASK_TOKEN, "params/mask_token", "same"
+    yield "decoder_FPN_pos_embed", "positions/decoder_table", "table"
     ups = {1: (("simfp_2.0", "up1"), ("simfp_2.3", "up2")), 2: (("simfp_3.0", "up1"),), 3: ()}
-    convs = {
-        1: (("simfp_2.4", "conv1"), ("simfp_2.5", "conv2")),
-        2: (("simfp_3.1", "conv1"), ("simfp_3.2", "conv2")),
-        3: (("simfp_4.0", "conv1"), ("simfp_4.1", "conv2")),
-    }
     for layer in layers:
         for key, name in ups[layer]:
             yield f"{key}.weight", f"params/fpn/layer{layer}_{name}/kernel", "deconv"
             yield f"{key}.bias", f"params/fpn/layer{layer}_{name}/bias", "same"
         if layer == 1:
             yield from _norm_names("simfp_2.1", "params/fpn/layer1_norm")
-        for key, name in convs[layer]:
+        for key, name in zip(_CONVOLUTIONS[layer], ("conv1", "conv2"), strict=True):
             path = f"params/fpn/layer{layer}_{name}"
             yield f"{key}.weight", f"{path}/conv/kernel", "conv"
             yield from _norm_names(f"{key}.norm", f"{path}/norm")
 
 
-def _norm_names(key: str, path: str) -> Iterator[tuple[str, str, str]]:
+# {layer: keys of the 1x1 and of the 3x3 convolution of its pyramid stage}
+_CONVOLUTIONS = {
+    1: ("simfp_2.4", "simfp_2.5"),
+    2: ("simfp_3.1", "simfp_3.2"),
+    3: ("simfp_4.0", "simfp_4.1"),
+}
+
+
+def _norm_names(key: str, path: str) -> Iterator[Name]:
     yield f"{key}.weight", f"{path}/scale", "same"
     yield f"{key}.bias", f"{path}/bias", "same"
+
+
+def student_channels(state: Mapping[str, np.ndarray]) -> dict[int, int]:
+    """{layer: channels} of the pyramid stages in an official state; all three if there is none."""
+    sizes = {n: state.get(f"{key}.norm.bias") for n, (_, key) in _CONVOLUTIONS.items()}
+    stages = [n for n in sizes if any(k.startswith(f"simfp_{n + 1}.") for k in state)]
+    return {n: 1 if sizes[n] is None else sizes[n].size for n in stages or sizes}
 
 
 def student_from_torch(state: State, layers: tuple[int, ...] = (1, 2, 3)) -> dict:
@@ -82,100 +96,140 @@ def student_from_torch(state: State, layers: tuple[int, ...] = (1, 2, 3)) -> dic
     Raises:
       ValueError: naming the keys that `state` lacks.
     """
-    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=-1)
-    variables: dict = {}
-    missing = []
-    for key, path, layout in student_names(layers):
-        keys = [key.format(i=i) for i in range(depth)] if "{i}" in key else [key]
-        missing += [k for k in keys if k not in state]
-        if missing:
-            continue
-        if layout == "table":
-            value = state[key][0]
-        else:
-            value = np.stack([_TO_JAX[layout](state[k]) for k in keys])
-            value = value if "{i}" in key else value[0]
-        _set(variables, path, np.ascontiguousarray(value))
-    if missing:
-        raise ValueError(f"not an MMR student: {len(missing)} tensors missing, first {missing[:5]}")
-    return variables
+    return layouts.from_torch(state, student_names(layers), "an MMR student")
 
 
-def student_to_torch(variables: dict, patch: int = 16) -> State:
-    """Variables of `models.student.MaskedStudent` -> state dict with the official MMR keys."""
-    layers = tuple(
-        layer for layer in (1, 2, 3) if f"layer{layer}_conv1" in variables["params"]["fpn"]
-    )
-    state = {}
-    for key, path, layout in student_names(layers):
-        value = np.asarray(_get(variables, path))
-        if layout == "table":
-            state[key] = value[None]
-        elif layout == "patch":
-            state[key] = value.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
-        elif "{i}" in key:
-            state |= {key.format(i=i): _TO_TORCH[layout](v) for i, v in enumerate(value)}
-        else:
-            state[key] = _TO_TORCH[layout](value)
-    return {key: np.ascontiguousarray(value) for key, value in state.items()}
+def student_to_torch(variables: dict, grid: Grid | None = None) -> State:
+    """Variables of `models.student.MaskedStudent` -> state dict with the official MMR keys.
+
+    Args:
+      variables: of a student of any layers.
+      grid: patches per column and per row of its images; None where both are equal.
+    """
+    return layouts.contiguous(_student_views(_with_official_table(variables, grid)))
 
 
-def merge_mae(variables: dict, state: State) -> tuple[dict, dict[str, list[str]]]:
-    """Puts the encoder of a MAE checkpoint into freshly initialised student variables.
+def encoder_from_torch(state: State) -> dict:
+    """MAE or timm state dict -> the encoder's part of a student's variables.
 
-    As the official code: every key containing "decoder" and the key "mask_token" is dropped, the
-    rest is used where it fits. Mask token and pyramid keep their initial values.
+    Decoder and classifier heads are ignored, see `encoder_part`; class token and position table
+    may be missing.
+
+    Raises:
+      ValueError: naming the keys that `state` lacks.
+    """
+    names = [row for row in encoder_names() if row[0] in state or row[0] not in OPTIONAL]
+    return layouts.from_torch(state, names, "a ViT encoder")
+
+
+def encoder_to_torch(variables: dict, grid: Grid | None = None) -> State:
+    """The encoder in a student's variables -> state dict of a timm ViT without a head.
+
+    `grid` as in `student_to_torch`.
+    """
+    return layouts.contiguous(_encoder_views(_with_official_table(variables, grid)))
+
+
+def encoder_part(state: State) -> State:
+    """What the official code takes of a MAE checkpoint, less the heads of classifiers.
+
+    It drops every key that contains "decoder", and the key "mask_token".
+    """
+    return {key: value for key, value in state.items() if not _NOT_ENCODER.match(key)}
+
+
+def _student_views(variables: dict) -> State:
+    return layouts.to_torch(variables, student_names(_layers(variables)), "an MMR student")
+
+
+def _encoder_views(variables: dict) -> State:
+    flat = layouts.flatten(variables)
+    names = [row for row in encoder_names() if row[1] in flat or row[0] not in OPTIONAL]
+    return layouts.to_torch(variables, names, "a ViT encoder")
+
+
+def _layers(variables: dict) -> tuple[int, ...]:
+    flat = layouts.flatten(variables)
+    return tuple(n for n in _CONVOLUTIONS if f"params/fpn/layer{n}_conv1/conv/kernel" in flat)
+
+
+def check_student(state: State, like: dict, whole: bool, what: str) -> None:
+    """Raises ValueError unless a state dict fits a student, naming tensors and both shapes.
+
+    Args:
+      state: a whole MMR student; or a MAE or timm checkpoint.
+      like: variables of the student. Position tables may have other numbers of rows.
+      whole: whether everything has to fit, or the encoder alone.
+      what: begins the message.
+    """
+    if whole:
+        given, wanted, optional = state, _student_views(like), ()
+    else:
+        given, wanted, optional = encoder_part(state), _encoder_views(like), OPTIONAL
+    for key in given.keys() & wanted.keys() & set(TABLES):
+        if given[key].ndim == 3:  # as many rows as there are
+            shape = (1, given[key].shape[1], wanted[key].shape[2])
+            wanted[key] = np.broadcast_to(wanted[key][:, :1], shape)
+    layouts.check_fit(given, wanted, what, optional)
+
+
+def merge_student(variables: dict, state: State, grid: Grid | None = None) -> tuple[dict, Report]:
+    """Puts a state dict into freshly initialised student variables.
+
+    A whole MMR student replaces everything, a MAE or timm checkpoint the encoder: mask token and
+    pyramid keep their initial values. The encoder's position table is resized to the student's
+    image size as torch does; the decoder's is never resized, but drawn for each image size.
 
     Args:
       variables: from `MaskedStudent.init`.
-      state: MAE state dict (timm names).
+      state: with official MMR, MAE or timm names.
+      grid: patches per column and per row of the student's images; None where both are equal.
 
     Returns:
-      (new variables, {"used", "missing", "unused"}: lists of keys).
+      (new variables, {"used", "missing", "unused", "replaced"}: lists of names; "replaced" are
+      position tables that were resized or drawn anew).
 
     Raises:
-      ValueError: naming tensors whose shape differs, with both shapes.
+      ValueError: naming tensors that are missing or do not fit, with both shapes.
     """
-    encoder = {k: v for k, v in state.items() if "decoder" not in k and k != "mask_token"}
-    target = student_to_torch(variables)
-    wanted = [k for k in target if "decoder" not in k and not k.startswith("simfp")]
-    used = [k for k in wanted if k in encoder]
-    # The stored table is the sine-cosine one of 224 px; other image sizes keep their resized one.
-    used = [k for k in used if k != "pos_embed" or encoder[k].shape == target[k].shape]
-    check_shapes({k: encoder[k] for k in used}, target, "MAE checkpoint")
-    report = {
-        "used": used,
-        "missing": [k for k in wanted if k not in encoder],
-        "unused": sorted(set(state) - set(used)),
-    }
-    missing = [k for k in report["missing"] if k not in ("pos_embed", "cls_token")]
-    left_over = [k for k in report["unused"] if k.startswith("blocks.")]
-    if missing or left_over:
-        raise ValueError(
-            f"not an encoder of this depth: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(left_over)} of further blocks {left_over[:3]}"
-        )
-    merged = {**target, **{k: encoder[k].astype(np.float32) for k in used}}
-    layers = tuple(
-        layer for layer in (1, 2, 3) if f"layer{layer}_conv1" in variables["params"]["fpn"]
+    whole = MASK_TOKEN in state
+    what = "not a student of this shape" if whole else "not an encoder of this shape"
+    check_student(state, variables, whole, what)
+    given = state if whole else encoder_part(state)
+    merged = layouts.from_torch(
+        {**_student_views(variables), **given}, student_names(_layers(variables)), "an MMR student"
     )
-    return student_from_torch(merged, layers), report
+    before, after = variables["positions"], dict(merged["positions"])
+    if "pos_embed" in given:
+        grid = grid or tables.square_grid(before["encoder_table"])
+        after["encoder_table"] = tables.fit_table(after["encoder_table"], grid)
+    if after["decoder_table"].shape != before["decoder_table"].shape:
+        after["decoder_table"] = np.asarray(before["decoder_table"])
+    report = {
+        **usage(state, given),
+        "missing": [key for key in OPTIONAL if key not in given],
+        "replaced": [name for name in after if after[name] is not merged["positions"][name]],
+    }
+    return {**merged, "positions": after}, report
 
 
-def check_shapes(given: State, wanted: State, what: str) -> None:
-    """Raises ValueError with name, given and expected shape of every tensor that does not fit."""
-    wrong = [
-        f"{k}: given {tuple(given[k].shape)}, expected {tuple(wanted[k].shape)}"
-        for k in given
-        if k in wanted and given[k].shape != wanted[k].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{what} does not fit: {len(wrong)} tensors of another shape: " + "; ".join(wrong[:4])
-        )
+def usage(state: State, used: State) -> Report:
+    """{"used", "unused"}: the keys of a state dict."""
+    return {"used": list(used), "unused": [key for key in state if key not in used]}
 
 
-def teacher_names(arch: resnet.Architecture) -> Iterator[tuple[str, str, str]]:
+def _with_official_table(variables: dict, grid: Grid | None) -> dict:
+    flat = layouts.flatten(variables)
+    if (table := flat.get("positions/encoder_table")) is None:
+        return variables
+    official = tables.official_table(np.asarray(table), grid)
+    return layouts.unflatten({**flat, "positions/encoder_table": official})
+
+
+# --- teachers
+
+
+def teacher_names(arch: resnet.Architecture) -> Iterator[Name]:
     """Yields (convolution key, BatchNorm key, variable path) of stem and layers 1-3."""
     yield "conv1", "bn1", "conv1"
     last = 4 if arch.bottleneck else 3
@@ -195,38 +249,55 @@ def teacher_from_torch(state: State, arch: resnet.Architecture) -> dict:
     layer4 and fc are ignored.
 
     Raises:
-      ValueError: naming missing tensors, or tensors whose shape belongs to another architecture.
+      ValueError: naming tensors that are missing, unexpected or of another shape, with both shapes.
     """
-    names = list(teacher_names(arch))
-    parts = ("weight", "bias", "running_mean", "running_var")
-    wanted = [f"{conv}.weight" for conv, _, _ in names]
-    wanted += [f"{bn}.{part}" for _, bn, _ in names for part in parts]
-    missing = [k for k in wanted if k not in state]
-    extra = [k for k in state if k.startswith(("layer1", "layer2", "layer3")) and k not in wanted]
-    extra = [k for k in extra if not k.endswith("num_batches_tracked")]
-    if missing or extra:
-        raise ValueError(
-            f"weights of another architecture: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(extra)} unexpected {extra[:3]}"
-        )
-    variables: dict = {}
-    for conv, bn, path in names:
-        gamma, beta, mean, var = (state[f"{bn}.{part}"].astype(np.float32) for part in parts)
+    check_teacher(state, arch, "weights of another architecture")
+    given = teacher_part(state)
+    flat = {}
+    for conv, bn, path in teacher_names(arch):
+        gamma, beta, mean, var = (given[f"{bn}.{part}"].astype(np.float32) for part in BATCH_NORM)
         scale = gamma / np.sqrt(var + np.float32(BATCH_NORM_EPSILON))
-        kernel = state[f"{conv}.weight"].astype(np.float32).transpose(2, 3, 1, 0) * scale
-        _set(variables, f"params/{path}/kernel", np.ascontiguousarray(kernel))
-        _set(variables, f"params/{path}/bias", beta - mean * scale)
-    return variables
+        kernel = given[f"{conv}.weight"].astype(np.float32).transpose(2, 3, 1, 0) * scale
+        flat[f"params/{path}/kernel"] = np.ascontiguousarray(kernel)
+        flat[f"params/{path}/bias"] = beta - mean * scale
+    return layouts.unflatten(flat)
 
 
-def _set(tree: dict, path: str, value: np.ndarray) -> None:
-    *parents, leaf = path.split("/")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[leaf] = value
+def teacher_to_torch(variables: dict, arch: resnet.Architecture) -> State:
+    """Variables of `models.resnet.ResNet` -> torchvision state dict of stem and layers 1-3.
+
+    The folded BatchNorm becomes one of weight 1, mean 0 and variance 1 - 1e-5, whose scale is
+    exactly 1 in float32: folding it again gives the same bits.
+
+    Raises:
+      ValueError: naming the variables that are absent.
+    """
+    return layouts.contiguous(_teacher_views(variables, arch))
 
 
-def _get(tree: dict, path: str) -> np.ndarray:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
+def check_teacher(state: State, arch: resnet.Architecture, what: str) -> None:
+    """Raises ValueError unless a state dict fits a teacher; the message begins with `what`."""
+    like = layouts.hollow(resnet.ResNet(arch).init, jnp.zeros((1, 64, 64, 3)))
+    layouts.check_fit(teacher_part(state), _teacher_views(like, arch), what)
+
+
+def teacher_part(state: State) -> State:
+    """What is used of a torchvision ResNet: neither layer4 nor fc, nor counters of batches."""
+    return {key: value for key, value in state.items() if not _NOT_TEACHER.match(key)}
+
+
+def _teacher_views(variables: dict, arch: resnet.Architecture) -> State:
+    names = [
+        row
+        for conv, bn, path in teacher_names(arch)
+        for row in (
+            (f"{conv}.weight", f"params/{path}/kernel", "conv"),
+            (f"{bn}.bias", f"params/{path}/bias", "same"),
+        )
+    ]
+    state = layouts.to_torch(variables, names, "a teacher of this architecture")
+    for _, bn, _ in teacher_names(arch):
+        ones = np.ones(state[f"{bn}.bias"].shape, np.float32)
+        state |= {f"{bn}.weight": ones, f"{bn}.running_mean": 0 * ones}
+        state[f"{bn}.running_var"] = ones - np.float32(BATCH_NORM_EPSILON)
+    return state

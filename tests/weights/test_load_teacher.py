@@ -7,8 +7,8 @@ import pytest
 import safetensors.numpy
 
 from mmrjax import weights
-from mmrjax.models import resnet, student
-from mmrjax.weights import source, torch_names
+from mmrjax.models import positions, resnet, student
+from mmrjax.weights import source, storage, torch_names
 
 RESNET18 = resnet.architecture("resnet18")
 
@@ -102,14 +102,16 @@ def test_teacher_from_a_file_is_that_teacher_and_not_random(random_teacher, teac
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet50"])
 def test_file_of_another_architecture_is_refused_with_its_tensors(teacher_file, name):
-    wanted = rf"mine.safetensors' for teacher.name='{name}': weights of another arch.*missing \['la"
+    wanted = rf"mine.safetensors' for teacher.name='{name}': weights of another arch.*missing: la"
     with pytest.raises(ValueError, match=wanted):
         weights.load_teacher(name, str(teacher_file))
 
 
 def test_file_with_other_shapes_is_refused_with_both(golden_dir):
     path = golden_dir / "teacher/state_reduced_resnet18.safetensors"
-    with pytest.raises(ValueError, match=r"conv1.*kernel.*: given \(7, 7, 3, 8\), expected .*64\)"):
+    with pytest.raises(
+        ValueError, match=r"conv1.weight: given \(8, 3, 7, 7\) expected \(64, 3, 7, 7\)"
+    ):
         weights.load_teacher("resnet18", str(path))
 
 
@@ -225,7 +227,7 @@ def test_whole_student_file_replaces_everything(tmp_path, fresh, official):
 
 def test_whole_student_of_another_width_is_refused(tmp_path, fresh, official):
     wide = {**official, "norm.bias": np.zeros(96, np.float32)}
-    with pytest.raises(ValueError, match=r"norm.bias: given \(96,\), expected \(48,\)"):
+    with pytest.raises(ValueError, match=r"norm.bias: given \(96,\) expected \(48,\)"):
         weights.init_student(fresh, save(tmp_path, wide), "")
 
 
@@ -246,3 +248,24 @@ def test_whole_student_in_half_precision_becomes_float32(tmp_path, fresh, offici
     half = {key: value.astype(dtype) for key, value in official.items()}
     variables, _ = weights.init_student(fresh, save(tmp_path, half), "")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
+
+
+def test_converted_encoder_starts_a_student_as_the_file_it_came_from(
+    tmp_path, fresh, official, caplog
+):
+    """A learned position table of 6 x 6 patches: resized to the student's 4 x 4, and said so."""
+    table = np.random.default_rng(0).normal(size=(1, 37, 48)).astype(np.float32)
+    vit = {k: v for k, v in official.items() if not k.startswith(("simfp", "decoder"))}
+    theirs = save(tmp_path, {**vit, "pos_embed": table})
+    ours = tmp_path / "ours.safetensors"
+    about = {"kind": "encoder", "arch": "48,3,3", "licence": "free"}
+    storage.write(ours, torch_names.encoder_from_torch(source.read_state(theirs)), about)
+    got, facts = weights.init_student(fresh, str(ours), "")
+    want, _ = weights.init_student(fresh, theirs, "")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_array_equal(
+        got["positions"]["encoder_table"], positions.resize_table(table[0], (4, 4))
+    )
+    assert (facts["licence"], facts["source"]) == ("free", "ours.safetensors")
+    assert facts["position_tables_replaced"] == ["encoder_table"]
+    assert "positions/encoder_table is of another image size: it was resized" in caplog.text

@@ -1,6 +1,8 @@
 """Where weights come from: checked, never unpickled, and a clear message without a network."""
 
+import argparse
 import hashlib
+import importlib
 import importlib.util
 import io
 import os
@@ -288,10 +290,72 @@ def test_pytorch_dtypes_become_float32_or_stay_integers(tmp_path, torch):
 
 
 @pytest.mark.torch
+def test_bfloat16_in_safetensors_becomes_float32(tmp_path, torch):
+    tensors = {"a": torch.full((2,), 1.5, dtype=torch.bfloat16)}
+    importlib.import_module("safetensors.torch").save_file(tensors, tmp_path / "x.safetensors")
+    got = source.read_state(tmp_path / "x.safetensors")
+    assert_equal(got, {"a": np.full(2, 1.5, np.float32)})
+    assert got["a"].dtype == np.float32
+
+
+@pytest.mark.torch
+def test_number_format_without_a_counterpart_is_named(tmp_path, torch):
+    tensors = {"a": torch.ones(2).to(torch.float8_e4m3fn)}
+    importlib.import_module("safetensors.torch").save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors is not .*float8_e4m3fn"):
+        source.read_state(tmp_path / "x.safetensors")
+
+
+@pytest.mark.torch
+def test_trained_tensors_and_a_command_line_beside_them_are_read(tmp_path, torch):
+    """As MAE's training script saves them; the command line is inert and ignored."""
+    state = {"a": torch.nn.Parameter(torch.ones(2))}
+    torch.save({"model": state, "args": argparse.Namespace(lr=1.0)}, tmp_path / "x.pth")
+    assert_equal(source.read_state(tmp_path / "x.pth"), {"a": np.ones(2)})
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["sparse", "meta", "numbered"])
+def test_tensors_without_plain_values_are_refused(tmp_path, torch, kind):
+    tensor = torch.ones(2).to_sparse() if kind == "sparse" else torch.ones(2)
+    tensor = tensor.to("meta") if kind == "meta" else tensor
+    torch.save({3 if kind == "numbered" else "a": tensor}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="holds no flat dict of"):
+        source.read_state(tmp_path / "x.pth")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>", b"\x80\x04N."])
+def test_foreign_pytorch_files_get_one_line_without_advice(tmp_path, torch, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"x\.pth (is not a whole PyTorch|holds no flat)"
+    ) as caught:
+        source.read_state(tmp_path / "x.pth")
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.torch
 def test_pytorch_file_with_other_objects_is_refused_without_unpickling(tmp_path, torch):
     torch.save({"a": Bomb(tmp_path / "trace")}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth is not a whole PyTorch weights file"):
         source.read_state(tmp_path / "x.pth")
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("function", [os.mkdir, print])
+def test_what_a_hostile_file_asks_to_run_is_named(tmp_path, torch, function):
+    class Call:
+        def __reduce__(self):
+            return function, (str(tmp_path / "trace"),)
+
+    torch.save({"a": Call()}, tmp_path / "x.pth")
+    name = "posix.mkdir" if function is os.mkdir else "print"
+    with pytest.raises(ValueError, match=f"asks to run {name}, which was not done") as caught:
+        source.read_state(tmp_path / "x.pth")
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "trace").exists()
 
 

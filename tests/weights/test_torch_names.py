@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrjax.models import resnet
+from mmrjax.models import positions, resnet
 from mmrjax.weights import source, torch_names
 
 STATES = ("state_img64", "state_img64_sincos", "state_img64_lowvar")
@@ -105,7 +105,7 @@ def test_layouts_put_every_weight_where_the_formula_says(student):
 @pytest.mark.parametrize("key", ["cls_token", "blocks.1.attn.qkv.bias", "simfp_3.2.norm.weight"])
 def test_missing_student_tensor_is_named(student, key):
     state = {k: v for k, v in student[0].items() if k != key}
-    with pytest.raises(ValueError, match=rf"1 tensors missing, first \['{key}'\]"):
+    with pytest.raises(ValueError, match=rf"not an MMR student: 1 tensors missing: {key}"):
         torch_names.student_from_torch(state)
 
 
@@ -140,7 +140,7 @@ def mae(read):
 
 def test_mae_encoder_is_taken_and_its_decoder_and_mask_token_are_not(student, mae):
     before = torch_names.student_to_torch(student[1])
-    merged, report = torch_names.merge_mae(student[1], mae)
+    merged, report = torch_names.merge_student(student[1], mae)
     after = torch_names.student_to_torch(merged)
     assert after.keys() == before.keys()
     for key in after:
@@ -148,33 +148,33 @@ def test_mae_encoder_is_taken_and_its_decoder_and_mask_token_are_not(student, ma
         expected = mae[key] if from_mae else before[key]
         np.testing.assert_array_equal(after[key], expected, err_msg=key)
     assert sorted(report["used"]) == sorted(k for k in after if not k.startswith(("simfp", "dec")))
-    assert report["missing"] == []
-    assert report["unused"] == sorted(k for k in mae if "decoder" in k or k == "mask_token")
+    assert report["missing"] == report["replaced"] == []
+    assert report["unused"] == [k for k in mae if "decoder" in k or k == "mask_token"]
 
 
 def test_merging_leaves_its_arguments_alone(student, mae):
     before = jax.tree.map(np.array, student[1])
-    torch_names.merge_mae(student[1], mae)
+    torch_names.merge_student(student[1], mae)
     jax.tree.map(np.testing.assert_array_equal, student[1], before)
 
 
 def test_missing_tensors_of_the_encoder_are_refused_by_name(student, mae):
     del mae["norm.weight"], mae["blocks.2.norm1.bias"]
     mae["head.weight"] = np.zeros((10, 48), np.float32)
-    with pytest.raises(ValueError, match=r"2 tensors missing \['blocks.2.norm1.bias', 'norm.wei"):
-        torch_names.merge_mae(student[1], mae)
+    with pytest.raises(ValueError, match=r"2 tensors missing: blocks.2.norm1.bias, norm.weight"):
+        torch_names.merge_student(student[1], mae)
 
 
 def test_a_classifiers_head_is_reported_as_unused(student, mae):
     mae["head.weight"] = np.zeros((10, 48), np.float32)
-    _, report = torch_names.merge_mae(student[1], mae)
+    _, report = torch_names.merge_student(student[1], mae)
     assert report["missing"] == []
     assert "head.weight" in report["unused"]
 
 
 def test_encoder_without_class_token_is_used_and_reported(student, mae):
     del mae["cls_token"]
-    merged, report = torch_names.merge_mae(student[1], mae)
+    merged, report = torch_names.merge_student(student[1], mae)
     assert report["missing"] == ["cls_token"]
     tokens = merged["params"]["cls_token"], student[1]["params"]["cls_token"]
     np.testing.assert_array_equal(*tokens)
@@ -182,49 +182,126 @@ def test_encoder_without_class_token_is_used_and_reported(student, mae):
 
 def test_a_shallower_encoder_is_refused(student, mae):
     shallow = {key: value for key, value in mae.items() if not key.startswith("blocks.2.")}
-    with pytest.raises(ValueError, match=r"12 tensors missing \['blocks\.2\."):
-        torch_names.merge_mae(student[1], shallow)
+    with pytest.raises(ValueError, match=r"12 tensors missing: blocks\.2\."):
+        torch_names.merge_student(student[1], shallow)
 
 
 def test_a_deeper_encoder_is_refused(student, mae):
     mae |= {k.replace("blocks.2", "blocks.3"): v for k, v in mae.items() if "blocks.2" in k}
-    with pytest.raises(ValueError, match="12 of further blocks"):
-        torch_names.merge_mae(student[1], mae)
+    with pytest.raises(ValueError, match=r"12 tensors unexpected: blocks\.3\."):
+        torch_names.merge_student(student[1], mae)
 
 
-def test_position_table_of_another_image_size_keeps_the_resized_one(student, mae):
-    mae["pos_embed"] = np.ones((1, 50, 48), np.float32)
-    merged, report = torch_names.merge_mae(student[1], mae)
-    tables = merged["positions"]["encoder_table"], student[1]["positions"]["encoder_table"]
+def fitted(variables, grid):
+    """The student as it is built for images of `grid` patches."""
+    fixed = positions.resize_table(positions.sincos_2d(48, (14, 14)), grid)
+    decoder = positions.sincos_2d(48, grid)
+    return {**variables, "positions": {"encoder_table": fixed, "decoder_table": decoder}}
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (4, 9), (5, 6), (7, 28)])
+def test_learned_position_table_of_another_size_is_resized_and_reported(student, mae, grid):
+    """24 x 24 patches, a timm ViT of 384 px; 4 x 9 and 7 x 28 are square numbers of patches."""
+    table = np.random.default_rng(0).normal(size=(577, 48)).astype(np.float32)
+    merged, report = torch_names.merge_student(
+        fitted(student[1], grid), {**mae, "pos_embed": table[None]}, grid
+    )
+    expected = positions.resize_table(table, grid)
+    assert expected.shape == (1 + grid[0] * grid[1], 48)
+    np.testing.assert_array_equal(merged["positions"]["encoder_table"], expected)
+    assert "pos_embed" in report["used"]
+    assert report["replaced"] == ["encoder_table"]
+
+
+def test_an_encoder_without_position_table_keeps_the_fixed_one(student, mae):
+    del mae["pos_embed"]
+    target = fitted(student[1], (4, 9))
+    merged, report = torch_names.merge_student(target, mae, (4, 9))
+    tables = merged["positions"]["encoder_table"], target["positions"]["encoder_table"]
     np.testing.assert_array_equal(*tables)
-    assert "pos_embed" in report["unused"]
-    assert "pos_embed" not in report["used"]
+    assert report["missing"] == ["pos_embed"]
+
+
+def test_official_student_is_used_at_another_image_size(read, student):
+    """Its 14x14 table is resized; the decoder's is never resized but drawn for each size."""
+    state = read("state_img64_sincos")
+    same, report = torch_names.merge_student(fitted(student[1], (4, 4)), state)
+    assert report["replaced"] == ["encoder_table"]
+    np.testing.assert_array_equal(
+        same["positions"]["decoder_table"], state["decoder_FPN_pos_embed"][0]
+    )
+    target = fitted(student[1], (6, 5))
+    other, report = torch_names.merge_student(target, state, (6, 5))
+    assert report["replaced"] == ["encoder_table", "decoder_table"]
+    jax.tree.map(np.testing.assert_array_equal, other["positions"], target["positions"])
+
+
+@pytest.mark.parametrize("rows", [196, 198, 1])
+def test_position_table_of_no_square_grid_is_refused(student, mae, rows):
+    mae["pos_embed"] = np.zeros((1, rows, 48), np.float32)
+    with pytest.raises(ValueError, match=rf"pos_embed has {rows} rows: expected a class token"):
+        torch_names.merge_student(fitted(student[1], (4, 4)), mae)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (4, 4), (20, 20), (5, 6), (7, 28)])
+def test_fixed_tables_leave_as_the_official_ones_and_come_back_bit_for_bit(student, grid):
+    variables = fitted(student[1], grid)
+    state = torch_names.student_to_torch(variables, grid)
+    np.testing.assert_array_equal(state["pos_embed"][0], positions.sincos_2d(48, (14, 14)))
+    again, _ = torch_names.merge_student(variables, state, grid)
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (4, 4), (5, 6)])
+def test_learned_tables_leave_as_they_are_and_come_back_bit_for_bit(student, grid):
+    variables = fitted(student[1], grid)
+    variables["positions"]["encoder_table"] += np.float32(0.5)
+    state = torch_names.student_to_torch(variables, grid)
+    assert state["pos_embed"].shape == (1, 1 + grid[0] * grid[1], 48)
+    again, _ = torch_names.merge_student(variables, state, grid)
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+def test_learned_table_that_would_be_misread_is_not_exported(student):
+    variables = fitted(student[1], (4, 9))
+    variables["positions"]["encoder_table"] += np.float32(0.5)
+    with pytest.raises(ValueError, match="4 x 9 patches would be taken for one of 6 x 6"):
+        torch_names.student_to_torch(variables, (4, 9))
+
+
+def test_encoder_survives_the_round_trip_bit_for_bit(student, mae):
+    variables = torch_names.encoder_from_torch(mae)
+    assert set(variables["params"]) == {"cls_token", "patch_kernel", "patch_bias", "encoder"}
+    state = torch_names.encoder_to_torch(variables)
+    assert state.keys() == {k for k in mae if "decoder" not in k and k != "mask_token"}
+    again = torch_names.encoder_from_torch(state)
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+@pytest.mark.parametrize("key", ["blocks.0.attn.q_norm.weight", "norm_pre.weight", "reg_token"])
+def test_encoder_with_parts_that_ours_does_not_have_is_refused(student, mae, key):
+    mae[key] = np.ones(48, np.float32)
+    with pytest.raises(ValueError, match=f"1 tensors unexpected: {key}"):
+        torch_names.merge_student(student[1], mae)
 
 
 def test_half_precision_checkpoint_becomes_float32(student, mae):
     half = {key: value.astype(np.float16) for key, value in mae.items()}
-    merged, _ = torch_names.merge_mae(student[1], half)
+    merged, _ = torch_names.merge_student(student[1], half)
     assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {np.dtype(np.float32)}
 
 
 def test_checkpoint_of_another_width_is_refused_with_both_shapes(student, mae):
     wider = {key: np.repeat(value, 2, axis=-1) for key, value in mae.items()}
-    wanted = r"MAE checkpoint does not fit: .*cls_token: given \(1, 1, 96\), expected \(1, 1, 48\)"
+    wanted = r"not an encoder of this shape: .*cls_token: given \(1, 1, 96\) expected \(1, 1, 48\)"
     with pytest.raises(ValueError, match=wanted):
-        torch_names.merge_mae(student[1], wider)
+        torch_names.merge_student(student[1], wider)
 
 
 def test_state_without_transformer_blocks_is_no_checkpoint(student, golden_dir):
     state = source.read_state(golden_dir / "teacher/state_reduced_resnet18.safetensors")
-    with pytest.raises(ValueError, match="not an encoder of this depth: 40 tensors missing"):
-        torch_names.merge_mae(student[1], state)
-
-
-def test_check_shapes_ignores_what_only_one_side_has():
-    given = {"a": np.zeros((2, 3)), "b": np.zeros(4)}
-    torch_names.check_shapes(given, {"a": np.ones((2, 3)), "c": np.zeros(9)}, "it")
-    with pytest.raises(ValueError, match=r"it does not fit: 1 tensors .* a: given \(2, 3\), expec"):
-        torch_names.check_shapes(given, {"a": np.ones((3, 2))}, "it")
+    with pytest.raises(ValueError, match="not an encoder of this shape: 40 tensors missing"):
+        torch_names.merge_student(student[1], state)
 
 
 # --- teacher
@@ -299,6 +376,23 @@ def unfolded(state: dict, arch: resnet.Architecture, x: np.ndarray) -> list[np.n
 
 
 @pytest.mark.parametrize("arch", [BASIC, BOTTLENECK], ids=["basic", "bottleneck"])
+def test_folded_teacher_leaves_and_comes_back_bit_for_bit(arch):
+    state = random_state(arch)
+    variables = torch_names.teacher_from_torch(state, arch)
+    variables["params"]["conv1"]["bias"][0] = -0.0
+    left = torch_names.teacher_to_torch(variables, arch)
+    assert {key: value.shape for key, value in left.items()} == {
+        key: value.shape for key, value in state.items()
+    }
+    again = torch_names.teacher_from_torch(left, arch)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32)),
+        again,
+        variables,
+    )
+
+
+@pytest.mark.parametrize("arch", [BASIC, BOTTLENECK], ids=["basic", "bottleneck"])
 def test_folded_teacher_equals_convolution_and_batch_norm_apart(arch):
     state = random_state(arch)
     x = np.random.default_rng(1).normal(size=(3, 32, 32))
@@ -334,15 +428,13 @@ def test_folding_is_float32_and_ignores_the_head(golden_dir):
     ids=["fewer blocks", "no bottleneck"],
 )
 def test_state_that_lacks_tensors_is_of_another_architecture(other, named):
-    with pytest.raises(ValueError, match=rf"another architecture: \d+ tensors missing .*{named}"):
+    with pytest.raises(ValueError, match=rf"another architecture: \d+ tensors missing: .*{named}"):
         torch_names.teacher_from_torch(random_state(BASIC), other)
 
 
 def test_state_with_more_blocks_is_of_another_architecture():
     fewer = resnet.Architecture((1, 1, 1), bottleneck=False, stem=4, widths=(4, 6, 8))
-    with pytest.raises(
-        ValueError, match=r"0 tensors missing \[\], 10 unexpected .*layer1\.1\.conv1"
-    ):
+    with pytest.raises(ValueError, match=r"architecture: 10 tensors unexpected: layer1\.1\.conv1"):
         torch_names.teacher_from_torch(random_state(BASIC), fewer)
 
 

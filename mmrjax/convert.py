@@ -1,0 +1,248 @@
+"""Weights between PyTorch and mmrjax: python -m mmrjax.convert from-torch|to-torch --kind=….
+
+`from-torch` checks a PyTorch file against an architecture and writes it in our format (see
+weights/storage.py), for --config.teacher.weights or --config.student.init. `to-torch` takes such a
+file, or the run folder of a training (<workdir>/mmr/<category>/seed<k>), of which it reads the
+newest checkpoint, and writes a state dict with the names of the official code. The way to PyTorch
+and back returns the same bits. The functions behind it are those of weights/torch_names.py.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mmrjax import restore, weights
+from mmrjax.data import geometry
+from mmrjax.methods import mmr
+from mmrjax.models import resnet
+from mmrjax.models import student as student_lib
+from mmrjax.weights import layouts, source, storage, torch_names
+
+# What a file of our format holds, by --kind.
+CONTENT = {"teacher": "teacher", "mae": "encoder", "timm": "encoder", "mmr": "student"}
+LICENCES = {"mae": source.MAE_LICENCE, "timm": "Apache-2.0 (the checkpoints of timm's authors)"}
+# Facts in the header of a .safetensors file that go with the weights wherever they go.
+CARRIED = ("random", "step", "teacher", "image_size", "resize", "interpolation")
+EXAMPLES = """
+kinds
+  teacher  a ResNet with torchvision's names (stem and layers 1-3; layer4 and fc are not used)
+  mae      a MAE checkpoint, {"model": state}: the encoder; the decoder is dropped
+  timm     a timm ViT-*/16: the encoder; the classifier's head is dropped
+  mmr      a whole MMR student with the official names
+
+examples
+  python -m mmrjax.convert from-torch --kind=mae --arch=base \\
+      --input=mae_visualize_vit_base.pth --output=mae_base.safetensors
+  python -m mmrjax.convert to-torch --kind=mmr \\
+      --input=runs/mine/mmr/parts/seed54 --output=student.safetensors
+  python -m mmrjax.convert to-torch --kind=teacher \\
+      --input=runs/mine/mmr/parts/seed54 --output=teacher.safetensors
+
+An existing output is refused, never replaced; a new one appears whole or not at all.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = parse(argv)
+    # Nothing is computed, and a training may hold the accelerator.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        if arguments.output.exists():
+            raise ValueError(
+                f"--output={arguments.output} exists; choose another name or delete it"
+            )
+        convert = from_torch if arguments.verb == "from-torch" else to_torch
+        lines = convert(arguments.kind, arguments.arch, arguments.input, arguments.output)
+    except (ValueError, RuntimeError, OSError) as e:
+        if os.environ.get("MMRJAX_TRACEBACK"):
+            raise
+        print(f"error: {e}; nothing was written", file=sys.stderr)
+        return 1
+    print("\n".join([*lines, f"wrote {arguments.output}"]))
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line; argparse ends the program when it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmrjax.convert",
+        description="Weights between PyTorch and mmrjax.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("verb", choices=("from-torch", "to-torch"))
+    parser.add_argument("--kind", required=True, choices=sorted(CONTENT))
+    sizes = f"{', '.join(resnet.ARCHITECTURES)}; {', '.join(mmr.SIZES)} or WIDTH,DEPTH,HEADS"
+    parser.add_argument(
+        "--arch",
+        default="",
+        help=f"{sizes}. Optional with to-torch: what a file or run says itself",
+    )
+    parser.add_argument("--input", required=True, type=pathlib.Path, help="a file or a run folder")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="a file, not yet there")
+    return parser.parse_args(argv)
+
+
+def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> list[str]:
+    """Converts a PyTorch file to one of ours.
+
+    Args:
+      kind: teacher, mae, timm or mmr.
+      arch: of the teacher; or size of the student, or "width,depth,heads".
+      path: of a state dict, .safetensors, .npz or .pth.
+      output: .safetensors.
+
+    Returns:
+      Lines for people: what was used, what is missing, what was not used, the licence.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, or one that is damaged or does not fit.
+    """
+    if output.suffix != ".safetensors":
+        raise ValueError(f"--output={output}: our format is .safetensors")
+    if storage.is_ours(path):
+        raise ValueError(f"--input={path} is in our format already")
+    state, header = source.read_state(path), storage.header(path)
+    arch = _arch_name(kind, arch)
+    _check(state, kind, arch, f"{path.name} as --kind={kind} --arch={arch}")
+    if kind == "teacher":
+        used, missing = torch_names.teacher_part(state), []
+        variables = torch_names.teacher_from_torch(state, resnet.architecture(arch))
+    elif kind == "mmr":
+        used, missing = state, []
+        layers = tuple(torch_names.student_channels(state))
+        variables = torch_names.student_from_torch(state, layers)
+    else:
+        used = torch_names.encoder_part(state)
+        missing = [key for key in torch_names.OPTIONAL if key not in used]
+        variables = torch_names.encoder_from_torch(state)
+    digest = source.sha256(path)
+    known = [p.licence for p in source.IMAGENET.values() if digest.startswith(p.sha256_prefix)]
+    facts = {name: header[name] for name in CARRIED if name in header} | {
+        "kind": CONTENT[kind],
+        "arch": arch,
+        "licence": header.get("licence", LICENCES.get(kind, (*known, weights.LOCAL)[0])),
+        "converted_from": path.name,
+        "converted_from_sha256": digest,
+    }
+    storage.write(output, variables, facts)
+    report = {**torch_names.usage(state, used), "missing": missing}
+    lines = [f"{name:8}{_summary(report[name])}" for name in ("used", "missing", "unused")]
+    return [*lines, f"licence {facts['licence']}"]
+
+
+def _check(state: layouts.State, kind: str, arch: str, what: str) -> None:
+    """Raises ValueError unless the tensors are those of `arch`; its message begins with `what`."""
+    if kind == "teacher":
+        torch_names.check_teacher(state, resnet.architecture(arch), what)
+        return
+    model = student_lib.MaskedStudent(*student_size(arch), torch_names.student_channels(state))
+    like = layouts.hollow(model.init, jnp.zeros((1, 224, 224, 3)))
+    torch_names.check_student(state, like, kind == "mmr", what)
+
+
+def to_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> list[str]:
+    """Converts a file of ours, or what a run folder holds, to a PyTorch file.
+
+    Args:
+      kind: teacher, of a run the one it was trained with; mmr; mae or timm, the encoder alone.
+      arch: "", or what it must be.
+      path: a file in our format, or <workdir>/mmr/<category>/seed<k>.
+      output: .safetensors, whose header then holds the facts that tensors do not, or .pth.
+
+    Returns:
+      Lines for people.
+
+    Raises:
+      FileNotFoundError, ValueError: nothing there, or damaged, or something else than `kind`.
+    """
+    variables, facts, grid = _of_run(path, kind) if path.is_dir() else (*storage.read(path), None)
+    # A student has an encoder in it.
+    if CONTENT[kind] not in (facts["kind"], {"student": "encoder"}.get(facts["kind"])):
+        raise ValueError(
+            f"--input={path} holds weights of kind {facts['kind']}; --kind={kind} needs "
+            f"{CONTENT[kind]}"
+        )
+    if arch and _arch_name(kind, arch) != facts["arch"]:
+        raise ValueError(f"--input={path} holds the architecture {facts['arch']}, not {arch}")
+    if kind == "teacher":
+        state = torch_names.teacher_to_torch(variables, resnet.architecture(facts["arch"]))
+    elif kind == "mmr":
+        state = torch_names.student_to_torch(variables, grid)
+    else:
+        state = torch_names.encoder_to_torch(variables, grid)
+    _check(state, kind, facts["arch"], f"--input={path}")
+    if kind != "teacher":
+        facts["heads"] = str(student_size(facts["arch"])[2])
+    # MAE's own code looks for the state dict under "model".
+    storage.write_torch(output, state, facts, wrapper="model" if kind == "mae" else "")
+    known = [f"{name:8}{facts[name]}" for name in ("arch", "step", "licence") if name in facts]
+    return [f"tensors {len(state)}", *known]
+
+
+def _of_run(folder: pathlib.Path, kind: str) -> tuple[dict, dict[str, str], tuple[int, int] | None]:
+    """(variables, facts, grid of patches) of a run's teacher or student."""
+    config = restore.read_config(folder)
+    if kind == "teacher":
+        variables, about = restore.teacher(config, folder)
+        facts = {"kind": "teacher", "arch": about["name"], "random": str(about["random"]).lower()}
+        if about["licence"]:  # None of random weights
+            facts["licence"] = about["licence"]
+        return variables, facts, None
+    variables, step = restore.student(config, folder)
+    view = geometry.View.of(config, evaluation=True)
+    facts = {
+        "kind": "student",
+        "arch": _arch_name(kind, ",".join(map(str, mmr.student_size(config.student)))),
+        "step": str(step),
+        "teacher": config.teacher.name,
+        "image_size": "{},{}".format(*view.size),
+        "resize": "{},{}".format(*view.resize),
+        "interpolation": view.interpolation,
+    }
+    # Of what the training started from; None where that was drawn at random.
+    if licence := restore.results_facts(folder).get("student", {}).get("licence"):
+        facts["licence"] = licence
+    patch = student_lib.MaskedStudent.patch
+    return variables, facts, (view.size[0] // patch, view.size[1] // patch)
+
+
+def student_size(arch: str) -> tuple[int, int, int]:
+    """(width, depth, heads) of "base" or of "768,12,12".
+
+    Raises:
+      ValueError: neither, with what there is.
+    """
+    if arch in mmr.SIZES:
+        return mmr.SIZES[arch]
+    numbers = arch.split(",")
+    if len(numbers) == 3 and all(n.isdecimal() and int(n) for n in numbers):
+        return tuple(map(int, numbers))
+    raise ValueError(f"--arch={arch}: expected {', '.join(mmr.SIZES)} or WIDTH,DEPTH,HEADS")
+
+
+def _arch_name(kind: str, arch: str) -> str:
+    """The one way to write an architecture; ValueError when there is none like it."""
+    if kind == "teacher":
+        resnet.architecture(arch)
+        return arch
+    size = student_size(arch)
+    return next((name for name, one in mmr.SIZES.items() if one == size), arch)
+
+
+def _summary(keys: Sequence[str]) -> str:
+    """How many there are and their names, those of all blocks as one: blocks.*.norm1.bias."""
+    names = dict.fromkeys(re.sub(r"(blocks|layer\d)\.\d+\.", r"\1.*.", key) for key in keys)
+    return f"{len(keys)}: {', '.join(names)}" if keys else "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

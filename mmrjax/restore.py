@@ -1,0 +1,91 @@
+"""A trained run read again from its folder, without its data: configuration, student, teacher.
+
+Nothing in the folder is touched, not even while the run is still training. Called by convert.py.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mmrjax import checkpoint, files, weights
+from mmrjax import config as config_lib
+from mmrjax import mesh as mesh_lib
+from mmrjax import state as state_lib
+from mmrjax.methods import mmr
+from mmrjax.weights import layouts
+
+
+def read_config(folder: pathlib.Path) -> ConfigDict:
+    """The configuration of a run; fields that are younger than the run have today's defaults.
+
+    Args:
+      folder: <workdir>/<method>/<category>/seed<k>.
+
+    Raises:
+      FileNotFoundError: that is no run, naming those that are below it.
+    """
+    stored = files.read_json(folder / "config.json")
+    if stored is None:
+        runs = [str(path.parent) for path in sorted(folder.glob("**/seed*/config.json"))]
+        hint = f"; runs in it: {', '.join(runs[:6])}" if runs else ""
+        raise FileNotFoundError(f"{folder} is no run folder: it has no readable config.json{hint}")
+    config = config_lib.load(str(config_lib.PACKAGED / "common.py"))
+    before = config_lib.flatten(ConfigDict(stored))
+    for field, value in config_lib.flatten(config).items():
+        if field in before and not field.startswith("sweep."):
+            old = before[field]
+            config.update_from_flattened_dict(
+                {field: tuple(old) if isinstance(value, tuple) else old}
+            )
+    return config
+
+
+def student(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, int]:
+    """The student of an MMR run's newest intact checkpoint, on the host, and its step.
+
+    Raises:
+      FileNotFoundError: the run has no checkpoint of a student.
+      ValueError, RuntimeError: the checkpoints are of another model, or damaged.
+    """
+    directory = folder / "checkpoints"
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{folder} has no checkpoints of a trained student")
+    method = mmr.MMR(config)
+    images = jnp.zeros((1, *config.data.image_size, 3))
+    variables = layouts.hollow(method.student.init, images)
+    tx = method.optimiser(steps_per_epoch=1)  # the state's structure does not depend on it
+    target = jax.eval_shape(lambda variables: state_lib.create(variables, tx), variables)
+    whole = mesh_lib.replicated(mesh_lib.make_mesh(1))
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), target
+    )
+    with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
+        restored = checkpoints.restore(target)
+    if restored is None:
+        raise FileNotFoundError(f"{directory} holds no finished checkpoint")
+    step, state = restored
+    return jax.device_get(state.variables), step
+
+
+def teacher(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, dict]:
+    """The frozen teacher that a run was trained with, as `weights.load_teacher` gives it.
+
+    Raises:
+      FileNotFoundError, ValueError: its file is missing, damaged, or not the one of the training.
+    """
+    fields = config.teacher
+    variables, facts = weights.load_teacher(fields.name, fields.weights, fields.seed)
+    used = results_facts(folder).get("teacher", {}).get("sha256")
+    if used and used != facts["sha256"]:
+        raise ValueError(
+            f"the run was trained with teacher weights of sha256 {used[:8]}…, "
+            f"{fields.weights} has {str(facts['sha256'])[:8]}… now"
+        )
+    return variables, facts
+
+
+def results_facts(folder: pathlib.Path) -> dict:
+    """The facts in a run's results.json; {} while it has none."""
+    return (files.read_json(folder / "results.json") or {}).get("facts", {})

@@ -1,0 +1,124 @@
+"""Weights files that mmrjax writes: its own format, and state dicts for PyTorch.
+
+Our format is a .safetensors file whose names are the paths of our variables, such as
+"params/encoder/norm/scale", with facts about them as text in the header. PyTorch's are flat state
+dicts, .safetensors or .pth. A file appears whole or not at all.
+"""
+
+import io
+import pathlib
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from mmrjax import files
+from mmrjax.models import resnet
+from mmrjax.weights import layouts, source, torch_names
+from mmrjax.weights.layouts import State
+
+FORMAT = "mmrjax"  # the header's "format"; PyTorch's files say "pt" there
+KINDS = ("student", "encoder", "teacher")
+
+
+def write(path: pathlib.Path, variables: dict, facts: dict[str, str]) -> None:
+    """Writes variables in our format.
+
+    Args:
+      path: a .safetensors file.
+      variables: nested dict of arrays.
+      facts: "kind" (of KINDS), "arch", and whatever else is worth knowing.
+    """
+    flat = layouts.contiguous(
+        {name: np.asarray(leaf) for name, leaf in layouts.flatten(variables).items()}
+    )
+    _write_safetensors(path, flat, {"format": FORMAT, **facts})
+
+
+def read(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
+    """The variables in a file of ours as float32 NumPy arrays, and the facts beside them.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not a whole file, or not one of ours.
+    """
+    flat, facts = source.read_state(path), header(path)
+    if facts.get("format") != FORMAT or facts.get("kind") not in KINDS or "arch" not in facts:
+        raise ValueError(f"{path} is not a weights file of mmrjax")
+    parents = {parent for name in flat for parent in _parents(name)}
+    if both := sorted(parents & flat.keys()):
+        raise ValueError(f"{path} is damaged: {both[0]!r} is a tensor and a group of tensors")
+    return layouts.unflatten(flat), facts
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def header(path: pathlib.Path) -> dict[str, str]:
+    """The text in the header of a .safetensors file; {} of any other file."""
+    if pathlib.Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return file.metadata() or {}
+    except source.DAMAGE:
+        return {}
+
+
+def is_ours(path: pathlib.Path) -> bool:
+    """Whether a file is in our format."""
+    return header(path).get("format") == FORMAT
+
+
+def read_any(path: pathlib.Path) -> tuple[State, dict[str, str]]:
+    """The state dict with PyTorch's names in a file of any format, and the facts in its header.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a damaged or unknown file.
+    """
+    if not is_ours(path):
+        return source.read_state(path), header(path)
+    variables, facts = read(path)
+    if facts["kind"] == "teacher":
+        arch = resnet.architecture(facts["arch"])
+        return torch_names.teacher_to_torch(variables, arch), facts
+    whole = facts["kind"] == "student"
+    convert = torch_names.student_to_torch if whole else torch_names.encoder_to_torch
+    return convert(variables), facts
+
+
+def write_torch(path: pathlib.Path, state: State, facts: dict[str, str], wrapper: str = "") -> None:
+    """Writes a state dict for PyTorch.
+
+    Args:
+      path: .safetensors, with `facts` in its header, or .pth or .pt, which hold tensors alone.
+      state: from one of the functions of `torch_names`.
+      facts: text.
+      wrapper: the entry of a .pth file that holds the state dict, such as "model"; "" for none.
+
+    Raises:
+      ValueError: another suffix, or torch is needed and absent.
+    """
+    if path.suffix == ".safetensors":
+        _write_safetensors(path, state, {**facts, "format": "pt"})
+        return
+    if path.suffix not in (".pth", ".pt"):
+        raise ValueError(f"{path}: unknown suffix; known are .safetensors, .pth and .pt")
+    try:
+        import torch
+    except ImportError as e:
+        raise ValueError(
+            f"{path} is a PyTorch file: pip install torch, or write .safetensors"
+        ) from e
+    tensors = {key: torch.tensor(value) for key, value in state.items()}
+    content = io.BytesIO()
+    torch.save({wrapper: tensors} if wrapper else tensors, content)
+    files.write_bytes(path, content.getvalue())
+
+
+def _write_safetensors(path: pathlib.Path, state: State, metadata: dict[str, str]) -> None:
+    # Not safetensors' own save_file: only its owner can read what that writes.
+    files.write_bytes(path, safetensors.numpy.save(state, metadata=metadata))

@@ -1,0 +1,20 @@
+"""Scores one image in PyTorch: python score_in_torch.py STUDENT TEACHER ARCH IMAGE [MAP.npy].
+
+STUDENT and TEACHER are files of `python -m mmrjax.convert to-torch`; ARCH such as resnet18.
+"""
+
+import sys
+
+import numpy as np
+import torch
+import torch_reference as mmr
+
+student_file, teacher_file, arch, image_file, *map_file = sys.argv[1:]
+student = mmr.load_student(student_file)
+teacher = mmr.load_teacher(teacher_file, arch)
+images = mmr.load_image(image_file, **student.view)  # [1, 3, h, w]
+with torch.no_grad():
+    maps = mmr.anomaly_maps(student(images, 0.0), teacher(images), student.image_size)
+print(f"score {mmr.image_scores(maps)[0]:.6f}")
+for path in map_file:
+    np.save(path, maps[0])
