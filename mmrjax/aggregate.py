@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import pathlib
 from collections import defaultdict
 
@@ -38,8 +39,10 @@ def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
 def _method(runs: list[dict], reference_domain: str) -> dict:
     by_key = defaultdict(lambda: defaultdict(dict))
     for run in runs:
+        official = run["facts"].get("eval", {}).get("metrics_mode") == "mmr"
         for key, domains in run["metrics"].items():
             for domain, values in domains.items():
+                values = metrics.officially_rounded(values) if official else values
                 by_key[key][domain][str(run["seed"])] = values
     table = {
         key: {domain: _over_seeds(seeds) for domain, seeds in domains.items()}
@@ -49,8 +52,31 @@ def _method(runs: list[dict], reference_domain: str) -> dict:
         "metrics": table,
         "summary": metrics.summarise(table, reference_domain or None),
         "runs": [{name: run[name] for name in ("category", "seed", "path")} for run in runs],
-        "notes": sorted({note for run in runs for note in run["facts"]["notes"]}),
+        "notes": sorted({note for run in runs for note in run["facts"]["notes"]}) + _notes(runs),
     }
+
+
+def _notes(runs: list[dict]) -> list[str]:
+    """What a reader must know of the numbers: the official mode, and errors of the streaming form.
+
+    Errors are rounded up, so that the note stays true.
+    """
+    notes = []
+    if any(run["facts"].get("eval", {}).get("metrics_mode") == "mmr" for run in runs):
+        notes.append(
+            "metrics_mode=mmr, to be compared with the paper's tables: masks and labels as in the "
+            "official code, and image AUROC and PRO (MMR) of every seed, category and domain are "
+            "rounded to 3 decimals before they are averaged; pixel AUROC is not"
+        )
+    entries = [v for run in runs for domains in run["metrics"].values() for v in domains.values()]
+    errors = metrics.largest_errors(entries)
+    if errors:
+        listed = ", ".join(f"{n} {math.ceil(1e4 * e) / 100:.2f}" for n, e in errors.items())
+        notes.append(
+            "pixel metrics come from integer histograms of the scores (eval.pixel_metrics); "
+            f"largest possible error in points: {listed}"
+        )
+    return notes
 
 
 def _over_seeds(seeds: dict[str, dict]) -> dict:
@@ -66,6 +92,8 @@ def _over_seeds(seeds: dict[str, dict]) -> dict:
             "ci95": _mean_interval([domain.get("ci95", {}).get(name) for domain in seeds.values()]),
             "seeds": values,
         }
+    if errors := metrics.largest_errors(seeds.values()):
+        merged["error_at_most"] = errors
     return merged
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of one trained run: maps and scores in one jitted program, metrics, pictures.
+"""Evaluation of one trained run: scores of the test set (scoring.py), metrics, pictures.
 
 Writes scores.csv, curves.json, maps/ and, last, results.json; each file appears whole or not at
 all, so a killed evaluation is simply done again. Scores are raw float32: nothing is normalised, no
@@ -6,7 +6,6 @@ threshold is fitted, no test label reaches the model.
 """
 
 import csv
-import dataclasses
 import importlib.metadata
 import io
 import json
@@ -20,8 +19,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mmrjax import files, logs, metrics, train, visualize
-from mmrjax import mesh as mesh_lib
+from mmrjax import files, metrics, processes, scoring, train, visualize
 from mmrjax.data import geometry
 from mmrjax.data.records import ANOMALY, Records
 
@@ -29,56 +27,17 @@ SCHEMA = 1
 PACKAGES = ("mmrjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 
 
-@dataclasses.dataclass
-class Predictions:
-    """What the model says of the test images, beside the truth.
-
-    Attributes:
-      images: uint8 [n, h, w, 3], as the model saw them.
-      maps: float32 [n, h, w].
-      scores: float32 [n].
-      masks: bool [n, h, w], truth in the same view.
-      table: columns id, domain, defect, group, label, has_mask of the n records.
-    """
-
-    images: np.ndarray
-    maps: np.ndarray
-    scores: np.ndarray
-    masks: np.ndarray
-    table: dict[str, np.ndarray]
-
-
-def make_predict(trained: train.Trained):
-    """The jitted program: uint8 images [b, h, w, 3] -> (maps [b, h, w], scores [b]), float32."""
-    replicated = mesh_lib.replicated(trained.mesh)
-
-    def predict(variables, frozen, images):
-        result = trained.method.predict(variables, frozen, images / 255.0)
-        return result["map"], result["score"]
-
-    return jax.jit(predict, out_shardings=replicated)
-
-
-def predict_all(
-    trained: train.Trained, records: Records, indices: np.ndarray, config: ConfigDict
-) -> Predictions:
-    """Scores the records `indices`; every batch has one shape, the last is filled up."""
-    batch_size = config.eval.batch_size
-    mesh_lib.check_divisible("eval.batch_size", batch_size, trained.mesh)
-    view = geometry.View.of(config, evaluation=True)
-    predict = make_predict(trained)
-    shape = len(indices), *view.size
-    images, masks = np.zeros((*shape, 3), np.uint8), np.zeros(shape, bool)
-    maps, scores = np.zeros(shape, np.float32), np.zeros(len(indices), np.float32)
-    batches = geometry.batches(records, indices, view, batch_size)
-    total = -(-len(indices) // batch_size)
-    for i, (image, mask, n) in enumerate(logs.progress(batches, "scoring", total)):
-        result = predict(trained.variables, trained.frozen, mesh_lib.put_batch(image, trained.mesh))
-        rows = slice(i * batch_size, i * batch_size + n)
-        images[rows], masks[rows] = image[:n], mask[:n]
-        maps[rows], scores[rows] = (np.asarray(x)[:n] for x in result)
-    table = {name: column[indices] for name, column in records.table.items()}
-    return Predictions(images, maps, scores, masks, table)
+# The rule that turns a mask at native size into ground truth, by eval.metrics_mode (quirk 16).
+GROUND_TRUTH = {
+    "standard": {
+        "masks": "nearest neighbour, threshold 0.5",
+        "labels": "as recorded; an anomaly whose mask the crop empties stays an anomaly",
+    },
+    "mmr": {
+        "masks": "official MMR code: bilinear, only pixels equal to the maximum (erodes borders)",
+        "labels": "official MMR code: an anomaly whose mask the crop empties counts as good",
+    },
+}
 
 
 def evaluate(
@@ -89,54 +48,65 @@ def evaluate(
     seed: int,
     folder: pathlib.Path,
 ) -> dict:
-    """Evaluates a run and writes its files into `folder`; returns results.json's content."""
+    """Evaluates a run and writes its files into `folder`; returns results.json's content.
+
+    All processes score; the first one measures and writes.
+    """
     started = time.monotonic()
-    predictions = predict_all(trained, records, indices, config)
-    scored = time.monotonic()
-    is_anomaly = predictions.table["label"] == ANOMALY
-    notes = []
-    if config.eval.metrics_mode == "mmr":
-        is_anomaly, notes = _relabel(predictions, is_anomaly)
+    scorer = scoring.Scorer(trained, records, config)
+    keep_maps = config.eval.save_maps and processes.is_first()
+    maps_file = folder / "maps" / "maps.npy" if keep_maps else None
+    streaming = scoring.streams(config, len(indices))
+    found = (scorer.histograms if streaming else scorer.everything)(indices, maps_file)
+    gallery = processes.first(lambda: _gallery_rows(found, config))
+    shown = found.shown(gallery)  # may score these once more
+    seconds = time.monotonic() - started
+    return processes.first(
+        lambda: _write(trained, records, config, seed, folder, found, shown, seconds)
+    )
+
+
+def _gallery_rows(found: scoring.Predictions | scoring.Histograms, config: ConfigDict) -> list[int]:
+    is_anomaly, _ = _labels(found, config.eval.metrics_mode)
+    chosen = visualize.choose_gallery(found.scores, is_anomaly, config.report.gallery // 3)
+    return [int(i) for i, _ in chosen]
+
+
+def _write(
+    trained: train.Trained,
+    records: Records,
+    config: ConfigDict,
+    seed: int,
+    folder: pathlib.Path,
+    found: scoring.Predictions | scoring.Histograms,
+    shown: tuple,
+    scoring_seconds: float,
+) -> dict:
+    """Measures what was `found` and writes all files; `shown` holds the gallery's arrays."""
+    started = time.monotonic()
+    is_anomaly, ground_truth = _labels(found, config.eval.metrics_mode)
     key = f"{records.dataset}/{records.category}"
     domains, curves = {}, {}
-    for domain, rows in domain_rows(predictions.table["domain"]).items():
-        arguments = (
-            predictions.scores[rows],
-            predictions.maps[rows],
-            predictions.masks[rows],
-            is_anomaly[rows],
-            predictions.table["has_mask"][rows],
-        )
-        groups = predictions.table["group"][rows]
-        domains[domain] = metrics.evaluate(*arguments, groups, bootstrap=config.eval.bootstrap)
-        curves[domain] = metrics.curves(*arguments)
-    measured = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
+    for domain, rows in domain_rows(found.table["domain"]).items():
+        measured = found.measure(rows, is_anomaly, config.eval.bootstrap)
+        domains[domain], curves[domain] = measured.report(), measured.curves()
+    seconds = {"scoring": scoring_seconds, "metrics": time.monotonic() - started}
+    facts = _facts(trained, seconds) | {
+        "ground_truth": ground_truth,
+        "pixel_metrics": "exact" if isinstance(found, scoring.Predictions) else "streaming",
+        "error_at_most": metrics.largest_errors(domains.values()),
+        "eval": eval_fields(config),
+    }
     table = {
-        **predictions.table,
+        **found.table,
         "label": np.where(is_anomaly, "anomaly", "good"),
-        "score": predictions.scores,
+        "record_label": np.where(found.table["label"] == ANOMALY, "anomaly", "good"),
+        "score": found.scores,
     }
     files.write_text(folder / "scores.csv", _scores_csv(table))
     files.write_text(folder / "curves.json", json.dumps(curves))
-    scale = visualize.fixed_scale(predictions.maps)
-    visualize.write_gallery(
-        folder / "maps",
-        predictions.images,
-        predictions.maps,
-        predictions.masks,
-        table,
-        scale,
-        config.report.gallery // 3,
-    )
-    if config.eval.save_maps:
-        np.save(folder / "maps" / "maps.npy", predictions.maps)
-    facts = _facts(trained, notes)
-    facts["seconds"] |= {
-        "scoring": round(scored - started, 1),
-        "metrics": round(measured - scored, 1),
-    }
-    facts["eval"] = eval_fields(config)
+    count = config.report.gallery // 3
+    visualize.write_gallery(folder / "maps", *shown, table, found.scale(), count)
     results = {
         "schema": SCHEMA,
         "dataset": records.dataset,
@@ -171,6 +141,8 @@ def eval_fields(config: ConfigDict) -> dict:
     view = geometry.View.of(config, evaluation=True)
     return {
         "view": [list(view.resize), list(view.size), view.interpolation, view.mask_mode],
+        "metrics_mode": config.eval.metrics_mode,
+        "pixel_metrics": config.eval.pixel_metrics,
         "bootstrap": config.eval.bootstrap,
         "gallery": config.report.gallery,
         "save_maps": config.eval.save_maps,
@@ -182,15 +154,25 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _relabel(predictions: Predictions, is_anomaly: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Official MMR labels: an anomaly whose mask the crop emptied counts as good (quirk 16)."""
-    empty = is_anomaly & predictions.table["has_mask"] & ~predictions.masks.any(axis=(1, 2))
-    note = f"official labels: {int(empty.sum())} anomalous images with an empty view count as good"
-    return is_anomaly & ~empty, [note]
+def _labels(
+    found: scoring.Predictions | scoring.Histograms, mode: str
+) -> tuple[np.ndarray, dict[str, object]]:
+    """The labels that the metrics use, bool [n], and what was decided, for results.json."""
+    recorded = found.table["label"] == ANOMALY
+    emptied = recorded & found.table["has_mask"] & found.empty_view
+    relabelled = emptied if mode == "mmr" else np.zeros_like(emptied)
+    facts = {
+        "metrics_mode": mode,
+        **GROUND_TRUTH[mode],
+        "anomalies_without_defect_in_view": int(emptied.sum()),
+        "of_these_counted_as_good": int(relabelled.sum()),
+        "both_label_sets": "scores.csv: label as used here, record_label as recorded",
+    }
+    return recorded & ~relabelled, facts
 
 
 def _scores_csv(table: dict[str, np.ndarray]) -> str:
-    columns = ("id", "label", "domain", "defect", "group", "score")
+    columns = ("id", "label", "record_label", "domain", "defect", "group", "score")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
@@ -199,14 +181,15 @@ def _scores_csv(table: dict[str, np.ndarray]) -> str:
     return out.getvalue()
 
 
-def _facts(trained: train.Trained, notes: list[str]) -> dict:
+def _facts(trained: train.Trained, seconds: dict[str, float]) -> dict:
     device = jax.devices()[0]
+    rounded = {phase: round(duration, 1) for phase, duration in seconds.items()}
     return {
         **trained.facts,
-        "seconds": dict(trained.facts["seconds"]),
+        "seconds": trained.facts["seconds"] | rounded,
         "versions": {name: _version(name) for name in PACKAGES},
         "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
-        "notes": notes,
+        "notes": [],
         "command": shlex.join(["python", "-m", "mmrjax.main", *sys.argv[1:]]),
     }
 

@@ -1,20 +1,46 @@
-"""Metrics of anomaly detection and localisation, exact and fast, in NumPy; no JAX.
+"""Metrics of anomaly detection and localisation, exact and fast.
 
 `evaluate` and `curves` serve a test run, `summarise` a set of them, `paired_difference` two
-methods; the single metrics are here for everyone else. Definitions: ranking.py and pro.py.
+methods; the single metrics are here for everyone else. Definitions: ranking.py and pro.py. All in
+NumPy; streaming.py, for test sets too large to keep, counts on device and is imported by its name.
+
+Every degenerate case has a value. p is the share of defect pixels (of anomalies among the images);
+"-" means as defined, nothing special. The single metrics raise ValueError where this says None.
+
+    case                               image metrics        pixel metrics
+    no anomalous image                 None, with reason    None, with reason
+    no good image                      None, with reason    -
+    one image                          None, with reason    -, without intervals
+    no pixel truth of any anomaly      -                    None, with reason
+    no map                             -                    None, with reason
+    no defect pixel in any view        -                    None, with reason
+    mask of one anomaly empty in view  anomaly; good in     its pixels are normal; not in pro_mmr
+                                       metrics_mode=mmr
+    mask of one image all ones         -                    not in pro_mmr (official: raises, or
+                                                            skips a batch of such masks)
+    masks all ones, no normal pixel    -                    None, with reason
+    only all-ones masks, good images   -                    pro_mmr alone None, with reason
+    mask of a good image not empty     -                    mask ignored
+    scores or maps constant            AUROC 0.5, AP p,     the same, aupro_0.3 0.15 (chance),
+                                       F1 2p / (1 + p)      pro_mmr 0 (the official code raises)
+    perfect binary map                 -                    all 1 (pro_mmr: official 0 / 0)
+    perfect map upside down            AUROC 0, as it is    AUROC, aupro_0.3, pro_mmr 0
+    ties                               one threshold        one threshold, also across FPR 0.3
+    one outlier among normal pixels    -                    pro_mmr of its image 0, as the official
+                                                            code has it; the others hardly move
+    NaN or infinity                    ValueError           ValueError: how many images, which first
+    padding rows                       never counted        never counted
+    maps of different sizes            -                    ValueError; streaming counts them
+    no image                           ValueError           ValueError
 """
 
-from mmrjax.metrics.evaluation import (
-    IMAGE_METRICS,
-    METRICS,
-    PIXEL_METRICS,
-    curves,
-    evaluate,
-    paired_difference,
-)
+from mmrjax.metrics.comparison import paired_difference
+from mmrjax.metrics.evaluation import curves, evaluate, measure
+from mmrjax.metrics.measured import IMAGE_METRICS, METRICS, PIXEL_METRICS
+from mmrjax.metrics.pixels import pixel_auroc_and_aupro
 from mmrjax.metrics.pro import Regions, aupro, pro_curve, pro_mmr, pro_mmr_per_image, regions
 from mmrjax.metrics.ranking import auroc, average_precision, f1_max
-from mmrjax.metrics.summary import summarise
+from mmrjax.metrics.summary import largest_errors, officially_rounded, summarise
 
 __all__ = [
     "IMAGE_METRICS",
@@ -27,7 +53,11 @@ __all__ = [
     "curves",
     "evaluate",
     "f1_max",
+    "largest_errors",
+    "measure",
+    "officially_rounded",
     "paired_difference",
+    "pixel_auroc_and_aupro",
     "pro_curve",
     "pro_mmr",
     "pro_mmr_per_image",

@@ -8,13 +8,12 @@ differ by several points on the same maps; report both, never one under the othe
 What `pro_mmr` gives where the official code fails (and why) is decided in `pro_mmr_per_image`.
 """
 
-import statistics
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from mmrjax.metrics import ranking
+from mmrjax.metrics import ranking, threads
 
 _STEPS = 200  # thresholds between an image's own minimum and maximum: official num_th
 _LIMIT = 0.3  # largest false-positive rate, both definitions
@@ -108,7 +107,11 @@ def pro_curve(
     maps: np.ndarray, masks: np.ndarray | Regions, limit: float = _LIMIT
 ) -> tuple[np.ndarray, np.ndarray]:
     """The curve whose area is `aupro`: false-positive rate 0..limit, region overlap 0..1."""
-    x, y = ranking.polyline(_ranked_head(maps, masks, limit))
+    return head(*ranking.polyline(_ranked_head(maps, masks, limit)), limit)
+
+
+def head(x: np.ndarray, y: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """The part of a rising polyline with x <= limit, ending exactly there."""
     inside = x <= limit
     end = max(np.interp(limit, x, y), y[inside][-1])  # a vertical step may lie at `limit`
     return np.append(x[inside], limit), np.append(y[inside], end)
@@ -156,16 +159,19 @@ def pro_mmr_per_image(maps: np.ndarray, masks: np.ndarray | Regions) -> np.ndarr
     Raises:
         ValueError: NaN or infinity in the maps, or unequal shapes.
     """
-    maps, found = _checked(maps, masks)
+    maps, found = checked(maps, masks)
     flat = maps.reshape(len(maps), -1)
     starts = np.concatenate([[0], np.cumsum(found.area)])
-    values = np.full(len(maps), np.nan)
-    for i in np.unique(found.image):
+
+    def of_image(i: int) -> float:
         first, last = np.searchsorted(found.image, [i, i + 1])
         parts = [
             found.pixel[starts[r] : starts[r + 1]] - i * flat.shape[1] for r in range(first, last)
         ]
-        values[i] = _pro_of_image(flat[i], parts)
+        return _pro_of_image(flat[i], parts)
+
+    values, defective = np.full(len(maps), np.nan), np.unique(found.image)
+    values[defective] = threads.each(of_image, defective)
     return values
 
 
@@ -195,14 +201,23 @@ def _share_above(ordered: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 
 def _exact_mean(rows: list[np.ndarray]) -> np.ndarray:
-    """Mean over rows rounded once, as statistics.mean; plain sums do so for one or two rows."""
+    """Mean over rows rounded once, as statistics.mean; plain sums do so for one or two rows.
+
+    Shares are 0 or at least 1 / area: times 2^120 they are whole, and Python divides whole numbers
+    with one rounding.
+    """
     if len(rows) <= 2:
         return sum(rows) / len(rows)
-    return np.array([statistics.mean(column) for column in np.stack(rows, axis=1).tolist()])
+    whole = (map(int, np.ldexp(row, 120).tolist()) for row in rows)
+    return np.array([sum(column) / (len(rows) << 120) for column in zip(*whole, strict=True)])
 
 
-def _checked(maps: np.ndarray, masks: np.ndarray | Regions) -> tuple[np.ndarray, Regions]:
-    """Finite maps, and regions of the same shape."""
+def checked(maps: np.ndarray, masks: np.ndarray | Regions) -> tuple[np.ndarray, Regions]:
+    """Finite maps [n, h, w] as an array, and the regions of masks of the same shape.
+
+    Raises:
+        ValueError: NaN or infinity in the maps, or unequal shapes.
+    """
     maps = np.asarray(maps)
     found = masks if isinstance(masks, Regions) else regions(masks)
     if maps.shape != tuple(found.shape):
@@ -211,15 +226,21 @@ def _checked(maps: np.ndarray, masks: np.ndarray | Regions) -> tuple[np.ndarray,
     return maps, found
 
 
+def require_both_classes(found: Regions) -> None:
+    """Raises ValueError unless there are defect pixels and normal pixels."""
+    size = int(np.prod(found.shape))
+    if not 0 < len(found.pixel) < size:
+        raise ValueError(
+            f"defect and normal pixels are needed; {len(found.pixel)} of {size} are defects"
+        )
+
+
 def _ranked_head(maps: np.ndarray, masks: np.ndarray | Regions, limit: float) -> ranking.Ranked:
     """Ranking exact up to false-positive rate `limit`; groups beyond it only carry weight."""
     if not 0 < limit <= 1:
         raise ValueError(f"limit={limit} must lie in (0, 1]")
-    maps, found = _checked(maps, masks)
-    if not 0 < len(found.pixel) < maps.size:
-        raise ValueError(
-            f"AU-PRO needs defect and normal pixels; {len(found.pixel)} of {maps.size} are defects"
-        )
+    maps, found = checked(maps, masks)
+    require_both_classes(found)
     values = maps.ravel()
     normal = values[found.normal()]
     total = len(normal)

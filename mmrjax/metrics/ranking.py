@@ -7,11 +7,17 @@ once. Leading axes are resamples. Called by pro.py, bootstrap.py and evaluation.
 knows about images or regions.
 
 Ties: equal scores form one threshold, as in scikit-learn, so AUROC gives half a point to a tie.
+Where a group is not one score but a bucket of them (streaming.py), the `*_bounds` say what the
+order inside the buckets could change.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import special
+
+from mmrjax.metrics import threads
 
 
 class Ranked(NamedTuple):
@@ -35,8 +41,13 @@ def require_finite(values: np.ndarray, what: str) -> None:
     if np.isfinite(values).all():
         return
     bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    raise ValueError(
-        f"{bad.sum()} of {len(values)} {what} hold NaN or infinity (first: {bad.argmax()}); "
+    raise not_finite(bad.sum(), len(values), what, bad.argmax())
+
+
+def not_finite(bad: int, total: int, what: str, first: int) -> ValueError:
+    """The error for `bad` of `total` things that hold NaN or infinity."""
+    return ValueError(
+        f"{bad} of {total} {what} hold NaN or infinity (first: {first}); "
         "the model has diverged or overflowed: lower the learning rate or compute in float32, "
         "then predict again"
     )
@@ -44,7 +55,7 @@ def require_finite(values: np.ndarray, what: str) -> None:
 
 def rank(
     positives: np.ndarray,
-    sorted_negatives: np.ndarray,
+    sorted_negatives: np.ndarray | Sequence[np.ndarray],
     weights: np.ndarray | None = None,
     negatives: int | None = None,
 ) -> Ranked:
@@ -52,13 +63,16 @@ def rank(
 
     Args:
         positives: [p] scores of the positives, any order, p > 0.
-        sorted_negatives: [n] scores of the negatives, ascending; float32 stays float32.
-        weights: [p] weight of each positive; default 1.
+        sorted_negatives: [n] scores of the negatives, ascending; float32 stays float32. Or several
+            such arrays, which together are the negatives: what lies above a score adds up.
+        weights: [..., p] weight of each positive, one row per weighting; default 1.
         negatives: number of all negatives, where `sorted_negatives` are only the highest of them.
 
     Returns:
-        Table with k <= p groups, float64.
+        Table with k <= p groups, float64; `positive` has the leading axes of `weights`.
     """
+    if isinstance(sorted_negatives, np.ndarray):
+        sorted_negatives = [sorted_negatives]
     if weights is None:
         ordered = np.sort(positives)[::-1]
         starts = _starts(ordered)
@@ -67,15 +81,21 @@ def rank(
         order = np.argsort(positives)[::-1]
         ordered = positives[order]
         starts = _starts(ordered)
-        size = np.add.reduceat(weights[order], starts)
+        size = np.add.reduceat(weights[..., order], starts, axis=-1)
     values = ordered[starts]
-    n = len(sorted_negatives)
+    n = sum(map(len, sorted_negatives))
+    below = sum(threads.each(lambda part: _below(part, values), sorted_negatives))  # [2, k]
     return Ranked(
         positive=size.astype(np.float64),
-        above=(n - np.searchsorted(sorted_negatives, values, "right")).astype(np.float64),
-        at_or_above=(n - np.searchsorted(sorted_negatives, values, "left")).astype(np.float64),
+        above=(n - below[1]).astype(np.float64),
+        at_or_above=(n - below[0]).astype(np.float64),
         negatives=np.float64(n if negatives is None else negatives),
     )
+
+
+def _below(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """[2, k] int64: how many lie strictly below each value, and how many at or below it."""
+    return np.stack([np.searchsorted(ascending, values, side) for side in ("left", "right")])
 
 
 def from_counts(positive: np.ndarray, negative: np.ndarray) -> Ranked:
@@ -146,6 +166,45 @@ def best_f1(ranked: Ranked) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         result = (2 * found / (found + ranked.at_or_above + total[..., None])).max(axis=-1)
     return np.where((total > 0) & (ranked.negatives > 0), result, np.nan)
+
+
+def area_bounds(ranked: Ranked, limit: float = 1.0) -> tuple[float, float]:
+    """Smallest and largest `area` that scores within the groups could have.
+
+    The value lies lowest when all negatives of a group outrank its positives, highest when all
+    positives of a group outrank its negatives.
+    """
+    ends = []
+    for rivals in (ranked.at_or_above, ranked.above):
+        gain = np.maximum(limit - rivals / ranked.negatives, 0)
+        ends.append(float((ranked.positive * gain).sum() / (limit * ranked.positive.sum())))
+    return ends[0], ends[1]
+
+
+def precision_bounds(ranked: Ranked) -> tuple[float, float]:
+    """Smallest and largest `precision_area`; `positive` must be counts of whole positives.
+
+    Lowest when the negatives of a group come first and its positives one by one after them: the
+    j-th of p after c earlier ones then sees precision (c + j) / (c + j + b), and the sum over j is
+    p - b (digamma(c + p + b + 1) - digamma(c + b + 1)). Highest when its positives come first and
+    all at once.
+    """
+    found = np.cumsum(ranked.positive)
+    before, b = found - ranked.positive, ranked.at_or_above
+    lost = b * (special.digamma(found + b + 1) - special.digamma(before + b + 1))
+    some = ranked.positive > 0
+    high = ranked.positive[some] * (found / np.maximum(found + ranked.above, 1))[some]
+    return float((ranked.positive - lost).sum() / found[-1]), float(high.sum() / found[-1])
+
+
+def f1_bounds(ranked: Ranked) -> tuple[float, float]:
+    """Smallest and largest `best_f1`: a threshold between groups exists, one inside may be better.
+
+    Inside a group it is best when all positives of the group are found before its negatives.
+    """
+    found = np.cumsum(ranked.positive)
+    high = (2 * found / (found + ranked.above + found[-1])).max()
+    return float(best_f1(ranked)), float(high)
 
 
 def polyline(ranked: Ranked) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,40 @@
 """One line per metric over domains and categories, and the rounding of the official MMR tables."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from mmrjax.metrics import evaluation
+from mmrjax.metrics import measured
+
+# The official code rounds these for every class or domain, before it averages; pixel AUROC it does
+# not (quirk 21).
+OFFICIAL_DECIMALS = {"image_auroc": 3, "pro_mmr": 3}
+
+
+def officially_rounded(entry: Mapping) -> dict:
+    """A domain's entry of results.json with the values that the official tables average."""
+    rounded = dict(entry)
+    for name, decimals in OFFICIAL_DECIMALS.items():
+        if entry.get(name) is not None:
+            rounded[name] = round(entry[name], decimals)
+    return rounded
+
+
+def largest_errors(entries: Iterable[Mapping]) -> dict[str, float]:
+    """Largest possible distance of each inexact metric from its exact value, over many entries.
+
+    Args:
+        entries: of results.json, as `evaluate` returns them; exact ones have no "bounds".
+
+    Returns:
+        {metric: fraction}, empty when everything is exact.
+    """
+    errors: dict[str, float] = {}
+    for entry in entries:
+        for name, (low, high) in entry.get("bounds", {}).items():
+            error = max(entry[name] - low, high - entry[name])
+            errors[name] = max(error, errors.get(name, 0.0))
+    return errors
 
 
 def summarise(
@@ -29,7 +59,7 @@ def summarise(
         A metric that is undefined everywhere is absent.
     """
     summary = {}
-    for metric in evaluation.METRICS:
+    for metric in measured.METRICS:
         table = {
             key: {domain: _value(values.get(metric)) for domain, values in _named(domains).items()}
             for key, domains in per_key_metrics.items()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmrjax import metrics
-from mmrjax.metrics import bootstrap, evaluation
+from mmrjax.metrics import bootstrap, measured, pixels
 
 FUNCTIONS = {
     "pixel_auroc": metrics.auroc,
@@ -34,8 +34,9 @@ def make_stack(kind, n=16, size=48):
 
 
 def sample(maps, masks, group, draws):
-    pixels = bootstrap.gather_pixels(maps, metrics.regions(masks))
-    return bootstrap.pixel_samples(pixels, group, draws, 0.3)
+    exact = pixels.gather(maps, metrics.regions(masks))
+    histograms = exact.group_histograms(group, draws.shape[1])
+    return bootstrap.pixel_samples(histograms, exact.pro_mmr, group, draws, 0.3)
 
 
 @pytest.mark.parametrize("kind", ["random", "tied", "constant", "one_outlier"])
@@ -101,8 +102,8 @@ def test_resamples_without_a_class_are_dropped_and_counted():
 
 
 def test_interval_is_none_when_most_resamples_are_undefined():
-    assert evaluation._interval(np.array([0.5, np.nan, np.nan])) is None
-    assert evaluation._interval(np.array([0.5, 0.5, np.nan])) == [0.5, 0.5]
+    assert measured.interval(np.array([0.5, np.nan, np.nan])) is None
+    assert measured.interval(np.array([0.5, 0.5, np.nan])) == [0.5, 0.5]
 
 
 def draw_scores(rng, n, shift=1.0):

@@ -9,6 +9,7 @@ from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
 from mmrjax import metrics
+from mmrjax.metrics import pro as pro_lib
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "metrics"
 CASES = ("random", "tied", "constant", "one_outlier", "plateau_over_limit", "float64")
@@ -125,8 +126,16 @@ def test_pro_mmr_is_bit_equal_with_many_regions():
         assert got == slow_pro_mmr(values, mask)
 
 
+def test_mean_over_regions_is_rounded_once():
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, n + 1, 2000) / n for n in (3, 7, 11, 50_000, 999_983)]
+    expected = [statistics.mean(column) for column in np.stack(rows, axis=1).tolist()]
+    np.testing.assert_array_equal(pro_lib._exact_mean(rows), expected)
+    assert (sum(rows) / len(rows) != expected).any()  # else any mean would do
+
+
 @pytest.mark.parametrize("kind", ["cont", "tied"])
-def test_golden_values_of_the_official_code(kind):
+def test_golden_values_of_the_official_code(agree, kind):
     given, expected = np.load(GOLDEN / "inputs.npz"), np.load(GOLDEN / "outputs.npz")
     maps, masks = given[f"maps_{kind}"], given["masks"].astype(bool)
     per_image = metrics.pro_mmr_per_image(maps, masks)[:4]
@@ -135,10 +144,12 @@ def test_golden_values_of_the_official_code(kind):
         "compute_pro_mean": metrics.pro_mmr(maps, masks),
         "pixel_auroc": metrics.auroc(maps, masks),
         "pixel_mean_AP": metrics.average_precision(maps, masks),
+        "image_auroc": metrics.auroc(maps.max(axis=(1, 2)), given["labels"].astype(bool)),
+        "image_ap": metrics.average_precision(maps.max(axis=(1, 2)), given["labels"].astype(bool)),
         **{f"aupro_{limit}": metrics.aupro(maps, masks, limit) for limit in (0.05, 0.3, 1.0)},
     }
     for name, value in got.items():
-        assert value == pytest.approx(float(expected[f"{kind}__{name}"]), abs=1e-9), name
+        agree(f"{name}, {kind} maps", value, expected[f"{kind}__{name}"], 1e-9)
     found = metrics.regions(masks)
     np.testing.assert_array_equal(
         np.bincount(found.image, minlength=6), expected["n_regions_8conn"]

@@ -150,3 +150,15 @@ def test_thinned_curve_keeps_ends_corners_and_shape():
     assert (np.diff(thin_x) > 0).all()
     assert np.abs(thin_y - np.sqrt(thin_x)).max() < 5e-3
     assert np.trapezoid(thin_y, thin_x) == pytest.approx(2 / 3, abs=1e-3)
+
+
+def test_negatives_may_come_in_several_sorted_parts():
+    scores, truth = make_case("tied")
+    negatives = scores[~truth]
+    parts = [np.sort(part) for part in np.array_split(negatives, 3)]
+    weights = np.random.default_rng(1).random((2, truth.sum()))
+    one = ranking.rank(scores[truth], np.sort(negatives), weights)
+    several = ranking.rank(scores[truth], parts, weights)
+    for a, b in zip(one, several, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert ranking.area(one).shape == (2,)

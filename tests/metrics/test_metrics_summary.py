@@ -61,3 +61,19 @@ def test_std_is_over_the_summary_mean_of_each_seed():
     assert one["mean"] == pytest.approx((0.55 + 0.8) / 2)
     per_seed = [(0.55 + 0.9) / 2, (0.55 + 0.7) / 2]
     assert one["std"] == pytest.approx(np.std(per_seed, ddof=1))
+
+
+def test_official_rounding_touches_image_auroc_and_pro_only_and_leaves_the_undefined():
+    entry = {"image_auroc": 0.84449, "pro_mmr": None, "pixel_auroc": 0.90049, "image_ap": 0.12345}
+    assert metrics.officially_rounded(entry) == entry | {"image_auroc": 0.844}
+    assert metrics.officially_rounded({"pro_mmr": 0.6005001})["pro_mmr"] == 0.601
+
+
+def test_largest_errors_are_distances_from_the_reported_value_over_all_entries():
+    entries = [
+        of(0.5),
+        {"pixel_auroc": 0.5, "bounds": {"pixel_auroc": [0.4, 0.55]}},
+        {"pixel_auroc": 0.5, "aupro_0.3": 0.2, "bounds": {"pixel_auroc": [0.5, 0.7]}},
+    ]
+    assert metrics.largest_errors(entries) == {"pixel_auroc": pytest.approx(0.2)}
+    assert metrics.largest_errors(entries[:1]) == {}

@@ -1,0 +1,210 @@
+"""The metrics of one domain from ranked scores and counted pixels, with intervals and reasons.
+
+Where a value is undefined it is None and a reason stands beside it. Whether the pixels were ranked
+exactly (pixels.py) or counted in buckets (streaming.py) makes no difference here, except that the
+latter brings bounds. Called by evaluation.py and streaming.py.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mmrjax.metrics import bootstrap, pro, ranking
+
+IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1_max")
+PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_0.3", "pro_mmr")
+METRICS = IMAGE_METRICS + PIXEL_METRICS
+PRO_LIMIT = 0.3
+
+
+class PixelCounts(Protocol):
+    """What pixel metrics are computed from, exactly (pixels.py) or from buckets (streaming.py).
+
+    Attributes:
+        pro_mmr: [m] per-image value of the images that count, NaN where undefined.
+    """
+
+    pro_mmr: np.ndarray
+
+    def tables(self) -> tuple[ranking.Ranked, ranking.Ranked]:
+        """Defect pixels against normal ones, each counting 1, then each weighing 1 / area."""
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Interval that surely holds the exact value, of every metric that is not exact."""
+
+    def group_histograms(self, group: np.ndarray, groups: int) -> bootstrap.GroupHistograms:
+        """Histograms of each group of images; `group` [m] indexes range(groups)."""
+
+
+class Measured(NamedTuple):
+    """Metrics of one domain and what they were computed from.
+
+    Attributes:
+        values: metric -> 0..1, or None where undefined.
+        reasons: metric -> why it is None.
+        bounds: metric -> (low, high) around its exact value; only metrics that are not exact.
+        counts: of images, see `evaluate`.
+        samples: metric -> [b] values on resampled groups.
+        image: ranking of the image scores, None where image metrics are undefined.
+        region: ranking of the pixels by region weight, None where pixel metrics are undefined.
+    """
+
+    values: dict[str, float | None]
+    reasons: dict[str, str]
+    bounds: dict[str, tuple[float, float]]
+    counts: dict[str, int]
+    samples: dict[str, np.ndarray]
+    image: ranking.Ranked | None
+    region: ranking.Ranked | None
+
+    def report(self) -> dict:
+        """The domain's entry in results.json, as `evaluate` returns it."""
+        dropped = max((int(np.isnan(s).sum()) for s in self.samples.values()), default=0)
+        extra = {"dropped_resamples": dropped} if dropped else {}
+        intervals = {name: interval(self.samples.get(name)) for name in METRICS}
+        entry = {
+            **self.values,
+            "counts": {**self.counts, **extra},
+            "reasons": self.reasons,
+            "ci95": {
+                name: None if pair is None else [min(max(end, 0.0), 1.0) for end in pair]
+                for name, pair in intervals.items()
+            },
+        }
+        bounds = {name: list(pair) for name, pair in self.bounds.items()}
+        return entry | ({"bounds": bounds} if bounds else {})
+
+    def curves(self, points: int = 300) -> dict[str, dict[str, list[float]]]:
+        """Curves to plot, as `curves` returns them."""
+        result = {}
+        if self.image is not None:
+            x, y = ranking.thin(*ranking.polyline(self.image), points)
+            result["roc"] = {"fpr": x.tolist(), "tpr": y.tolist()}
+        if self.region is not None:
+            x, y = ranking.thin(*pro.head(*ranking.polyline(self.region), PRO_LIMIT), points)
+            result["pro"] = {"fpr": x.tolist(), "pro": y.tolist()}
+        return result
+
+
+def assemble(
+    scores: np.ndarray,
+    is_anomaly: np.ndarray,
+    used: np.ndarray,
+    empty: np.ndarray,
+    counted: PixelCounts | str,
+    groups: Sequence | None,
+    resamples: int,
+    seed: int,
+) -> Measured:
+    """All metrics of a domain, whichever way its pixels were counted.
+
+    Args:
+        scores: [n] finite.
+        is_anomaly: [n] bool.
+        used: [n] bool, counts for pixel metrics.
+        empty: [n] bool, no defect pixel in view.
+        counted: pixels of the used images, or the reason why pixel metrics are undefined.
+        groups: [n] as in `evaluate`, or None.
+        resamples: as `bootstrap` in `evaluate`.
+        seed: of the bootstrap.
+    """
+    group = _group_index(groups, len(scores))
+    draws = None  # one group alone says nothing about others
+    if resamples and group.max() > 0:
+        draws = bootstrap.multiplicities(group.max() + 1, resamples, seed)
+    values, reasons, samples, bounds = dict.fromkeys(METRICS), {}, {}, {}
+    image, region, reason = None, None, _image_reason(is_anomaly)
+    if reason is None:
+        image = ranking.rank(scores[is_anomaly], np.sort(scores[~is_anomaly]))
+        values |= _three("image", image)
+        if draws is not None:
+            samples |= bootstrap.image_samples(scores, is_anomaly, group, draws)
+    else:
+        reasons |= dict.fromkeys(IMAGE_METRICS, reason)
+    if isinstance(counted, str):
+        reasons |= dict.fromkeys(PIXEL_METRICS, counted)
+    else:
+        pixel, region = counted.tables()
+        values |= _three("pixel", pixel) | {"aupro_0.3": float(ranking.area(region, PRO_LIMIT))}
+        bounds = counted.bounds()
+        defined = counted.pro_mmr[~np.isnan(counted.pro_mmr)]
+        if len(defined):
+            values["pro_mmr"] = float(np.mean(defined))
+        else:
+            reasons["pro_mmr"] = "no normal pixel in any defective image"
+        if draws is not None:
+            histograms = counted.group_histograms(group[used], len(draws[0]))
+            samples |= bootstrap.pixel_samples(
+                histograms, counted.pro_mmr, group[used], draws, PRO_LIMIT
+            )
+    shifted = {n: s[1:] + (values[n] - s[0]) for n, s in samples.items() if values[n] is not None}
+    counts = {
+        "good": int((~is_anomaly).sum()),
+        "anomaly": int(is_anomaly.sum()),
+        "pixel_images": int(used.sum()),
+        "empty_masks": int((is_anomaly & used & empty).sum()),
+    }
+    return Measured(values, reasons, bounds, counts, shifted, image, region)
+
+
+def interval(samples: np.ndarray | None) -> list[float] | None:
+    """95 % percentile interval of the defined samples; None where fewer than half are defined."""
+    if samples is None:
+        return None
+    defined = samples[~np.isnan(samples)]
+    if 2 * len(defined) < len(samples) or not len(defined):
+        return None
+    return [float(end) for end in np.percentile(defined, [2.5, 97.5])]
+
+
+def checked_scores(scores: np.ndarray, is_anomaly: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays [n]; ValueError when they do not fit, are empty or are not finite."""
+    scores, is_anomaly = np.asarray(scores), np.asarray(is_anomaly)
+    if scores.ndim != 1 or scores.shape != is_anomaly.shape or is_anomaly.dtype != bool:
+        raise ValueError(
+            f"scores {scores.shape} and is_anomaly {is_anomaly.shape} {is_anomaly.dtype} must both "
+            "be [n], is_anomaly boolean"
+        )
+    if not len(scores):
+        raise ValueError("no image to evaluate; expected at least one in this domain")
+    ranking.require_finite(scores, "image scores")
+    return scores, is_anomaly
+
+
+def _three(prefix: str, ranked: ranking.Ranked) -> dict[str, float]:
+    """AUROC, average precision and best F1 of one ranking."""
+    return {
+        f"{prefix}_auroc": float(ranking.area(ranked)),
+        f"{prefix}_ap": float(ranking.precision_area(ranked)),
+        f"{prefix}_f1_max": float(ranking.best_f1(ranked)),
+    }
+
+
+def _image_reason(is_anomaly: np.ndarray) -> str | None:
+    """Why image metrics are undefined, or None."""
+    if not is_anomaly.any():
+        return "no anomalous image"
+    return "no good image" if is_anomaly.all() else None
+
+
+def pixel_reason(
+    has_maps: bool, is_anomaly: np.ndarray, used: np.ndarray, empty: np.ndarray
+) -> str | None:
+    """Why pixel metrics are undefined, or None; arguments as in `assemble`."""
+    if not has_maps:
+        return "no anomaly map"
+    if not is_anomaly.any():
+        return "no anomalous image"
+    if not (is_anomaly & used).any():
+        return "no pixel ground truth"
+    return None if (used & ~empty).any() else "no defect pixel in view"
+
+
+def _group_index(groups: Sequence | None, n: int) -> np.ndarray:
+    """[n] index of each image's group, 0..g-1."""
+    if groups is None:
+        return np.arange(n)
+    if len(groups) != n:
+        raise ValueError(f"groups has {len(groups)} entries for {n} images")
+    return np.unique(np.asarray(groups), return_inverse=True)[1]

@@ -1,0 +1,212 @@
+"""A trained model over a test set: maps and scores in one jitted program, and what is kept of them.
+
+Of small test sets everything is kept and the pixels are ranked exactly (`Predictions`). Of large
+ones only histograms are kept, and the few maps that are shown are computed once more
+(`Histograms`). Both answer the same questions. Called by evaluate.py.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mmrjax import logs, metrics, processes, train, visualize
+from mmrjax import mesh as mesh_lib
+from mmrjax.data import geometry
+from mmrjax.data.records import ANOMALY, Records
+from mmrjax.metrics import streaming
+from mmrjax.metrics.measured import Measured
+
+EXACT_PIXELS = 200_000_000  # eval.pixel_metrics=auto is exact up to here: about 3 GB
+
+
+@dataclasses.dataclass
+class Predictions:
+    """What the model says of the test images, beside the truth.
+
+    Attributes:
+      images: uint8 [n, h, w, 3], as the model saw them.
+      maps: float32 [n, h, w].
+      scores: float32 [n].
+      masks: bool [n, h, w], truth in the same view.
+      table: columns id, domain, defect, group, label, has_mask of the n records.
+    """
+
+    images: np.ndarray
+    maps: np.ndarray
+    scores: np.ndarray
+    masks: np.ndarray
+    table: dict[str, np.ndarray]
+
+    @property
+    def empty_view(self) -> np.ndarray:
+        """[n] bool: no defect pixel in view."""
+        return ~self.masks.any(axis=(1, 2))
+
+    def measure(self, rows: np.ndarray, is_anomaly: np.ndarray, resamples: int) -> Measured:
+        """All metrics of the images where `rows` [n] is true, exact."""
+        chosen = slice(None) if rows.all() else rows  # a slice copies nothing
+        return metrics.measure(
+            self.scores[chosen],
+            self.maps[chosen],
+            self.masks[chosen],
+            is_anomaly[chosen],
+            self.table["has_mask"][chosen],
+            self.table["group"][chosen],
+            bootstrap=resamples,
+        )
+
+    def scale(self) -> tuple[float, float]:
+        """Colour scale of the whole set."""
+        return visualize.fixed_scale(self.maps)
+
+    def shown(self, rows: Sequence[int]) -> tuple[Mapping | np.ndarray, ...]:
+        """Images, maps and masks, indexable by each of `rows`."""
+        return self.images, self.maps, self.masks
+
+
+@dataclasses.dataclass
+class Histograms:
+    """What is kept of a test set whose maps are not; answers what `Predictions` answers.
+
+    Attributes:
+      counted: histograms of the n maps, by image and by defect region.
+      scores: float32 [n].
+      table: as in `Predictions`.
+      again: predicts some of the images once more, given their rows.
+    """
+
+    counted: streaming.Counted
+    scores: np.ndarray
+    table: dict[str, np.ndarray]
+    again: Callable[[Sequence[int]], Predictions]
+
+    @property
+    def empty_view(self) -> np.ndarray:
+        """[n] bool: no defect pixel in view."""
+        return np.bincount(self.counted.image, minlength=len(self.scores)) == 0
+
+    def measure(self, rows: np.ndarray, is_anomaly: np.ndarray, resamples: int) -> Measured:
+        """All metrics of the images where `rows` [n] is true; those from buckets with bounds."""
+        return streaming.measure(
+            self.scores[rows],
+            self.counted.select(rows),
+            is_anomaly[rows],
+            self.table["has_mask"][rows],
+            self.table["group"][rows],
+            bootstrap=resamples,
+        )
+
+    def scale(self) -> tuple[float, float]:
+        """Colour scale of the whole set, to the width of a bucket."""
+        return visualize.fixed_scale(np.array(self.counted.quantiles(np.linspace(0, 1, 2001))))
+
+    def shown(self, rows: Sequence[int]) -> tuple[Mapping | np.ndarray, ...]:
+        """Images, maps and masks, indexable by each of `rows`."""
+        found = self.again(rows)
+        stacks = (found.images, found.maps, found.masks)
+        return tuple(dict(zip(rows, stack, strict=True)) for stack in stacks)
+
+
+def streams(config: ConfigDict, images: int) -> bool:
+    """Whether only histograms of this many images are kept, by eval.pixel_metrics."""
+    if config.eval.pixel_metrics != "auto":
+        return config.eval.pixel_metrics == "streaming"
+    height, width = geometry.View.of(config, evaluation=True).size
+    return images * height * width > EXACT_PIXELS
+
+
+def make_predict(trained: train.Trained):
+    """The jitted program: uint8 images [b, h, w, 3] -> (maps [b, h, w], scores [b]), float32."""
+    replicated = mesh_lib.replicated(trained.mesh)
+
+    def predict(variables, frozen, images):
+        result = trained.method.predict(variables, frozen, images / 255.0)
+        return result["map"], result["score"]
+
+    return jax.jit(predict, out_shardings=replicated)
+
+
+class Scorer:
+    """A trained model and the records it is to score; its program is compiled once."""
+
+    def __init__(self, trained: train.Trained, records: Records, config: ConfigDict):
+        """Nothing is computed yet; ValueError when a batch cannot be split over the devices."""
+        mesh_lib.check_divisible("eval.batch_size", config.eval.batch_size, trained.mesh)
+        self._trained, self._records, self._config = trained, records, config
+        self._predict = make_predict(trained)
+        self._view = geometry.View.of(config, evaluation=True)
+
+    def everything(self, indices: np.ndarray, maps_file: pathlib.Path | None = None) -> Predictions:
+        """Scores the records `indices` and keeps all of it; writes the maps to `maps_file`.
+
+        With several processes, the first one keeps it; the others return zeros.
+        """
+        shape = len(indices), *self._view.size
+        images, masks = np.zeros((*shape, 3), np.uint8), np.zeros(shape, bool)
+        maps, scores = np.zeros(shape, np.float32), np.zeros(len(indices), np.float32)
+        for rows, image, mask, result in self._batches(indices):
+            if processes.is_first():  # in the others, memory that is never touched costs nothing
+                images[rows], masks[rows] = image, mask
+                maps[rows], scores[rows] = (np.asarray(x)[: len(mask)] for x in result)
+        with _whole_file(maps_file, shape) as file:
+            if file is not None:
+                file[:] = maps
+        return Predictions(images, maps, scores, masks, self._table(indices))
+
+    def histograms(self, indices: np.ndarray, maps_file: pathlib.Path | None = None) -> Histograms:
+        """Scores the records `indices`, keeps histograms, and writes the maps to `maps_file`."""
+        table, scores = self._table(indices), np.zeros(len(indices), np.float32)
+        has_truth = (table["label"] == ANOMALY) & table["has_mask"]
+        counts = streaming.MapHistograms(self._trained.mesh)
+        with _whole_file(maps_file, (len(indices), *self._view.size)) as file:
+            for rows, _, mask, (maps, score) in self._batches(indices):
+                counts.add(maps, mask & has_truth[rows, None, None])
+                scores[rows] = np.asarray(score)[: len(mask)]
+                if file is not None:
+                    file[rows] = np.asarray(maps)[: len(mask)]
+
+        def again(rows: Sequence[int]) -> Predictions:
+            return self.everything(indices[np.asarray(rows, int)])
+
+        return Histograms(counts.counted(), scores, table, again)
+
+    def _batches(self, indices: np.ndarray) -> Iterator[tuple]:
+        """(rows, images, masks, result) per batch: only real rows, but of the result on device.
+
+        Every batch has one shape there, the last is filled up.
+        """
+        size, trained = self._config.eval.batch_size, self._trained
+        own = mesh_lib.own_rows(size, trained.mesh)
+        batches = geometry.batches(self._records, indices, self._view, size, own)
+        total = -(-len(indices) // size)
+        before = None  # one batch behind: the device works while the next images are decoded
+        for i, (image, mask, n) in enumerate(logs.progress(batches, "scoring", total)):
+            on_device = mesh_lib.put_batch(image, trained.mesh)
+            result = self._predict(trained.variables, trained.frozen, on_device)
+            image, mask = mesh_lib.whole((image, mask), trained.mesh)
+            if before is not None:
+                yield before
+            before = slice(i * size, i * size + n), image[:n], mask[:n], result
+        if before is not None:
+            yield before
+
+    def _table(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: column[indices] for name, column in self._records.table.items()}
+
+
+@contextlib.contextmanager
+def _whole_file(path: pathlib.Path | None, shape: tuple[int, ...]) -> Iterator[np.ndarray | None]:
+    """An array on disk to fill, which gets its name when it is complete; None without a path."""
+    if path is None:
+        yield None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    yield np.lib.format.open_memmap(part, "w+", np.float32, shape)
+    os.replace(part, path)

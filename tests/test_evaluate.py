@@ -1,0 +1,144 @@
+"""Evaluation of a toy model: both forms of the pixel metrics, both rules of ground truth, files."""
+
+import csv
+import json
+
+import cv2
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrjax import config as config_lib
+from mmrjax import evaluate, metrics, scoring, train
+from mmrjax import mesh as mesh_lib
+from mmrjax.data.records import Records
+
+BOUNDED = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_0.3")
+
+
+def png(array):
+    return cv2.imencode(".png", array)[1].tobytes()
+
+
+def make_records(n=21):
+    """Noisy pictures of different sizes; every third has a bright square, the first in a corner."""
+    rng = np.random.default_rng(7)
+    rows = []
+    for i in range(n):
+        size = (72 + 8 * (i % 2), 80)
+        image, mask = rng.normal(90, 20, size), np.zeros(size, np.uint8)
+        if i % 3 == 0:
+            y, x = (0, 0) if i == 0 else rng.integers(24, 44, 2)  # the crop cuts the corner off
+            mask[y : y + 4 if i == 0 else y + 14, x : x + 4 if i == 0 else x + 14] = 255
+            image += 0.4 * mask
+        elif i == 1:
+            mask[20:30, 20:30] = 255  # of a good image: never read
+        image = np.repeat(np.clip(image, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        rows.append({"image": png(image), "mask": png(mask)})
+    table = {
+        "id": np.array([f"id{i:02d}" for i in range(n)]),
+        "label": (np.arange(n) % 3 == 0).astype(int),
+        "domain": np.where(np.arange(n) < 12, "same", "view"),
+        "defect": np.where(np.arange(n) % 3 == 0, "spot", "good"),
+        "group": np.array([f"g{i // 2}" for i in range(n)]),
+        "has_mask": np.ones(n, bool),
+    }
+    return Records("toy", "part", table, "0", {"test": rows}, [("test", i) for i in range(n)])
+
+
+class Brightness:
+    """The brighter, the more anomalous."""
+
+    name = "brightness"
+
+    def predict(self, variables, frozen, images):
+        maps = jnp.exp(images.mean(axis=-1)) + variables["bias"]
+        return {"map": maps, "score": maps.max(axis=(1, 2))}
+
+
+def run(folder, *overrides):
+    config = config_lib.load(
+        "configs/folder.py",
+        [
+            "data.image_size=48,48",
+            "data.resize=64,64",
+            "eval.batch_size=8",
+            "eval.bootstrap=40",
+            "report.gallery=9",
+            *overrides,
+        ],
+    )
+    records = make_records()
+    facts = {"seconds": {"train": 1.0}}
+    mesh = mesh_lib.make_mesh(4)
+    trained = train.Trained(Brightness(), {"bias": jnp.float32(0.0)}, {}, facts, mesh)
+    indices = np.arange(len(records))
+    return evaluate.evaluate(trained, records, indices, config, 3, folder)
+
+
+def test_streaming_and_exact_forms_agree_within_the_stated_error(tmp_path):
+    exact = run(tmp_path / "exact", "eval.pixel_metrics=exact", "eval.save_maps=true")
+    found = run(tmp_path / "streaming", "eval.pixel_metrics=streaming", "eval.save_maps=true")
+    assert exact["facts"]["pixel_metrics"] == "exact"
+    assert exact["facts"]["error_at_most"] == {}
+    assert found["facts"]["pixel_metrics"] == "streaming"
+    errors = found["facts"]["error_at_most"]
+    assert set(errors) == set(BOUNDED)
+    assert max(errors.values()) < 0.1
+    for domain, values in exact["metrics"]["toy/part"].items():
+        streamed = found["metrics"]["toy/part"][domain]
+        assert streamed["counts"] == values["counts"]
+        assert "bounds" not in values
+        for name in metrics.METRICS:
+            assert streamed[name] == pytest.approx(values[name], abs=errors.get(name, 1e-12)), name
+            low, high = streamed["bounds"].get(name, [values[name]] * 2)
+            assert low - 1e-12 <= values[name] <= high + 1e-12
+    maps = [np.load(tmp_path / form / "maps" / "maps.npy") for form in ("exact", "streaming")]
+    np.testing.assert_array_equal(*maps)
+    assert (tmp_path / "exact/scores.csv").read_text() == (
+        tmp_path / "streaming/scores.csv"
+    ).read_text()
+    galleries = [json.loads((tmp_path / f / "maps/gallery.json").read_text())
+                 for f in ("exact", "streaming")]  # fmt: skip
+    assert galleries[0]["items"] == galleries[1]["items"]
+    assert galleries[1]["scale"] == pytest.approx(galleries[0]["scale"], rel=0.01)
+    stored = json.loads((tmp_path / "streaming" / "results.json").read_text())
+    assert stored == json.loads(json.dumps(found))
+
+
+def test_auto_is_exact_up_to_the_stated_number_of_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "EXACT_PIXELS", 21 * 48 * 48)
+    assert run(tmp_path)["facts"]["pixel_metrics"] == "exact"
+    monkeypatch.setattr(scoring, "EXACT_PIXELS", 21 * 48 * 48 - 1)
+    assert run(tmp_path)["facts"]["pixel_metrics"] == "streaming"
+
+
+def labels(folder):
+    with (folder / "scores.csv").open(newline="") as file:
+        return [(row["label"], row["record_label"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("form", ["exact", "streaming"])
+def test_the_mode_decides_over_labels_and_masks_and_both_label_sets_are_kept(tmp_path, form):
+    field = f"eval.pixel_metrics={form}"
+    standard = run(tmp_path / "standard", field)
+    official = run(tmp_path / "mmr", field, "eval.metrics_mode=mmr")
+    assert labels(tmp_path / "standard")[0] == ("anomaly", "anomaly")
+    assert labels(tmp_path / "mmr")[0] == ("good", "anomaly")
+    assert labels(tmp_path / "mmr")[1:] == labels(tmp_path / "standard")[1:]
+    for result, mode, counts in ((standard, "standard", (7, 1)), (official, "mmr", (6, 0))):
+        truth = result["facts"]["ground_truth"]
+        assert truth["metrics_mode"] == mode
+        assert truth["anomalies_without_defect_in_view"] == 1
+        assert truth["of_these_counted_as_good"] == (mode == "mmr")
+        found = result["metrics"]["toy/part"]["all"]["counts"]
+        assert (found["anomaly"], found["empty_masks"]) == counts
+    assert standard["facts"]["eval"] != official["facts"]["eval"]  # else it would not be redone
+
+
+def test_the_official_masks_are_eroded(tmp_path):
+    values = [
+        run(tmp_path / mode, f"eval.metrics_mode={mode}")["metrics"]["toy/part"]["all"]
+        for mode in ("standard", "mmr")
+    ]
+    assert values[0]["pixel_auroc"] != values[1]["pixel_auroc"]
