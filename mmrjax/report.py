@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import jinja2
 import numpy as np
 
-from mmrjax import charts, files, report_files, report_tables, report_words
+from mmrjax import charts, files, report_files, report_sweep, report_tables, report_words
 
 CATEGORY_BYTES = 2_400_000  # all embedded pictures of one category, as base64
 PAGE_BYTES = 24_000_000  # and of all categories together
@@ -48,7 +48,9 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         ValueError: when results.json cannot be read.
     """
     workdir = pathlib.Path(workdir)
-    content = page(*report_files.read_workdir(workdir))
+    aggregate, runs = report_files.read_workdir(workdir)
+    is_sweep = "rows" in aggregate
+    content = report_sweep.page(aggregate) if is_sweep else page(aggregate, runs)
     for name, escape in (("report.md", False), ("report.html", True)):
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("mmrjax"),
@@ -58,7 +60,8 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
             undefined=jinja2.StrictUndefined,
         )
         environment.filters |= {"percent": report_tables.percent, "md": _markdown, "fact": _fact}
-        text = environment.get_template(f"{name}.j2").render(content)
+        template = name.replace("report", "sweep") if is_sweep else name
+        text = environment.get_template(f"{template}.j2").render(content)
         files.write_text(workdir / name, text)
     return workdir / "report.html"
 
@@ -127,6 +130,8 @@ def _facts(method: str, runs: Sequence[report_files.Run]) -> dict:
         "title": report_tables.method_title(method),
         "random": any((fact.get("teacher") or {}).get("random") is True for fact in facts),
         "teacher": first.get("teacher") or {},
+        "protocol": report_words.protocol(first),
+        "departures": report_words.departures(first),
         "shown": {k: v for k, v in first.items() if k not in FACTS_ELSEWHERE and v != {}},
         "command": str(first.get("command") or ""),
         "phases": list(dict.fromkeys(phase for _, phases in seconds for phase in phases)),

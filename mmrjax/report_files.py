@@ -50,7 +50,7 @@ def read_workdir(workdir: pathlib.Path) -> tuple[dict, list[Run]]:
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}); evaluate the run again") from e
     runs = []
-    for method, content in aggregate["methods"].items():
+    for method, content in aggregate.get("methods", {}).items():  # a sweep has none of its own
         keys = {key.rpartition("/")[2]: key for key in content["metrics"]}
         for listed in content.get("runs") or []:
             key = keys.get(listed["category"], f"{aggregate.get('dataset')}/{listed['category']}")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 DASH = "–"
-NOT_METRICS = ("counts", "reasons", "ci95")
+NOT_METRICS = ("counts", "reasons", "ci95", "error_at_most")
 
 METHOD_TITLES = {"mmr": "MMR", "patchcore": "PatchCore", "mmr_plus": "MMR+", "aminet": "AMI-Net"}
 
@@ -250,6 +250,13 @@ def shift_costs(aggregate: Mapping) -> list[Table]:
         if rows:
             tables.append(Table(method_title(method), rows, []))
     return tables
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of equally many cells as plain text, columns lined up."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _values(aggregate: Mapping) -> Iterator[tuple[str, str, str, Mapping]]:

@@ -11,6 +11,9 @@ import numpy as np
 
 from mmrjax import report_tables
 
+# What the published tables of a method were made with: {fact: start of the weights file's name}.
+PAPER_WEIGHTS = {"teacher": "wide_resnet50_2-95faca4d", "student": "mae_visualize_vit_base"}
+
 FALSE_ALARMS = 0.05  # share of good images that the headline sentence lets be rejected
 
 
@@ -78,6 +81,51 @@ def answer(aggregate: Mapping, method: str, found: float | None) -> list[str]:
         sentences.append(f"Locating the defects, it reaches an AUPRO of {_with_std(region)} %.")
     sentences += _weakest(metrics, content.get("summary") or {}, aggregate.get("reference_domain"))
     return sentences
+
+
+def protocol(facts: Mapping) -> dict[str, str]:
+    """How a run's numbers came about, as {term: text}: mode, truth, weights and versions.
+
+    Args:
+        facts: of the run's results.json.
+    """
+    truth = facts.get("ground_truth") or {}
+    terms = {"metric mode": "metrics_mode", "masks": "masks", "labels": "labels"}
+    lines = {term: str(truth[name]) for term, name in terms.items() if name in truth}
+    lines["evaluated"] = "the weights of the last epoch; no score chose them"
+    for role in PAPER_WEIGHTS:
+        one = facts.get(role) or {}
+        if one:
+            digest = f", sha256 {one['sha256']}" if one.get("sha256") else ""
+            what = one.get("name") or ""
+            lines[role] = f"{what} {_source(one)}".strip() + digest
+    if facts.get("versions"):
+        lines["versions"] = ", ".join(f"{name} {text}" for name, text in facts["versions"].items())
+    return lines
+
+
+def departures(facts: Mapping) -> list[str]:
+    """What keeps a run's numbers from being the paper's: weights that are random or others."""
+    found = []
+    for role, wanted in PAPER_WEIGHTS.items():
+        one = facts.get(role) or {}
+        published = str(one.get("source") or "").startswith(wanted)
+        # The publisher's hash, where the name carries one: a renamed file is not the paper's.
+        _, _, digits = wanted.partition("-")
+        if one and not (published and str(one.get("sha256") or "").startswith(digits)):
+            kind = "random weights" if _is_random(one) else "weights other than the paper's"
+            name = f" {one['name']}" if one.get("name") else ""
+            found.append(f"the {role}{name} has {kind} ({_source(one)}; paper: {wanted})")
+    return found
+
+
+def _is_random(weights: Mapping) -> bool:
+    return weights.get("random") is True or weights.get("init") == "scratch"
+
+
+def _source(weights: Mapping) -> str:
+    """Where weights are from: a file's name, or what drew them."""
+    return str(weights.get("source") or weights.get("init") or "of unknown origin")
 
 
 def comparison_sentence(one: Mapping, several_keys: bool) -> str:

@@ -35,6 +35,8 @@ class MMR(base.Method):
     def __init__(self, config):
         """Builds the student that `config.student` describes, with the teacher's channel widths."""
         super().__init__(config)
+        if config.student.mask_form == "pixel":  # before anything is loaded or compiled
+            masking.unit_grid(tuple(config.data.image_size), config.student.mask_unit)
         layers = tuple(config.student.layers)
         arch = resnet.architecture(config.teacher.name)
         self.teacher = resnet.ResNet(arch, layers, self.dtype)
@@ -53,21 +55,30 @@ class MMR(base.Method):
         """Fresh or pretrained student."""
         images = jax.ShapeDtypeStruct((1, *self.config.data.image_size, 3), "float32")
         variables = jax.jit(lambda key: self.student.init(key, jax.numpy.zeros(images.shape)))(key)
+        grid = tuple(side // self.student.patch for side in self.config.data.image_size)
         variables, facts = weights.init_student(
-            variables, self.config.student.init, self.config.student.size
+            variables, self.config.student.init, self.config.student.size, grid
         )
         return variables, {"student": facts}
 
     def loss(self, variables, frozen, batch, key, progress):
         """The sum over scales of 1 - cosine, over all locations (Eq. 1)."""
         images = resnet.normalise(batch["image"])
-        patch = self.student.patch
-        tokens = (images.shape[1] // patch) * (images.shape[2] // patch)
-        noise = masking.random_noise(batch["keys"], tokens)
-        features = self.student.apply(variables, images, noise, self.config.student.mask_ratio)
+        features = self._reconstruct(variables, images, batch["keys"])
         targets = jax.lax.stop_gradient(self.teacher.apply(frozen["teacher"], images))
         loss, logs = losses.multi_scale_cosine(features, targets, batch["weight"])
         return loss, ({}, logs)
+
+    def _reconstruct(self, variables: dict, images: jax.Array, keys: jax.Array) -> dict:
+        """Features of masked images; each image's mask depends on its own key alone."""
+        options = self.config.student
+        unit = options.mask_unit if options.mask_form == "pixel" else self.student.patch
+        h, w = images.shape[1:3]
+        noise = masking.random_noise(keys, (h // unit) * (w // unit))
+        if options.mask_form == "pixel":  # every token enters: nothing for the mask token to do
+            hidden = masking.hide_units(images, noise, unit, options.mask_ratio)
+            return self.student.apply(variables, hidden)
+        return self.student.apply(variables, images, noise, options.mask_ratio)
 
     def predict(self, variables, frozen, images):
         """Unmasked; the map is the sum of the scales' maps, the score its maximum."""
