@@ -34,6 +34,33 @@ def golden_dir() -> pathlib.Path:
     return ROOT / "tests" / "golden"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--differences", action="store_true", help="print what `agree` measured")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The measured differences as rows of the table in docs/parity.md."""
+    if config.getoption("--differences"):
+        for report in terminalreporter.getreports("passed"):
+            for case, atol, difference in (v for k, v in report.user_properties if k == "agree"):
+                terminalreporter.write_line(f"| {case} | {atol:.0e} | {difference:.1e} |")
+
+
+@pytest.fixture
+def agree(record_property):
+    """Asserts that two trees of arrays are equal within `atol`, and records by how much."""
+
+    def check(case: str, got, want, atol: float) -> None:
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+        assert all(np.shape(g) == np.shape(w) for g, w in pairs)
+        difference = max(float(np.abs(np.asarray(g) - np.asarray(w)).max()) for g, w in pairs)
+        record_property("agree", (case, atol, difference))
+        assert difference <= atol, f"{case}: differs by {difference:.1e}, allowed is {atol:.0e}"
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def tiny_raw(tmp_path_factory) -> pathlib.Path:
     """A folder data set of small pictures: 12 good ones, 4 with a bright square and its mask."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from mmrjax import anomaly_map
+from mmrjax import anomaly_map, losses
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +17,41 @@ def golden(golden_dir):
     return student, teacher, np.load(golden_dir / "maps" / "outputs.npz")
 
 
-def test_map_and_score_equal_the_official_code(golden):
+def test_map_and_score_equal_the_official_code(golden, agree):
     student, teacher, want = golden
     total = sum(anomaly_map.cosine_maps(student, teacher, (64, 64)).values())
-    np.testing.assert_allclose(total, want["small__amap_smooth"], atol=5e-6)
-    np.testing.assert_allclose(anomaly_map.max_score(total), want["small__score"], atol=5e-6)
+    agree("smoothed map", total, want["small__amap_smooth"], 5e-6)
+    agree("score", anomaly_map.max_score(total), want["small__score"], 5e-6)
+
+
+def test_every_step_towards_the_map_equals_the_official_code(golden, agree):
+    student, teacher, want = golden
+    distances = [losses.cosine_distance(student[i], teacher[i]) for i in (1, 2, 3)]
+    agree("distance maps", distances, [want[f"small__dist_scale{i}"] for i in range(3)], 2e-5)
+
+    def raw(size):
+        return [anomaly_map.upsample_and_smooth(d, size, True, sigma=0) for d in distances]
+
+    upsampled = [want[f"small__amap_scale{i}"] for i in range(3)]
+    agree("upsampled maps", raw((64, 64)), upsampled, 2e-5)
+    agree("raw map, 64 px", sum(raw((64, 64))), want["small__amap_raw"], 2e-5)
+    for size in (50, 224):
+        got = sum(raw((size, size)))[:1]
+        agree(f"raw map, {size} px", got, want[f"small__amap_raw_out{size}"], 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "sigma"), [("sigma1", 1.0), ("sigma4", 4.0), ("tiny_sigma4", 4.0)]
+)
+def test_gaussian_equals_the_golden_values(golden, agree, name, sigma):
+    want = golden[2]
+    x = want["gauss__tiny_in" if name.startswith("tiny") else "gauss__in"]
+    rows, columns = (anomaly_map.gaussian_matrix(n, sigma) for n in x.shape)
+    agree(f"Gaussian, {name}, float64", rows @ x @ columns.T, want[f"gauss__{name}"], 1e-12)
+    single = anomaly_map.upsample_and_smooth(
+        jnp.asarray(x[None], jnp.float32), x.shape, align_corners=True, sigma=sigma
+    )
+    agree(f"Gaussian, {name}, float32", single[0], want[f"gauss__{name}"], 5e-6)
 
 
 @pytest.mark.parametrize("shape", [(40, 33), (9, 7)])  # 9 x 7: shorter than the 33 taps

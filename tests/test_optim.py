@@ -86,7 +86,7 @@ def test_what_decays_is_what_the_official_code_decays(shapes):
     mask = optim.decay_mask(shapes["params"])
     assert jax.tree.structure(mask) == jax.tree.structure(shapes["params"])
     official = torch_names.student_to_torch(
-        jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes), patch=16
+        jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
     )
     flags = {jax.tree_util.keystr(p, simple=True, separator="/"): flag
              for p, flag in jax.tree_util.tree_leaves_with_path(mask)}  # fmt: skip

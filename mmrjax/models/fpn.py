@@ -44,6 +44,11 @@ def uniform(bound: float) -> nn.initializers.Initializer:
     )
 
 
+def _pointwise(x: jax.Array, kernel: jax.Array, *_, **__) -> jax.Array:
+    """A 1x1 convolution as a matrix product, whose gradient XLA:CPU computes three times faster."""
+    return x @ kernel[0, 0]
+
+
 class ConvNorm(nn.Module):
     """A convolution without bias, followed by LayerNorm over the channels of each pixel."""
 
@@ -61,6 +66,7 @@ class ConvNorm(nn.Module):
             use_bias=False,
             kernel_init=torch_conv_init,
             dtype=self.dtype,
+            conv_general_dilated=_pointwise if self.size == 1 else None,
             name="conv",
         )(x)
         return vit.layer_norm(self.dtype, "norm")(x)

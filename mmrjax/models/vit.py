@@ -18,8 +18,11 @@ def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact (erf) GELU; JAX's default is the tanh approximation."""
-    return jax.nn.gelu(x, approximate=False)
+    """The exact (erf) GELU; JAX's default is the tanh approximation.
+
+    Written with erf: jax.nn.gelu uses erfc, which costs XLA:CPU an exponential and two branches.
+    """
+    return x * (0.5 * (1 + jax.lax.erf(x * 0.5**0.5)))
 
 
 class Attention(nn.Module):

@@ -83,6 +83,15 @@ def test_crop_and_resize_are_pillows_within_one_grey_level(box, size_hw):
     np.testing.assert_array_equal(got, np.round(got))
 
 
+@pytest.mark.parametrize("box", [(0, 0, 731, 1013), (102, 61, 611, 803), (13, 700, 233, 211)])
+def test_crops_of_a_photograph_are_pillows_at_the_official_size(agree, box):
+    image = noise((731, 1013))
+    got = np.asarray(crop_resize(image, jnp.asarray(box), (224, 224)))
+    want = pillow(image, box, (224, 224))
+    agree(f"training crop of {box[2]} x {box[3]} px, grey levels of 255", got, want, 1.0)
+    assert (got != want).mean() < 1e-3
+
+
 @pytest.mark.parametrize(
     "box", [(0, 0, 50, 60), (20, 20, 30, 40), (10, 10, 20, 20), (40, 55, 10, 5)]
 )

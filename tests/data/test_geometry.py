@@ -1,5 +1,6 @@
 """Evaluation geometry: Pillow's pixels, torchvision's crop, and what each mask rule leaves over."""
 
+import io
 import types
 
 import numpy as np
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mmrjax.data import geometry
+from mmrjax.data import records as records_lib
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -51,6 +53,36 @@ def test_view_is_pillow_resize_then_torchvision_centre_crop(
     got = geometry.view_image(image, resize, size, interpolation)
     assert got.dtype == np.uint8
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "native", [(1000, 1500), (301, 423), (257, 255), (97, 641), (256, 256), (31, 17), (1, 1)]
+)
+def test_official_view_of_any_size_is_pillows_pixel_for_pixel(native):
+    image = noise(native)
+    whole = Image.fromarray(image).resize((256, 256), Image.Resampling.BILINEAR)
+    got = geometry.view_image(image, (256, 256), (224, 224), "bilinear")
+    np.testing.assert_array_equal(got, np.asarray(whole.crop((16, 16, 240, 240))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("JPEG", {"quality": 90}),
+        ("JPEG", {"quality": 60, "subsampling": 0}),
+        ("JPEG", {"quality": 75, "progressive": True}),
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_files_are_decoded_as_pillow_decodes_them(kind, options, mode):
+    ramp = np.linspace(0, 200, 61)[None, :, None] + noise((43, 61)) // 5
+    buffer = io.BytesIO()
+    Image.fromarray(ramp.astype(np.uint8)).convert(mode).save(buffer, kind, **options)
+    source = {"test": [{"image": buffer.getvalue()}]}
+    records = records_lib.Records("", "", {"id": ["a"]}, "", source, [("test", 0)])
+    expected = np.asarray(Image.open(buffer).convert("RGB"))
+    np.testing.assert_array_equal(records.image(0), expected)
 
 
 def test_crop_starts_where_torchvision_rounds_to():

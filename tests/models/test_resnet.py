@@ -10,29 +10,46 @@ from mmrjax.weights import source, torch_names
 
 
 @pytest.mark.parametrize("size", [64, 75])  # 75: "SAME" padding would shift the result
-def test_features_equal_the_official_code(golden_dir, size):
+def test_features_equal_the_official_code(golden_dir, agree, size):
     arch = resnet.Architecture((2, 2, 2), bottleneck=False, stem=8, widths=(8, 16, 32))
     folder = golden_dir / "teacher"
     state = source.read_state(folder / "state_reduced_resnet18.safetensors")
     arrays = np.load(folder / "reduced_io.npz")
     image = jnp.asarray(arrays[f"x_s{size}"].transpose(0, 2, 3, 1))
-    got = resnet.ResNet(arch).apply(torch_names.teacher_from_torch(state, arch), image)
-    for layer in (1, 2, 3):
-        want = arrays[f"reduced_resnet18_s{size}__layer{layer}"].transpose(0, 2, 3, 1)
-        np.testing.assert_allclose(got[layer], want, atol=5e-5)
+    got = jax.jit(resnet.ResNet(arch).apply)(torch_names.teacher_from_torch(state, arch), image)
+    name = f"reduced_resnet18_s{size}"
+    want = {layer: arrays[f"{name}__layer{layer}"].transpose(0, 2, 3, 1) for layer in (1, 2, 3)}
+    agree(f"teacher, {size} px", got, want, 5e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "through_layer3"), [("wide_resnet50_2", 24_862_528), ("resnet18", 2_782_784)]
+    ("name", "through_layer3", "parts"),
+    [
+        ("wide_resnet50_2", 24_862_528, [9_536, 634_368, 3_482_624, 20_736_000]),
+        ("resnet18", 2_782_784, None),
+    ],
 )
-def test_parameter_counts_through_layer3(name, through_layer3):
+def test_parameter_counts_through_layer3(name, through_layer3, parts):
     """Specs count gamma and beta of every BatchNorm; folding leaves one bias of the two."""
     arch = resnet.architecture(name)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    shapes = jax.eval_shape(resnet.ResNet(arch).init, jax.random.key(0), image)
-    leaves = jax.tree.leaves(shapes)
-    biases = sum(leaf.size for leaf in leaves if leaf.ndim == 1)
-    assert sum(leaf.size for leaf in leaves) + biases == through_layer3
+    shapes = jax.eval_shape(resnet.ResNet(arch).init, jax.random.key(0), image)["params"]
+    counts = dict.fromkeys(("conv1", "layer1", "layer2", "layer3"), 0)
+    for block, part in shapes.items():
+        leaves = jax.tree.leaves(part)
+        biases = sum(leaf.size for leaf in leaves if leaf.ndim == 1)
+        counts[block.split("_")[0]] += sum(leaf.size for leaf in leaves) + biases
+    assert sum(counts.values()) == through_layer3
+    if parts:
+        assert list(counts.values()) == parts
+
+
+def test_pixels_are_normalised_as_torchvision_normalises_them():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 6, 3))
+    want = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    got = resnet.normalise(jnp.asarray(pixels, jnp.uint8) / 255.0)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_nothing_after_the_last_tap_is_computed():
