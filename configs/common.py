@@ -20,7 +20,10 @@ def get_config() -> ConfigDict:
     data.categories = ()  # () = all of them, in turn
     data.raw_dir = ""  # the data set as its publisher ships it
     data.data_dir = "~/.cache/mmrjax/records"  # where records are built
-    data.protocol = "one_class"  # one_class | image_split (leaks groups; for comparison only)
+    # one_class | k_shot | one_for_all (one model, all categories) | image_split (leaks groups; for
+    # comparison only)
+    data.protocol = "one_class"
+    data.shots = 4  # training images of k_shot, drawn by the seed
     data.image_size = (224, 224)  # what the networks see, (height, width) in px
     data.resize = (256, 256)  # evaluation: resize to this, then centre-crop to image_size
     data.interpolation = "bilinear"  # of that resize: bilinear | bicubic | lanczos
@@ -41,7 +44,9 @@ def get_config() -> ConfigDict:
     student.heads = 0
     student.init = "mae"  # mae | scratch | a file
     student.layers = (1, 2, 3)  # which teacher layers to reconstruct (paper, table 9)
-    student.mask_ratio = 0.4  # paper, figure 8
+    student.mask_ratio = 0.4  # paper, figure 13
+    student.mask_form = "drop"  # drop (tokens never enter) | pixel (units set to the mean colour)
+    student.mask_unit = 16  # side of such a unit in px: 1, 2, 4, … 112 (paper, figure 12)
     student.unroll = 0  # transformer blocks per scan iteration; 0 = by platform
 
     config.patchcore = patchcore = ConfigDict()
@@ -58,6 +63,7 @@ def get_config() -> ConfigDict:
     train.epochs = 200
     train.batch_size = 16
     train.steps_per_call = 0  # steps per dispatch; 0 = 1 on CPU, up to an epoch elsewhere
+    train.fsdp = 1  # devices that share one copy of a large student's parameters and moments
     train.augment = "rrc_flip"  # rrc_flip | rrc | none
     train.crop_scale = (0.7, 1.0)  # share of the image's area
     train.crop_ratio = (3 / 4, 4 / 3)  # width / height
@@ -76,9 +82,19 @@ def get_config() -> ConfigDict:
     config.eval = evaluation = ConfigDict()
     evaluation.batch_size = 32
     evaluation.resize = ()  # () = data.resize; another view of a finished run otherwise
-    evaluation.metrics_mode = "standard"  # standard | mmr (official masks and labels)
+    evaluation.metrics_mode = "standard"  # standard | mmr (official masks, labels and rounding)
+    # exact | streaming (histograms, with error bounds) | auto (exact up to 200 million pixels)
+    evaluation.pixel_metrics = "auto"
     evaluation.bootstrap = 1000  # resamples for the 95 % intervals; 0 = none
     evaluation.save_maps = False  # keep every float32 map as maps/maps.npy
+
+    # A table of runs (see sweep.py): (label, ("group.field=value", …), the paper's percent or a
+    # text in their place) each. Only a configuration file can declare it.
+    config.sweep = sweep = ConfigDict()
+    sweep.rows = ()
+    sweep.metrics = ("image_auroc", "pro_mmr")  # of results.json; what the percent are of
+    sweep.average = "domains"  # domains, then categories | images (a category's images pooled)
+    sweep.source = ""  # where the paper's numbers stand
 
     config.report = ConfigDict()
     config.report.gallery = 24  # pictures per run

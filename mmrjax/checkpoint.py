@@ -3,12 +3,17 @@
 Saved asynchronously and atomically: a killed save leaves the previous checkpoint in place. Orbax
 does not notice a flipped bit, so a checksum per leaf is stored beside the arrays; a checkpoint that
 does not match is reported and the previous one is used. The frozen teacher is never saved.
+
+Several processes save and restore together, on storage that all of them see: each method is called
+by all. A checkpoint does not depend on how its arrays were split.
 """
 
+import contextlib
 import pathlib
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +21,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from mmrjax import files, mesh, processes
+
 
 class Checkpoints:
     """The checkpoints of one run, each named by its step; a tree of arrays each."""
 
-    def __init__(self, directory: pathlib.Path, keep: int = 2):
-        """Opens (or creates) `directory`; the latest `keep` checkpoints stay."""
-        self._directory = directory.absolute()
+    def __init__(self, directory: pathlib.Path, keep: int = 2, read_only: bool = False):
+        """Opens (or creates) `directory`; the latest `keep` checkpoints stay.
+
+        With `read_only` nothing in it is touched: a run that is still training may own it.
+        """
+        self._directory, self._read_only = directory.absolute(), read_only
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            cleanup_tmp_directories=True,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
@@ -36,19 +47,26 @@ class Checkpoints:
     def save(self, step: int, tree) -> None:
         """Starts to save `tree`; returns as soon as it is copied from the device."""
         meta = {"checksums": checksums(tree), "leaves": _describe(tree)}
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
-            ),
-            force=True,
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
+        with self._writing():
+            saved = self._manager.save(step, args=args, force=True)
         if not saved:
             raise RuntimeError(f"checkpoint {step} was refused; present: {self.steps()}")
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A save fails in the background: the next call of any kind raises what it met."""
+        try:
+            yield
+        except Exception as e:  # Orbax raises whatever its writers raise
+            if not (reason := files.full_disk(e)):
+                raise
+            raise OSError(f"no checkpoint could be written to {self._directory} ({reason})") from e
 
     def restore(self, target) -> tuple[int, object] | None:
         """Restores the newest intact checkpoint.
@@ -64,17 +82,12 @@ class Checkpoints:
           ValueError: the newest checkpoint holds other leaves than `target`, naming them.
           RuntimeError: there are checkpoints, but none of them is intact.
         """
-        steps = self.steps()[::-1]
+        steps = list(processes.first(self.steps))[::-1]
         for step in steps:
             tree = self._intact(step, target)
             if tree is not None:
-                for newer in steps[: steps.index(step)]:
-                    # Out of the way, since their steps will be saved again; not deleted, since a
-                    # disk may have refused to read what it holds.
-                    aside = self._directory.with_name(f"{self._directory.name}-damaged-{newer}")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    (self._directory / str(newer)).rename(aside)
-                    self._manager.reload()
+                if not self._read_only:
+                    self._set_aside(steps[: steps.index(step)])
                 return step, tree
         if steps:
             raise RuntimeError(
@@ -83,23 +96,38 @@ class Checkpoints:
             )
         return None
 
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves damaged checkpoints out of the way, since their steps will be saved again.
+
+        They are not deleted: a disk may have refused to read what it holds.
+        """
+
+        def move() -> None:
+            for step in steps:
+                aside = self._directory.with_name(f"{self._directory.name}-damaged-{step}")
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._directory / str(step)).rename(aside)
+
+        if steps:
+            processes.first(move)
+            self._manager.reload()
+
     def _intact(self, step: int, target):
-        """The tree of one checkpoint, or None when it is damaged."""
+        """The tree of one checkpoint, or None when any process finds it damaged."""
         meta = self._meta(step)
-        if meta is None:
+        if _in_any_process(meta is None):
             return None
         if isinstance(target, jax.sharding.Sharding):
             target = _stored_dict(meta["leaves"], target)
         else:
             _check_leaves(meta["leaves"], _describe(target), self._directory / str(step))
         tree = self._read(step, target)
-        if tree is None:
+        if _in_any_process(tree is None):
             return None
         damaged = [k for k, crc in checksums(tree).items() if meta["checksums"].get(k) != crc]
         if damaged:
             logging.error("checkpoint %d is damaged (checksum of %s): ignored", step, damaged[:3])
-            return None
-        return tree
+        return None if _in_any_process(bool(damaged)) else tree
 
     def _meta(self, step: int) -> dict | None:
         try:
@@ -127,13 +155,14 @@ class Checkpoints:
 
     def __exit__(self, *exception):
         """Waits for a save in progress and closes."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
 
 def checksums(tree) -> dict[str, int]:
-    """{leaf path: crc32 of its bytes}."""
+    """{leaf path: crc32 of its bytes}, one leaf at a time; called by all processes together."""
     return {
-        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)))
+        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(mesh.gather(leaf)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
@@ -165,6 +194,10 @@ def _check_leaves(stored: dict, wanted: dict, where: pathlib.Path) -> None:
     ]
     if wrong:
         raise ValueError(f"{where} belongs to another model: " + "; ".join(wrong[:4]))
+
+
+def _in_any_process(fact: bool) -> bool:
+    return processes.agree(int(fact)) == (1,)
 
 
 def _one_line(e: Exception) -> str:

@@ -25,15 +25,18 @@ RANGES = (
     ("optim.drops", 0.0, 1.0),
     ("optim.learning_rate", 0.0, 10.0),
     ("student.mask_ratio", 0.0, 0.99),
+    ("student.mask_unit", 1, 1 << 20),
     ("student.layers", 1, 3),
     ("patchcore.layers", 1, 3),
     ("patchcore.coreset", 1e-6, 1.0),  # a share, not percent
     ("train.crop_scale", 1e-3, 1.0),
     ("train.crop_ratio", 1e-2, 1e2),
     ("data.max_side", 0, 1 << 20),
+    ("data.shots", 1, 1 << 20),
     ("data.resident_gib", 0.0, 1e6),
     ("train.seeds", 0, (1 << 32) - 1),
     ("train.steps_per_call", 0, 1 << 20),
+    ("train.fsdp", 1, 1 << 20),
     ("eval.bootstrap", 0, 1 << 20),
     ("report.gallery", 0, 1 << 20),
     ("ckpt.every_seconds", 0.0, 1e9),
@@ -56,12 +59,17 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if argument and not inspect.signature(get_config).parameters:
         raise ValueError(f"--config={spec}: {path} takes no argument after the colon")
     config = get_config(argument) if argument else get_config()
-    for override in overrides:
-        name, separator, text = override.partition("=")
+    override(config, overrides)
+    return config
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets "group.field=value" each, in place; ValueError as `load`."""
+    for text in overrides:
+        name, separator, value = text.partition("=")
         if not separator:
             raise ValueError(f"--config.{name}: give a value, as in --config.{name}=…")
-        _set(config, name, text)
-    return config
+        _set(config, name, value)
 
 
 def _find(path: str) -> pathlib.Path:
@@ -111,6 +119,8 @@ def _set(config: ConfigDict, name: str, text: str) -> None:
     flat = flatten(config)
     if name not in flat:
         raise ValueError(f"--config.{name}: no such field; {_nearest(name, list(flat))}")
+    if name == "sweep.rows":
+        raise ValueError(f"--config.{name}: only a file declares it, see configs/aebad_ablation.py")
     value = _parse(name, text, flat[name])
     *groups, field = name.split(".")
     for group in groups:
@@ -168,13 +178,16 @@ def _parse_tuple(name: str, text: str, default: tuple) -> tuple:
 def validate(config: ConfigDict) -> None:
     """Raises ValueError for values that cannot work, before anything is computed."""
     choices = {
-        "data.protocol": ("one_class", "image_split"),
+        "data.protocol": ("one_class", "k_shot", "one_for_all", "image_split"),
         "data.interpolation": ("bilinear", "bicubic", "lanczos"),
         "data.feed": ("auto", "resident", "stream"),
+        "student.mask_form": ("drop", "pixel"),
         "train.augment": ("rrc_flip", "rrc", "none"),
         "train.compute_dtype": ("auto", "float32", "bfloat16"),
         "eval.metrics_mode": ("standard", "mmr"),
+        "eval.pixel_metrics": ("auto", "exact", "streaming"),
         "patchcore.score": ("smoothed", "patch"),
+        "sweep.average": ("domains", "images"),
     }
     flat = flatten(config)
     for name, known in choices.items():

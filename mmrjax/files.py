@@ -1,16 +1,36 @@
-"""Small files written so that nobody ever sees half of one."""
+"""Small files written so that nobody ever sees half of one, and what to say of a full disk."""
 
+import errno
 import json
 import os
 import pathlib
 
+# What the system says when a disk takes no more: full, over the quota, over the limit of a file.
+FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes `text` to a neighbour of `path` and renames it; makes the folder when absent."""
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Writes `data` to a neighbour of `path` and renames it; makes the folder when absent.
+
+    Raises:
+      OSError: naming `path`, which is as it was before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # before the name: after a power cut there is no empty file
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise OSError(e.errno, e.strerror, str(path)) from e  # the system's own names no file
 
 
 def read_json(path: pathlib.Path) -> dict | None:
@@ -19,3 +39,19 @@ def read_json(path: pathlib.Path) -> dict | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def full_disk(e: Exception) -> str:
+    """The system's words for a full disk when `e` comes of one, else "".
+
+    By the text: libraries in C++ hand on the system's words, not its number.
+    """
+    return next((words for words in FULL if words in str(e)), "")
+
+
+def explain(e: Exception) -> str:
+    """An error as one line for a person; of a full disk with what to do about it."""
+    line = " ".join(str(e).split())
+    if full_disk(e):
+        line += ": the disk is full; make room and repeat the command, it continues what is saved"
+    return line

@@ -2,39 +2,62 @@
 
 import json
 import logging as std_logging
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 
 import jax
 import tqdm
 from absl import flags, logging
 
-from mmrjax import files
+from mmrjax import files, processes
 
 LINE_SECONDS = 15.0  # between plain lines when there is no terminal
 FLUSH_SECONDS = 1.0  # between fetches of the losses from the device
+REMEDY = "lower optim.learning_rate or use train.compute_dtype=float32, in another --workdir"
+# By whole folders: an environment may lie in a clone that is called mmrjax.
+_ROOT = pathlib.Path(__file__).parent.parent
+OURS = tuple(str(_ROOT / name) + os.sep for name in ("mmrjax", "data_builders"))
 
 
 def setup() -> None:
-    """Shows our own log lines, and of the libraries' only warnings: Orbax writes 40 per save."""
+    """Shows our own log lines, and of the libraries' only warnings.
+
+    Of Orbax none: it writes 40 lines per save, and of a failure the stack of every thread and task,
+    beside the error that it raises.
+    """
     flags.FLAGS.mark_as_parsed()  # nothing here has absl flags, but absl and Grain look for them
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
     handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    handler.addFilter(
-        lambda record: (
-            record.levelno >= logging.converter.STANDARD_WARNING
-            or any(name in record.pathname for name in ("mmrjax", "data_builders"))
-        )
-    )
+    handler.addFilter(_is_for_people)
+    if sys.unraisablehook is not _on_unraisable:
+        _other_hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _on_unraisable
+
+
+_other_hooks: list[Callable] = []
+
+
+def _is_for_people(record: std_logging.LogRecord) -> bool:
+    if record.pathname.startswith(OURS):
+        return True
+    is_orbax = any(name in record.pathname for name in ("orbax", "asyncio"))
+    return record.levelno >= logging.converter.STANDARD_WARNING and not is_orbax
+
+
+def _on_unraisable(unraisable) -> None:
+    """Drops what a failed save of Orbax leaves behind: dozens of writers whose loop has gone."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _other_hooks[-1](unraisable)
 
 
 def on_terminal() -> bool:
     """Whether somebody watches: standard error is a terminal and this is process 0."""
-    return sys.stderr.isatty() and jax.process_index() == 0
+    return sys.stderr.isatty() and processes.is_first()
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
@@ -54,17 +77,15 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
 
 
 class TrainLog:
-    """Losses of a training run: fetched in groups, written to metrics.jsonl, shown as progress."""
+    """Losses of a training run: fetched in groups, written to metrics.jsonl, shown as progress.
+
+    Every process fetches them, and so notices a loss that is not finite; the first one writes.
+    """
 
     def __init__(self, path: pathlib.Path, start: int, stop: int, steps_per_epoch: int, batch: int):
         """Opens `path`, drops what it holds from step `start` on, and starts the clock."""
-        kept = []
-        if path.exists():
-            lines = (_parse(line) for line in path.read_text().splitlines())
-            kept = [line for line in lines if line and line["step"] < start]
-        # Replaced whole, then appended to: a kill at any moment keeps the history.
-        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
+        processes.first(lambda: _keep_until(path, start))
+        self._file = (path if processes.is_first() else pathlib.Path(os.devnull)).open("a")
         self._stop, self._steps_per_epoch, self._batch = stop, steps_per_epoch, batch
         self._pending: list[tuple[int, dict]] = []
         self._step, self._last_flush, self._last_line = start, time.monotonic(), time.monotonic()
@@ -73,14 +94,16 @@ class TrainLog:
         )
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes the logs of steps [step, step + k), device arrays [k]; fetches now and then."""
+        """Takes the logs of steps [step, step + k), device arrays [k]."""
         self._pending.append((step, values))
         if len(self._pending) > 1:
             # Dispatch is asynchronous: without this the loop would run hundreds of steps ahead,
             # deaf to SIGTERM and to the clock of checkpoints.
             jax.block_until_ready(self._pending[-2])
-        if time.monotonic() - self._last_flush >= FLUSH_SECONDS:
-            self.flush()
+
+    def is_due(self) -> bool:
+        """Whether it is time to `flush`."""
+        return time.monotonic() - self._last_flush >= FLUSH_SECONDS
 
     def flush(self) -> None:
         """Fetches and writes what is pending.
@@ -105,8 +128,7 @@ class TrainLog:
                     self._file.flush()
                     raise FloatingPointError(
                         f"the loss is {line['loss']} at step {line['step']} (steps {first} to "
-                        f"{first + done - 1} were checked together); lower optim.learning_rate or "
-                        "use train.compute_dtype=float32, in another --workdir"
+                        f"{first + done - 1} were checked together); {REMEDY}"
                     )
         self._file.flush()
         self._step = first + done
@@ -143,6 +165,13 @@ def seconds(path: pathlib.Path, batch: int) -> float:
     """Time spent in the steps that `path` holds, over all calls that took part in a run."""
     lines = [_parse(line) for line in path.read_text().splitlines()]
     return round(sum(batch / line["images_per_second"] for line in lines if line), 1)
+
+
+def _keep_until(path: pathlib.Path, step: int) -> None:
+    """Drops the lines from `step` on; the file is replaced whole: a kill keeps the history."""
+    lines = map(_parse, path.read_text().splitlines()) if path.exists() else ()
+    kept = [json.dumps(line) + "\n" for line in lines if line and line["step"] < step]
+    files.write_text(path, "".join(kept))
 
 
 def _parse(line: str) -> dict | None:

@@ -3,7 +3,11 @@
 Every command can be repeated: what is finished is not done again, and a killed run continues where
 its last checkpoint was. Runs lie in <workdir>/<method>/<category>/seed<k>/ (the method first, so
 that several methods share one work directory and one report); another view of finished runs lies in
-<workdir>/evaluations/<view>/.
+<workdir>/evaluations/<view>/. A configuration that declares a sweep has one such work directory per
+row, <workdir>/<row>/, and its comparison on top (see sweep.py).
+
+Several processes (`--distributed` on TPU pods, SLURM and Open MPI) run the same command together;
+work directory, records and raw data lie on storage that all of them see. The first one writes.
 """
 
 import argparse
@@ -19,8 +23,21 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from data_builders import build
-from mmrjax import aggregate, evaluate, files, logs, methods, report, train
+from mmrjax import (
+    aggregate,
+    evaluate,
+    files,
+    logs,
+    methods,
+    processes,
+    report,
+    report_sweep,
+    report_tables,
+    sweep,
+    train,
+)
 from mmrjax import config as config_lib
+from mmrjax import mesh as mesh_lib
 from mmrjax.data import records as records_lib
 from mmrjax.data import splits
 
@@ -36,6 +53,7 @@ FREE_FIELDS = (
     "data.reference_domain",
     "train.seeds",
     "train.steps_per_call",
+    "train.fsdp",
     "eval.",
     "report.",
     "ckpt.",
@@ -44,28 +62,45 @@ FREE_FIELDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    return processes.run(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     started = time.monotonic()
     logs.setup()
     try:
-        config, arguments = parse(sys.argv[1:] if argv is None else argv)
+        config, arguments = parse(argv)
         config_lib.validate(config)
         _use_compile_cache()
-        results, report_path = run_all(config, arguments.workdir, arguments.mode)
+        if arguments.distributed:
+            processes.initialize(
+                arguments.coordinator, arguments.num_processes, arguments.process_id
+            )
+        if config.sweep.rows:
+            table, report_path = run_sweep(config, arguments.workdir, arguments.mode)
+        else:
+            results, report_path = run_all(config, arguments.workdir, arguments.mode)
+            table = results_table(results)
     except train.Interrupted as e:
         message, number = e.args
-        print(f"{message}; the same command continues", file=sys.stderr)
+        _complain(f"{message}; the same command continues")
         return 128 + number
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        _complain("interrupted; the same command continues")
         return 130
     except (ValueError, FloatingPointError, RuntimeError, OSError) as e:
         if os.environ.get("MMRJAX_TRACEBACK"):
             raise
-        print(f"error: {e}", file=sys.stderr)
+        _complain(f"error: {files.explain(e)}")
         return 1
-    print(results_table(results))
-    print(f"\nreport: {report_path} ({time.monotonic() - started:.0f} s)")
+    if processes.is_first():
+        print(table)
+        print(f"\nreport: {report_path} ({time.monotonic() - started:.0f} s)")
     return 0
+
+
+def _complain(line: str) -> None:
+    print(f"{processes.own_name()}{line}", file=sys.stderr)
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
@@ -84,6 +119,10 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
     parser.add_argument("--config", required=True, help="configs/<name>.py[:argument]")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="holds all of a run")
     parser.add_argument("--mode", default="train", choices=("train", "evaluate"))
+    parser.add_argument("--distributed", action="store_true", help="one of several processes")
+    parser.add_argument("--coordinator", help="host:port of the first process, where not detected")
+    parser.add_argument("--num_processes", type=int, help="where not detected")
+    parser.add_argument("--process_id", type=int, help="of this one, from 0; where not detected")
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     rest = [a for a in argv if not a.startswith("--config.")]
     if not {"-h", "--help"} & set(rest):
@@ -97,23 +136,46 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
         raise ValueError(str(e)) from e
     if unknown:
         raise ValueError(
-            f"unknown argument {unknown[0]!r}; known: --config, --workdir, --mode and "
-            "--config.<group>.<field>=<value>"
+            f"unknown argument {unknown[0]!r}; known: --config, --workdir, --mode, --distributed, "
+            "--coordinator, --num_processes, --process_id and --config.<group>.<field>=<value>"
         )
+    given = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    arguments.distributed |= any(value is not None for value in given)
     return config_lib.load(arguments.config, overrides), arguments
 
 
 def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict, pathlib.Path]:
     """Every method, category and seed in turn; then the aggregate and the report."""
-    logging.info("jax %s on %s", jax.__version__, jax.devices())
+    logging.info("jax %s on %s", jax.__version__, mesh_lib.devices())
     for name in config.method.names:
         if name not in methods.METHODS:
             known = sorted(methods.METHODS)
             raise ValueError(f"--config.method.names={name}: unknown; known: {known}")
     wanted = None
     if mode == "evaluate":
-        wanted = trained_runs(workdir)
-    check_same_data_set(config, workdir)
+        wanted = processes.first(lambda: trained_runs(workdir))
+    processes.first(lambda: check_workdir(config, workdir))
+    directories = processes.first(lambda: build_records(config))
+    root = results_root(config, workdir)
+    parts = map(records_lib.load, directories.values())
+    for records in splits.units(parts, config.data.protocol):
+        category = records.category
+        runs = [
+            (name, category, seed) for name in config.method.names for seed in config.train.seeds
+        ]
+        if wanted is not None:
+            runs = [run for run in wanted if run[1] == category]
+        for name, _, seed in runs:
+            path = pathlib.Path(name, category, f"seed{seed}")
+            run_one(config, name, records, seed, workdir / path, root / path, mode)
+    results = processes.first(
+        lambda: aggregate.aggregate(root, config.title, config.data.reference_domain)
+    )
+    return results, pathlib.Path(processes.first(lambda: str(report.write_report(root))))
+
+
+def build_records(config: ConfigDict) -> dict[str, str]:
+    """Builds what is missing or stale: {category: directory of its records}."""
     try:
         directories = build.build(
             config.data.name,
@@ -123,19 +185,13 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
         )
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{e} (here: --config.data.raw_dir=…)") from e
-    root = results_root(config, workdir)
-    for category, directory in directories.items():
-        records = records_lib.load(directory)
-        runs = [
-            (name, category, seed) for name in config.method.names for seed in config.train.seeds
-        ]
-        if wanted is not None:
-            runs = [run for run in wanted if run[1] == category]
-        for name, _, seed in runs:
-            path = pathlib.Path(name, category, f"seed{seed}")
-            run_one(config, name, records, seed, workdir / path, root / path, mode)
-    results = aggregate.aggregate(root, config.title, config.data.reference_domain)
-    return results, report.write_report(root)
+    return {category: str(directory) for category, directory in directories.items()}
+
+
+def run_sweep(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[str, pathlib.Path]:
+    """Every row of `config.sweep` as an ordinary run; (table, path of the comparison)."""
+    content, path = sweep.run(config, workdir, lambda own, folder: run_all(own, folder, mode))
+    return report_sweep.text_table(content), path
 
 
 def trained_runs(workdir: pathlib.Path) -> list[tuple[str, str, int]]:
@@ -162,20 +218,36 @@ def run_one(
     mode: str,
 ) -> None:
     """Trains and evaluates one method on one category with one seed, unless that is done."""
-    config = settle_config(config, name, run, records.digest, mode)
-    finished = files.read_json(folder / "results.json")
-    if finished and finished["facts"].get("eval") == evaluate.eval_fields(config):
+    config, finished = _settle(config, name, records, run, folder, mode)
+    if finished:
         logging.info("%s: finished before, see %s", run, folder / "results.json")
         return
-    train_rows, test_rows = splits.select(records, config.data.protocol)
+    train_rows, test_rows = splits.select(records, config.data.protocol, config.data.shots, seed)
     trained = train.train(
         config, name, records, train_rows, seed, run, evaluate_only=mode == "evaluate"
     )
     if folder != run:  # another view: the report there shows the same training
-        for file in ("config.json", "metrics.jsonl"):
-            if (run / file).exists():
-                files.write_text(folder / file, (run / file).read_text())
+        processes.first(lambda: _copy_training(run, folder))
     evaluate.evaluate(trained, records, test_rows, config, seed, folder)
+
+
+def _settle(config, name, records, run, folder, mode) -> tuple[ConfigDict, bool]:
+    """The configuration to go on with, and whether its results are there."""
+
+    def settle() -> tuple[dict, bool]:
+        settled = settle_config(config, name, run, records.digest, mode)
+        results = files.read_json(folder / "results.json")
+        finished = results and results["facts"].get("eval") == evaluate.eval_fields(settled)
+        return settled.to_dict(), bool(finished)
+
+    content, finished = processes.first(settle)
+    return ConfigDict(content), finished
+
+
+def _copy_training(run: pathlib.Path, folder: pathlib.Path) -> None:
+    for file in ("config.json", "metrics.jsonl"):
+        if (run / file).exists():
+            files.write_text(folder / file, (run / file).read_text())
 
 
 def results_root(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
@@ -188,8 +260,10 @@ def results_root(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     return workdir / "evaluations" / "-".join(parts) if parts else workdir
 
 
-def check_same_data_set(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises ValueError when the work directory holds runs on another data set."""
+def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises ValueError when the work directory holds a sweep, or runs on another data set."""
+    if "rows" in (files.read_json(workdir / "results.json") or {}):
+        raise ValueError(f"{workdir} holds a sweep, with runs of its own; use another --workdir")
     for path in workdir.glob("*/*/seed*/config.json"):
         stored = (files.read_json(path) or {}).get("data", {}).get("name", config.data.name)
         if stored != config.data.name:
@@ -268,10 +342,7 @@ def results_table(results: dict) -> str:
             rows.append(
                 [method, "mean", "over domains, then categories", *map(evaluate.percent, means)]
             )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return report_tables.aligned(rows)
 
 
 def _use_compile_cache() -> None:

@@ -1,16 +1,54 @@
-"""The device mesh and the only two placements there are: replicated, and split over the batch."""
+"""The device mesh, where arrays lie on it, and which rows of them a process has to know.
+
+A batch is split over all devices. Parameters are on every device, or with `fsdp` > 1 the large ones
+are split over that many devices (fully sharded data parallelism, Zhao et al. 2023,
+arXiv 2304.11277). With several processes, each puts the rows of its own devices: host arrays have
+the full shape everywhere, but only `own_rows` need to be filled.
+"""
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mmrjax import processes
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """A one-axis "data" mesh over all devices, or over the first `devices` of them."""
+AXES = ("data", "fsdp")
+FSDP_ELEMENTS = 1 << 16  # smaller arrays stay whole: they cost more to gather than they save
+
+
+def devices() -> list[jax.Device]:
+    """All devices of all processes.
+
+    Raises:
+      RuntimeError: JAX cannot use the kind of device that is asked for.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as e:  # the latter where no plugin is installed
+        asked = jax.config.jax_platforms
+        reason = " ".join(str(e).partition(" (set JAX_PLATFORMS")[0].split())
+        reason = reason or "no such backend is installed"
+        raise RuntimeError(
+            f"JAX_PLATFORMS={asked}: no such device can be used here ({reason}); unset it to take "
+            "what there is, or install the driver and mmrjax with the extra cuda12, cuda13 or tpu"
+        ) from e
+
+
+def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
+    """A mesh ("data", "fsdp") over all devices of all processes, or over the first `devices`.
+
+    Raises:
+      ValueError: `fsdp` does not divide the devices.
+    """
     available = jax.devices()
-    devices = devices or len(available)
+    n = devices or len(available)
+    if n % fsdp:
+        valid = ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
+        raise ValueError(f"train.fsdp={fsdp} must divide the {n} devices; try one of {valid}")
     # Auto axes: Explicit ones, jax.make_mesh's default, would put the mesh into model code.
     return jax.make_mesh(
-        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=available[:devices]
+        (n // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=available[:n]
     )
 
 
@@ -20,18 +58,76 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Axis `axis` is split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    """Axis `axis` is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXES))
+
+
+def fsdp_shardings(tree, mesh: Mesh):
+    """Shardings of parameters or of what has their shapes, such as moments.
+
+    The longest axis that divides is split over "fsdp"; arrays of less than FSDP_ELEMENTS stay
+    whole.
+    """
+    n = mesh.shape["fsdp"]
+
+    def sharding(leaf) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % n == 0]
+        if n == 1 or leaf.size < FSDP_ELEMENTS or not axes:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+
+    return jax.tree.map(sharding, tree)
+
+
+def put(tree, shardings):
+    """Puts arrays, the same in every process, where `shardings` (a tree or a single one) says."""
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: _put(x, shardings), tree)
+    return jax.tree.map(_put, tree, shardings)
 
 
 def replicate(tree, mesh: Mesh):
     """Puts every leaf on every device."""
-    return jax.device_put(tree, replicated(mesh))
+    return put(tree, replicated(mesh))
 
 
 def put_batch(tree, mesh: Mesh, axis: int = 0):
-    """Puts host arrays on the devices, split along `axis`."""
-    return jax.device_put(tree, batched(mesh, axis))
+    """Puts arrays on the devices, split along `axis`; each process needs its `own_rows` only."""
+    return put(tree, batched(mesh, axis))
+
+
+def own_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a split batch this process's devices hold, bool [batch_size]."""
+    own = np.zeros(batch_size, bool)
+    for (rows,) in batched(mesh).addressable_devices_indices_map((batch_size,)).values():
+        own[rows] = True
+    return own
+
+
+def spread(tree, mesh: Mesh, count: int):
+    """The first `count` rows of arrays that `put_batch` has split, now whole on every device."""
+
+    def cut(tree):
+        return jax.tree.map(lambda x: x if len(x) == count else x[:count], tree)
+
+    return jax.jit(cut, out_shardings=replicated(mesh))(tree)
+
+
+def whole(tree, mesh: Mesh):
+    """Host arrays of which every process has filled its `own_rows`, complete in every process."""
+    return tree if processes.count() == 1 else gather(put_batch(tree, mesh))
+
+
+def gather(tree):
+    """Whole NumPy arrays in every process, wherever the parts lie; all processes must call it."""
+
+    def array(x) -> np.ndarray:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(array, tree)
 
 
 def check_divisible(name: str, batch_size: int, mesh: Mesh) -> None:
@@ -41,3 +137,12 @@ def check_divisible(name: str, batch_size: int, mesh: Mesh) -> None:
         low, high = batch_size // n * n, (batch_size // n + 1) * n
         near = f"{low} or {high}" if low else f"{high}"
         raise ValueError(f"{name}={batch_size} must be divisible by {n} devices; try {near}")
+
+
+def _put(x, sharding: NamedSharding) -> jax.Array:
+    on_all = isinstance(x, jax.Array) and not x.is_fully_addressable
+    if on_all or sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    # device_put would first compare the values of all processes, rows that are not filled as well.
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

@@ -1,6 +1,7 @@
 """The training state and the one jitted, sharded, donated training step.
 
-This is what pmap and pjit became: `jax.jit` over a mesh, state replicated, batch split.
+This is what pmap and pjit became: `jax.jit` over a mesh, state replicated or (large students, see
+mesh.py) split, batch split.
 """
 
 from collections.abc import Callable
@@ -45,6 +46,21 @@ def create(variables: dict, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, collections, tx.init(params))
 
 
+def shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Where a state's arrays lie: large parameters and their moments split over "fsdp"."""
+    whole = jax.tree.map(lambda _: mesh_lib.replicated(mesh), state)
+    return whole.replace(
+        params=mesh_lib.fsdp_shardings(state.params, mesh),
+        opt_state=mesh_lib.fsdp_shardings(state.opt_state, mesh),
+    )
+
+
+@jax.jit
+def is_finite(state: TrainState) -> jax.Array:
+    """Whether every parameter is a number, bool scalar."""
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]))
+
+
 def update(
     method: base.Method,
     tx: optax.GradientTransformation,
@@ -77,8 +93,11 @@ def make_train_step(
     augment: Augment,
     steps_per_epoch: int,
     mesh: jax.sharding.Mesh,
+    state_shardings: TrainState | None = None,
 ) -> Callable:
     """Builds `train_step(state, frozen, resident, chunk, key) -> (state, logs)`.
+
+    The state comes back where `state_shardings` says, or None: whole on every device.
 
     `chunk` holds k batches (see `data.feed.Feed.chunks`); with k > 1 they run in one dispatch.
     Logs are float32 [k]. The state is donated: the caller must not touch the old one again.
@@ -111,4 +130,5 @@ def make_train_step(
         )
 
     replicated = mesh_lib.replicated(mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(replicated, replicated))
+    where = state_shardings or replicated
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(where, replicated))

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mmrjax import checkpoint, logs, methods, optim
+from mmrjax import checkpoint, logs, methods, optim, processes
 from mmrjax import mesh as mesh_lib
 from mmrjax import state as state_lib
 from mmrjax.data import augment, epochs, feed, geometry
@@ -104,7 +104,7 @@ def train(
       ValueError: bad configuration or weights, or an unfinished run with `evaluate_only`.
       Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
-    mesh = mesh_lib.make_mesh()
+    mesh = mesh_lib.make_mesh(fsdp=config.train.fsdp)
     method = methods.create(name, config)
     if method.trains:
         mesh_lib.check_divisible("train.batch_size", config.train.batch_size, mesh)
@@ -121,7 +121,9 @@ def train(
     facts["seconds"] = {}
     if method.trains:
         variables = _gradient_stage(run, variables, key_train)
-        facts["seconds"]["training"] = logs.seconds(folder / LOG, config.train.batch_size)
+        facts["seconds"]["training"] = processes.first(
+            lambda: logs.seconds(folder / LOG, config.train.batch_size)
+        )
     if method.fits:
         started = time.monotonic()
         variables, fitted = _fit_stage(run, variables, key_fit)
@@ -136,7 +138,9 @@ def _gradient_stage(run: Run, variables: dict, key: jax.Array) -> dict:
     steps_per_epoch = epochs.steps_per_epoch(len(run.indices), config.train.batch_size)
     total = config.train.epochs * steps_per_epoch
     tx = run.method.optimiser(steps_per_epoch)
-    state = mesh_lib.replicate(state_lib.create(variables, tx), run.mesh)
+    state = state_lib.create(variables, tx)
+    shardings = state_lib.shardings(state, run.mesh)
+    state = mesh_lib.put(state, shardings)
     with checkpoint.Checkpoints(run.folder / "checkpoints", config.ckpt.keep) as checkpoints:
         start, state = checkpoints.restore(state) or (0, state)
         if 0 < start < total:
@@ -144,14 +148,17 @@ def _gradient_stage(run: Run, variables: dict, key: jax.Array) -> dict:
         if start < total:
             run.refuse_to_train(f"step {start} of {total}")
             step_fn = state_lib.make_train_step(
-                run.method, tx, make_augment(config), steps_per_epoch, run.mesh
+                run.method, tx, make_augment(config), steps_per_epoch, run.mesh, shardings
             )
             state = _loop(run, step_fn, state, start, total, key, checkpoints)
     return state.variables
 
 
 def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.TrainState:
-    """Step, log, save when due, stop when asked; in this order, so that a save is complete."""
+    """Step, log, save when due, stop when asked; in this order, so that a save is complete.
+
+    Clocks and signals are the processes' own, what follows from them is not.
+    """
     config, data = run.config, run.feed(start)
     log = logs.TrainLog(
         run.folder / LOG, start, total, data.steps_per_epoch, config.train.batch_size
@@ -165,13 +172,20 @@ def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.Trai
             log.add(step, {**values, "lr": rate})
             step += data.steps_per_call
             due = time.monotonic() - last_save >= config.ckpt.every_seconds
-            if due or stop.signal or step == total:
+            show, due, stopped = processes.agree(log.is_due(), due, stop.signal)
+            save = due or stopped or step == total
+            if show or save:
                 log.flush()  # raises on a loss that is not finite: such a state is not saved
+            if save:
+                if not state_lib.is_finite(state):  # the last update shows in no loss yet
+                    raise FloatingPointError(
+                        f"a parameter is not finite after step {step - 1}; {logs.REMEDY}"
+                    )
                 checkpoints.save(step, state)
                 last_save = time.monotonic()
-            if stop.signal:
+            if stopped:
                 checkpoints.wait()
-                raise Interrupted(f"stopped at step {step} of {total}, saved", stop.signal)
+                raise Interrupted(f"stopped at step {step} of {total}, saved", stopped)
     return state
 
 
@@ -184,10 +198,12 @@ def _fit_stage(run: Run, variables: dict, key: jax.Array) -> tuple[dict, bool]:
             return {**variables, **restored[1]}, False
         run.refuse_to_train("not fitted")
         view, size, count = geometry.View.of(config), config.eval.batch_size, len(run.indices)
-        batches = geometry.batches(run.records, run.indices, view, size)
+        own = mesh_lib.own_rows(size, run.mesh)
+        batches = geometry.batches(run.records, run.indices, view, size, own)
         batches = logs.progress(batches, "embedding", -(-count // size))
         images = ((mesh_lib.put_batch(image, run.mesh), real) for image, _, real in batches)
         fitted = run.method.fit(variables, run.frozen, images, count, key)
+        fitted = mesh_lib.replicate(fitted, run.mesh)
         checkpoints.save(0, {name: fitted[name] for name in fitted if name not in variables})
     return fitted, True
 

@@ -293,4 +293,4 @@ def write_gallery(
 def _write_png(path: pathlib.Path, image: np.ndarray) -> None:
     """Writes RGB uint8 [h, w, 3]; imencode, because imwrite reports a bad path only by False."""
     encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
-    path.write_bytes(encoded.tobytes())
+    files.write_bytes(path, encoded.tobytes())

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import configs
-from configs import common
+from configs import aebad_ablation, common, tile_ablation
 from mmrjax import config as config_lib
 
 FOLDER = pathlib.Path(configs.__file__).parent
@@ -48,6 +48,8 @@ def test_arguments_are_found_in_the_docstrings():
         "configs/magnetic_tile.py:crop",
         "configs/magnetic_tile.py:image_split",
         "configs/mvtec.py:screw",
+        *(f"configs/aebad_ablation.py:{name}" for name in aebad_ablation.TABLES),
+        *(f"configs/tile_ablation.py:{name}" for name in tile_ablation.TABLES),
     } <= set(documented())
 
 
@@ -78,7 +80,15 @@ def test_overrides_in_docstrings_name_existing_fields(name):
         assert field in config_lib.flatten(load(spec=f"configs/{name}.py"))
 
 
-@pytest.mark.parametrize("spec", ["configs/aebad.py:x", "configs/magnetic_tile.py:random"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "configs/aebad.py:x",
+        "configs/magnetic_tile.py:random",
+        "configs/aebad_ablation.py:depth",
+        "configs/tile_ablation.py:layers",
+    ],
+)
 def test_unknown_argument_lists_the_known(spec):
     argument = spec.partition(":")[2]
     with pytest.raises(ValueError, match=rf"\.py:{argument}: known are"):
@@ -166,7 +176,7 @@ def test_unknown_file_lists_the_available(tmp_path, monkeypatch):
         load(spec="configs/tiles.py")
     message = str(caught.value)
     assert "'configs/tiles.py'" in message
-    assert "configs/aebad.py, configs/demo.py, configs/folder.py" in message
+    assert "configs/aebad.py, configs/aebad_ablation.py, configs/btad.py" in message
     assert "common" not in message
     assert "__init__" not in message
 
@@ -328,6 +338,8 @@ def test_category_named_with_digits_stays_text():
         "train.compute_dtype=float16",
         "eval.metrics_mode=official",
         "patchcore.score=max",
+        "student.mask_form=pixels",
+        "sweep.average=seeds",
     ],
 )
 def test_unknown_choices_list_the_known(override):
@@ -356,6 +368,7 @@ def test_counts_must_be_positive(field, value):
         ("eval.resize=256,223", r"smaller than data\.image_size=\(224, 224\)"),
         ("student.mask_ratio=1", "must lie between 0.0 and 0.99"),
         ("student.mask_ratio=-0.1", "must lie between 0.0 and 0.99"),
+        ("student.mask_unit=0", "must lie between 1 and"),
         ("train.seeds=", "give one or more different values"),
         ("train.seeds=a", "expected values such as"),
         ("train.seeds=54,5.5", "expected values such as"),

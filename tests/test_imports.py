@@ -9,16 +9,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # What each part of mmrjax may import from mmrjax, besides itself: everything in a lower row.
 LAYERS = (
-    {"files"},
+    {"files", "processes"},
     {"models", "metrics", "mesh", "optim", "logs", "losses", "config", "checkpoint", "visualize"},
     {"data", "weights", "anomaly_map"},
     {"methods"},
-    {"state", "train", "evaluate", "aggregate", "calibrate"},
+    {"state", "train", "scoring", "evaluate", "aggregate", "calibrate"},
 )
 # Everything else (main, report, predict, bench ...) is a program: it may import anything, and only
 # another program may import it.
 ISOLATED = {"models"}  # import only themselves
-MAY_PRINT = {"main.py", "report.py", "bench.py", "predict.py"}
+MAY_PRINT = {"main.py", "convert.py", "report.py", "bench.py", "bench_metrics.py", "predict.py"}
 
 
 def sources(package: str) -> list[pathlib.Path]:

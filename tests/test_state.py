@@ -139,11 +139,3 @@ def test_padding_rows_do_not_touch_the_update(config):
     first, logs_a = step(first, frozen, resident, chunk, jax.random.key(7))
     second, logs_b = step(second, frozen, resident, other, jax.random.key(7))
     assert float(logs_a["loss"][0]) == pytest.approx(float(logs_b["loss"][0]), abs=1e-6)
-
-
-def test_a_batch_that_does_not_divide_names_both_numbers_and_the_nearest():
-    mesh = mesh_lib.make_mesh(8)
-    with pytest.raises(
-        ValueError, match="batch_size=12 must be divisible by 8 devices; try 8 or 16"
-    ):
-        mesh_lib.check_divisible("train.batch_size", 12, mesh)

@@ -2,9 +2,11 @@
 
 Both yield the same batches, in chunks of whole steps, from any step on. `resident` keeps all
 training images as uint8 on every device and sends only indices; `stream` decodes in threads ahead
-of the step.
+of the step. With several processes each decodes only its share: of a streamed batch the rows of its
+own devices; of resident images an even part, which the devices then exchange.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -50,25 +52,29 @@ class Feed:
         self._records, self._indices, self._max_side = records, indices, max_side
         self._batch_size, self._seed, self._mesh = batch_size, seed, device_mesh
         self.steps_per_epoch = epochs.steps_per_epoch(len(indices), batch_size)
-        sizes = np.array([records.size(i, max_side) for i in indices])
+        count = len(indices)
+        shared = -(-count // device_mesh.size) * device_mesh.size  # rows that the devices can share
+        own = np.flatnonzero(mesh.own_rows(shared, device_mesh)[:count])
+        sizes = np.zeros((shared, 2), np.int32)
+        for position in own:
+            sizes[position] = records.size(indices[position], max_side)
+        sizes = mesh.whole(sizes, device_mesh)[:count]
         self.canvas = tuple(int(n) for n in sizes.max(axis=0))
-        gib = len(indices) * self.canvas[0] * self.canvas[1] * 3 / 2**30
+        gib = count * self.canvas[0] * self.canvas[1] * 3 / 2**30
         if mode == "auto":
             mode = "resident" if gib <= resident_gib else "stream"
         if mode == "stream":  # a chunk travels whole, and several wait in the queue
             batch_bytes = batch_size * self.canvas[0] * self.canvas[1] * 3
             steps_per_call = min(steps_per_call, max(1, STREAM_CHUNK_BYTES // batch_bytes))
         self.steps_per_call = _divisor(math.gcd(self.steps_per_epoch, start), steps_per_call)
-        logging.info(
-            "%d training images, canvas %s, %s, %.2f GiB", len(indices), self.canvas, mode, gib
-        )
+        logging.info("%d training images, canvas %s, %s, %.2f GiB", count, self.canvas, mode, gib)
         self.resident = {}
         if mode == "resident":
-            images = np.zeros((len(indices), *self.canvas, 3), np.uint8)
-            for position, i in enumerate(logs.progress(indices, "decoding")):
-                self._paste(images[position], i)
-            arrays = {"image": images, "size": sizes.astype(np.int32)}
-            self.resident = mesh.replicate(arrays, device_mesh)
+            images = np.zeros((shared, *self.canvas, 3), np.uint8)
+            for position in logs.progress(own, "decoding"):
+                self._paste(images[position], indices[position])
+            images = mesh.spread(mesh.put_batch(images, device_mesh), device_mesh, count)
+            self.resident = {"image": images, "size": mesh.replicate(sizes, device_mesh)}
 
     def chunks(self, start: int, stop: int) -> Iterator[dict]:
         """Yields the batches of steps [start, stop), `steps_per_call` at a time, on device.
@@ -103,7 +109,8 @@ class Feed:
         shape = chunk["index"].shape
         images = np.zeros((*shape, *self.canvas, 3), np.uint8)
         sizes = np.zeros((*shape, 2), np.int32)
-        for where in np.ndindex(shape):
+        own = np.flatnonzero(mesh.own_rows(self._batch_size, self._mesh))
+        for where in itertools.product(range(shape[0]), own):
             sizes[where] = self._paste(images[where], self._indices[chunk["index"][where]])
         return {**chunk, "image": images, "size": sizes}
 

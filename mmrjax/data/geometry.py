@@ -40,17 +40,23 @@ class View:
 
 
 def batches(
-    records: Records, indices: np.ndarray, view: View, batch_size: int
+    records: Records,
+    indices: np.ndarray,
+    view: View,
+    batch_size: int,
+    own: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Yields (images uint8 [b, h, w, 3], masks bool [b, h, w], real rows), one shape throughout.
 
-    The last batch is filled with zeros.
+    The last batch is filled with zeros; so are, with `own` bool [b], the rows where it is false.
     """
     for start in range(0, len(indices), batch_size):
         rows = indices[start : start + batch_size]
         images = np.zeros((batch_size, *view.size, 3), np.uint8)
         masks = np.zeros((batch_size, *view.size), bool)
         for row, i in enumerate(rows):
+            if own is not None and not own[row]:
+                continue
             images[row] = view_image(records.image(i), view.resize, view.size, view.interpolation)
             masks[row] = view_mask(records.mask(i), view.resize, view.size, view.mask_mode)
         yield images, masks, len(rows)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mmrjax import anomaly_map, logs
+from mmrjax import anomaly_map, logs, mesh
 from mmrjax.methods import base
 from mmrjax.models import resnet
 
@@ -60,7 +60,7 @@ class PatchCore(base.Method):
         options = self.config.patchcore
         patches, done = None, 0
         for images, real in batches:
-            embedded = np.asarray(self._embed(frozen, images))[:real]
+            embedded = mesh.gather(self._embed(frozen, images))[:real]
             if patches is None:  # one array from the start: there is no room for two
                 patches = np.empty((count, *embedded.shape[1:]), np.float32)
                 logging.info(

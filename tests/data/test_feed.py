@@ -169,6 +169,18 @@ def test_batches_are_split_over_the_devices_and_images_are_on_each(resident, str
     assert len(resident.resident["image"].sharding.device_set) == TWO_DEVICES
 
 
+def test_rows_of_other_processes_are_not_decoded(make, stream, monkeypatch):
+    expected = batches(stream, 0, 4)
+    monkeypatch.setattr(mesh_lib, "own_rows", lambda n, mesh: np.arange(n) % 2 == 0)
+    found = batches(stream, 0, 4)
+    for batch, whole in zip(found, expected, strict=True):
+        for name in ("index", "weight"):
+            np.testing.assert_array_equal(batch[name], whole[name])
+        for name in ("image", "size"):
+            np.testing.assert_array_equal(batch[name][::2], whole[name][::2])
+            assert not batch[name][1::2].any()
+
+
 def test_auto_is_resident_up_to_the_byte_budget(make):
     gib = 7 * 64 * 55 * 3 / 2**30
     assert make("auto", resident_gib=gib * 1.01).resident

@@ -1,0 +1,162 @@
+"""Several processes as one program: who writes, who waits, and what all of them decide together.
+
+Every process runs the same program in the same order, because whatever uses the devices has to be
+started by all of them. Files are written by the first process alone (`first`); clocks and signals,
+which differ from process to process, are settled by `agree`. Where there is only one process, none
+of this costs anything. Called wherever the program touches files, clocks or signals.
+"""
+
+import itertools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 24 * 3600  # for what the first process does alone: building records, metrics
+FAREWELL_SECONDS = 5  # that a failed process gives the others to fail by themselves
+# Errors of the first process that reach the others as what they are; the narrower ones first.
+ERRORS = (FileNotFoundError, OSError, FloatingPointError, ValueError, RuntimeError)
+
+_barriers = itertools.count()
+
+
+def initialize(coordinator: str | None, processes: int | None, index: int | None) -> None:
+    """Joins the processes; before anything else uses JAX.
+
+    Args:
+      coordinator: host:port where the first process listens; None as the two others to take
+        JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID from the environment or else
+        what TPU pods, SLURM and Open MPI tell.
+      processes: how many there are.
+      index: of this one, from 0.
+
+    Raises:
+      ValueError: too little is known, or the processes do not find each other.
+    """
+    # Its handler would swallow SIGTERM; train.StopRequest and `agree` do more.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            _number("JAX_NUM_PROCESSES", processes),
+            _number("JAX_PROCESS_ID", index),
+        )
+    except (ValueError, RuntimeError) as e:
+        raise ValueError(
+            f"--distributed: {e} TPU pods, SLURM and Open MPI are recognised; elsewhere give every "
+            "process --coordinator=host:port --num_processes=N --process_id=K"
+        ) from e
+    if not is_first():
+        logging.set_verbosity(logging.WARNING)
+    logging.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def count() -> int:
+    """How many processes there are; no device is touched where there can be but one."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return count() == 1 or jax.process_index() == 0
+
+
+def own_name() -> str:
+    """What to begin a message with, as in "process 1 of 4: "; nothing for a single process."""
+    return f"process {jax.process_index()} of {count()}: " if count() > 1 else ""
+
+
+def first(work: Callable[[], T]) -> T:
+    """Does something in the first process alone while the others wait.
+
+    Args:
+      work: uses no device; returns what JSON can hold.
+
+    Returns:
+      Its result in every process (lists arrive as tuples); its error is raised in every process.
+    """
+    if count() == 1:
+        return work()
+    outcome, failure = None, None
+    if is_first():
+        try:
+            outcome = {"value": work()}
+        except ERRORS as e:
+            failure = e
+            kind = next(kind for kind in ERRORS if isinstance(e, kind))
+            outcome = {"error": kind.__name__, "message": str(e)}
+    # A collective operation on the devices may give up after minutes: wait without one first.
+    _wait(f"first-{next(_barriers)}", PATIENCE_SECONDS)
+    sent = json.loads(_broadcast(json.dumps(outcome)))
+    if failure is not None:
+        raise failure
+    if "error" in sent:
+        raise next(kind for kind in ERRORS if kind.__name__ == sent["error"])(sent["message"])
+    return outcome["value"] if is_first() else _tuples(sent["value"])
+
+
+def agree(*numbers: int) -> tuple[int, ...]:
+    """The largest value that any process gives for each number; all must call it together."""
+    if count() == 1:
+        return numbers
+    gathered = multihost_utils.process_allgather(np.array(numbers, np.int32))  # [processes, n]
+    return tuple(int(n) for n in gathered.max(axis=0))
+
+
+def run(program: Callable[[], int]) -> int:
+    """The exit status of `program`; a failed one of several processes ends here and now.
+
+    An orderly end waits for all processes, and those that expect this one at their next collective
+    operation would never come: they fail as soon as it is gone.
+    """
+    try:
+        status = program()
+    except Exception:
+        if count() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
+    if status and count() > 1:
+        try:
+            _wait("leave", FAREWELL_SECONDS)  # if all have failed alike, each may say so
+        except Exception as e:  # whatever the others' end looks like from here
+            logging.debug("left alone: %s", e)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _number(variable: str, given: int | None) -> int | None:
+    text = os.environ.get(variable)
+    return int(text) if given is None and text else given
+
+
+def _wait(name: str, seconds: float) -> None:
+    """Returns when every process has come here."""
+    ocp.multihost.get_barrier_sync_fn()(key=f"mmrjax-{name}", timeout_ms=int(1000 * seconds))
+
+
+def _broadcast(text: str) -> str:
+    """The first process's text; the others' does not matter."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    data = data if is_first() else np.zeros(size, np.uint8)
+    return multihost_utils.broadcast_one_to_all(data).tobytes().decode()
+
+
+def _tuples(value):
+    """JSON's lists as tuples, which is what configurations hold."""
+    if isinstance(value, dict):
+        return {name: _tuples(content) for name, content in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
