@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.download:
             fetch_raw(args.name, args.raw_dir, log=_print_line)
         build(args.name, args.raw_dir, args.data_dir, args.category, log=_print_line)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:  # the last: ArrayRecord on a full disk
         print(f"error: {e}", file=sys.stderr)
         return 1
     return 0

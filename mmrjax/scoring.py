@@ -208,5 +208,9 @@ def _whole_file(path: pathlib.Path | None, shape: tuple[int, ...]) -> Iterator[n
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    yield np.lib.format.open_memmap(part, "w+", np.float32, shape)
+    array = np.lib.format.open_memmap(part, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):  # else a disk that fills up kills the process by SIGBUS
+        with part.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+    yield array
     os.replace(part, path)

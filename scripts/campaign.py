@@ -115,7 +115,8 @@ def launch(home: pathlib.Path, aim: tuple[str, int, float] | None = None) -> Lau
 
     Args:
       home: the round's folder; the raw data lie beside it.
-      aim: (phase, which entry into that phase, seconds after it); None lets it finish.
+      aim: (phase, which entry into that phase, seconds after it, or its end if that comes first);
+        None lets it finish.
     """
     home.mkdir(exist_ok=True)
     log = home / "log.txt"
@@ -141,7 +142,7 @@ def launch(home: pathlib.Path, aim: tuple[str, int, float] | None = None) -> Lau
             kept, last_mark = found, now
         if aim and entered is None and now_in == aim[0] and entries[now_in] == aim[1]:
             entered = now
-        if entered is not None and now - entered >= aim[2]:
+        if entered is not None and (now_in != aim[0] or now - entered >= aim[2]):
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(POLL_SECONDS)
@@ -320,10 +321,11 @@ def main() -> int:
     args = parser.parse_args()
     work = args.work or pathlib.Path(tempfile.mkdtemp(prefix="campaign-"))
     draw_parts(work / "parts")
-    finish(work / "first")  # what is compiled once is kept in the user's cache
+    first = finish(work / "first")  # what is compiled once is kept in the user's cache
     untouched = finish(work / "untouched")
-    print(f"untouched: {untouched.seconds:.1f} s, {untouched.spans}", flush=True)
-    kills = campaign(args.kills, args.seed, work, untouched.spans)
+    spans = {name: min(first.spans.get(name, 0.0), untouched.spans[name]) for name in PHASES}
+    print(f"untouched: {untouched.seconds:.1f} s, {spans}", flush=True)
+    kills = campaign(args.kills, args.seed, work, spans)
     text = table(kills, untouched.seconds, args)
     print(text)
     if args.table:

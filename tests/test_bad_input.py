@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 
 import cv2
 import numpy as np
@@ -33,7 +34,9 @@ def finished(tiny_raw, tiny_fields, tmp_path_factory):
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Of every file, but of the run that the bad commands begin and never train."""
+    files = (p for p in folder.rglob("*") if p.is_file() and "seed2" not in p.parts)
+    return {str(p): p.read_bytes() for p in files}
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def refused(finished, capfd):
         assert "Traceback" not in output.err
         (line,) = [line for line in output.err.splitlines() if line.startswith("error: ")]
         assert output.err.splitlines()[-1] == line
-        assert contents(home).items() >= before.items()
+        assert contents(home).items() >= before.items()  # a lock file may come
         return line
 
     return run
@@ -103,6 +106,7 @@ def absurd_image(tmp):
     folder = folder_of(tmp, ("good/0.png", "good/1.png", "good/2.png"))
     data = bytearray((folder / "good/2.png").read_bytes())
     data[16:24] = (60000).to_bytes(4, "big") * 2  # width and height in the IHDR chunk
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     (folder / "good/2.png").write_bytes(data)
     return folder
 
@@ -126,8 +130,11 @@ def test_unusable_raw_data_are_named_with_what_to_do(refused, tmp_path, make):
 
 
 ONE_SIDED = {
-    "no defective image": (("good/0.png", "good/1.png", "good/2.png"), "defective"),
-    "no good test image": (("train/good/0.png", "train/good/1.png", "test/hole/0.png"), "good"),
+    "no defective image": (("good/0.png", "good/1.png", "good/2.png"), "no anomalous image"),
+    "no good test image": (
+        ("train/good/0.png", "train/good/1.png", "test/hole/0.png"),
+        "no good image",
+    ),
 }
 
 
@@ -222,7 +229,7 @@ def pickled_for_torch(path):
 
 
 WEIGHTS = {
-    of_another_architecture: (".npz", "bn1.weight"),
+    of_another_architecture: (".npz", "74 tensors missing: bn1.bias, layer1.0.conv1.weight"),
     truncated: (".safetensors", "is not a whole .safetensors file"),
     with_an_absurd_header: (".safetensors", "header too large"),
     pickled: (".npz", "allow_pickle=False"),
@@ -280,13 +287,17 @@ def with_a_flipped_bit(data: bytes) -> bytes:
     return data[:1000] + bytes([data[1000] ^ 1]) + data[1001:]
 
 
-@pytest.mark.parametrize("damage", [cut_short, with_a_flipped_bit], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("file", ["*-train.array_record*", "dataset_info.json"])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("*-train.array_record*", cut_short),
+        ("*-train.array_record*", with_a_flipped_bit),
+        ("dataset_info.json", cut_short),
+    ],
+)
 def test_damaged_records_are_named_and_built_again_when_deleted(
-    refused, finished, tmp_path, damage, file
+    refused, finished, tmp_path, file, damage
 ):
-    if file.endswith(".json") and damage is with_a_flipped_bit:
-        pytest.skip("TFDS need not notice; what the program reads of it is checked against files")
     shutil.copytree(finished[0] / "records", tmp_path / "records")
     path = next((tmp_path / "records").rglob(file))
     path.write_bytes(damage(path.read_bytes()))
