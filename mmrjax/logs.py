@@ -19,7 +19,7 @@ FLUSH_SECONDS = 1.0  # between fetches of the losses from the device
 REMEDY = "lower optim.learning_rate or use train.compute_dtype=float32, in another --workdir"
 # By whole folders: an environment may lie in a clone that is called mmrjax.
 _ROOT = pathlib.Path(__file__).parent.parent
-OURS = tuple(str(_ROOT / name) + os.sep for name in ("mmrjax", "data_builders"))
+OURS = tuple(str(_ROOT / name) + os.sep for name in ("mmrjax", "data_builders", "scripts"))
 
 
 def setup() -> None:
