@@ -27,7 +27,7 @@ from mmrjax.weights import layouts, source, storage, torch_names
 # What a file of our format holds, by --kind.
 CONTENT = {"teacher": "teacher", "mae": "encoder", "timm": "encoder", "mmr": "student"}
 LICENCES = {"mae": source.MAE_LICENCE, "timm": "Apache-2.0 (the checkpoints of timm's authors)"}
-# Facts in the header of a .safetensors file that go with the weights wherever they go.
+# Facts beside the weights that go with them wherever they go.
 CARRIED = ("random", "step", "teacher", "image_size", "resize", "interpolation")
 EXAMPLES = """
 kinds
@@ -84,11 +84,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--arch",
         default="",
-        help=f"{sizes}. Optional with to-torch: what a file or run says itself",
+        help=f"{sizes}. Optional where a file or run says it itself, as all from mmrjax do",
     )
-    parser.add_argument("--input", required=True, type=pathlib.Path, help="a file or a run folder")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="a file, not yet there")
+    parser.add_argument("--input", required=True, type=_path, help="a file or a run folder")
+    parser.add_argument("--output", required=True, type=_path, help="a file, not yet there")
     return parser.parse_args(argv)
+
+
+def _path(text: str) -> pathlib.Path:
+    """With ~ as the home folder: shells leave it alone behind an equals sign."""
+    return pathlib.Path(text).expanduser()
 
 
 def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> list[str]:
@@ -96,7 +101,8 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
 
     Args:
       kind: teacher, mae, timm or mmr.
-      arch: of the teacher; or size of the student, or "width,depth,heads".
+      arch: of the teacher; or size of the student, or "width,depth,heads"; or "", where the file
+        comes from mmrjax and says it itself.
       path: of a state dict, .safetensors, .npz or .pth.
       output: .safetensors.
 
@@ -110,7 +116,11 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
         raise ValueError(f"--output={output}: our format is .safetensors")
     if storage.is_ours(path):
         raise ValueError(f"--input={path} is in our format already")
-    state, header = source.read_state(path), storage.header(path)
+    if path.is_dir():
+        raise ValueError(f"--input={path} is a folder; from-torch takes a file")
+    state, header = source.read(path)
+    if header.get("kind") in storage.KINDS:  # written by to_torch
+        arch = _known_arch(kind, arch, header, path)
     arch = _arch_name(kind, arch)
     _check(state, kind, arch, f"{path.name} as --kind={kind} --arch={arch}")
     if kind == "teacher":
@@ -156,7 +166,7 @@ def to_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> 
       kind: teacher, of a run the one it was trained with; mmr; mae or timm, the encoder alone.
       arch: "", or what it must be.
       path: a file in our format, or <workdir>/mmr/<category>/seed<k>.
-      output: .safetensors, whose header then holds the facts that tensors do not, or .pth.
+      output: .safetensors or .pth, with the facts that tensors do not show beside them.
 
     Returns:
       Lines for people.
@@ -165,23 +175,17 @@ def to_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> 
       FileNotFoundError, ValueError: nothing there, or damaged, or something else than `kind`.
     """
     variables, facts, grid = _of_run(path, kind) if path.is_dir() else (*storage.read(path), None)
-    # A student has an encoder in it.
-    if CONTENT[kind] not in (facts["kind"], {"student": "encoder"}.get(facts["kind"])):
-        raise ValueError(
-            f"--input={path} holds weights of kind {facts['kind']}; --kind={kind} needs "
-            f"{CONTENT[kind]}"
-        )
-    if arch and _arch_name(kind, arch) != facts["arch"]:
-        raise ValueError(f"--input={path} holds the architecture {facts['arch']}, not {arch}")
+    arch = _known_arch(kind, arch, facts, path)
     if kind == "teacher":
-        state = torch_names.teacher_to_torch(variables, resnet.architecture(facts["arch"]))
+        state = torch_names.teacher_to_torch(variables, resnet.architecture(arch))
     elif kind == "mmr":
         state = torch_names.student_to_torch(variables, grid)
     else:
         state = torch_names.encoder_to_torch(variables, grid)
-    _check(state, kind, facts["arch"], f"--input={path}")
+    _check(state, kind, arch, f"--input={path}")
+    facts["kind"] = CONTENT[kind]  # of a student, perhaps the encoder alone
     if kind != "teacher":
-        facts["heads"] = str(student_size(facts["arch"])[2])
+        facts["heads"] = str(student_size(arch)[2])
     # MAE's own code looks for the state dict under "model".
     storage.write_torch(output, state, facts, wrapper="model" if kind == "mae" else "")
     known = [f"{name:8}{facts[name]}" for name in ("arch", "step", "licence") if name in facts]
@@ -208,11 +212,28 @@ def _of_run(folder: pathlib.Path, kind: str) -> tuple[dict, dict[str, str], tupl
         "resize": "{},{}".format(*view.resize),
         "interpolation": view.interpolation,
     }
-    # Of what the training started from; None where that was drawn at random.
-    if licence := restore.results_facts(folder).get("student", {}).get("licence"):
+    if licence := restore.student_licence(config, folder):
         facts["licence"] = licence
     patch = student_lib.MaskedStudent.patch
     return variables, facts, (view.size[0] // patch, view.size[1] // patch)
+
+
+def _known_arch(kind: str, arch: str, facts: dict[str, str], path: pathlib.Path) -> str:
+    """The architecture that a file of ours or of `to_torch` states.
+
+    Raises:
+      ValueError: it holds something else than `kind`, or states another one than `arch`.
+    """
+    # A student has an encoder in it.
+    if CONTENT[kind] not in (facts["kind"], {"student": "encoder"}.get(facts["kind"])):
+        raise ValueError(
+            f"--input={path} holds weights of kind {facts['kind']}; --kind={kind} needs "
+            f"{CONTENT[kind]}"
+        )
+    known = facts.get("arch", arch)
+    if arch and _arch_name(kind, arch) != known:
+        raise ValueError(f"--input={path} holds the architecture {known}, not {arch}")
+    return known
 
 
 def student_size(arch: str) -> tuple[int, int, int]:

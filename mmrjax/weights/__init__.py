@@ -48,6 +48,7 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
     licence = header.get("licence", licence)
     logging.info("teacher %s from %s; licence: %s", name, path, licence)
     facts = {"name": name, "source": path.name, "sha256": source.sha256(path), "licence": licence}
+    facts |= storage.origin(header)
     is_random = header.get("random") == "true"  # exported from a run with a random teacher
     if is_random:
         logging.warning(RANDOM_TEACHER, name)
@@ -117,4 +118,5 @@ def init_student(
         how = "was resized (bicubic)" if table == "encoder_table" else "is drawn anew"
         logging.warning("positions/%s is of another image size: it %s", table, how)
     facts = {"init": init, "source": path.name, "sha256": source.sha256(path), "licence": licence}
+    facts |= storage.origin(header)
     return jax.tree.map(jnp.asarray, new), {**facts, "position_tables_replaced": report["replaced"]}

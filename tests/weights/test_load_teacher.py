@@ -100,6 +100,22 @@ def test_teacher_from_a_file_is_that_teacher_and_not_random(random_teacher, teac
     assert facts["licence"] == "unknown: a local file"
 
 
+def test_only_a_file_of_ours_is_believed_about_where_its_weights_are_from(
+    tmp_path, random_teacher, teacher_file
+):
+    """A state dict of PyTorch's may have been trained on, and saved with the same text."""
+    known = {"source": "wide.pth", "sha256": "ab"}
+    about = {"converted_from": "wide.pth", "converted_from_sha256": "ab"}
+    about |= {"kind": "teacher", "arch": "resnet18"}
+    storage.write(tmp_path / "ours.safetensors", random_teacher[0], about)
+    _, facts = weights.load_teacher("resnet18", str(tmp_path / "ours.safetensors"))
+    assert facts["converted_from"] == known
+    state = source.read_state(teacher_file)
+    storage.write_torch(tmp_path / "theirs.safetensors", state, about)
+    _, facts = weights.load_teacher("resnet18", str(tmp_path / "theirs.safetensors"))
+    assert "converted_from" not in facts
+
+
 @pytest.mark.parametrize("name", ["resnet34", "resnet50"])
 def test_file_of_another_architecture_is_refused_with_its_tensors(teacher_file, name):
     wanted = rf"mine.safetensors' for teacher.name='{name}': weights of another arch.*missing: la"
