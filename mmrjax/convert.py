@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mmrjax import restore, weights
+from mmrjax import restore
 from mmrjax.data import geometry
 from mmrjax.methods import mmr
 from mmrjax.models import resnet
@@ -121,6 +121,11 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
     state, header = source.read(path)
     if header.get("kind") in storage.KINDS:  # written by to_torch
         arch = _known_arch(kind, arch, header, path)
+    elif kind == "timm" and torch_names.is_mae(state):
+        raise ValueError(
+            f"--input={path} has MAE's decoder or its fixed position table, and MAE's weights are "
+            f"{source.MAE_LICENCE}: use --kind=mae"
+        )
     arch = _arch_name(kind, arch)
     _check(state, kind, arch, f"{path.name} as --kind={kind} --arch={arch}")
     if kind == "teacher":
@@ -135,11 +140,10 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
         missing = [key for key in torch_names.OPTIONAL if key not in used]
         variables = torch_names.encoder_from_torch(state)
     digest = source.sha256(path)
-    known = [p.licence for p in source.IMAGENET.values() if digest.startswith(p.sha256_prefix)]
     facts = {name: header[name] for name in CARRIED if name in header} | {
         "kind": CONTENT[kind],
         "arch": arch,
-        "licence": header.get("licence", LICENCES.get(kind, (*known, weights.LOCAL)[0])),
+        "licence": storage.licence(header, LICENCES.get(kind) or source.licence(digest)),
         "converted_from": path.name,
         "converted_from_sha256": digest,
     }

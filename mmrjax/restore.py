@@ -95,7 +95,7 @@ def student_licence(config: ConfigDict, folder: pathlib.Path) -> str | None:
         return facts["licence"]
     if config.student.init in ("scratch", "mae"):
         return {"scratch": None, "mae": source.MAE_LICENCE}[config.student.init]
-    return source.header(pathlib.Path(config.student.init)).get("licence", weights.LOCAL)
+    return source.header(pathlib.Path(config.student.init)).get("licence", source.LOCAL)
 
 
 def results_facts(folder: pathlib.Path) -> dict:

@@ -124,6 +124,20 @@ def test_of_a_timm_checkpoint_the_encoder_is_taken(vit, tmp_path, capsys):
     assert_same(safetensors.numpy.load_file(theirs), state)
 
 
+@pytest.mark.parametrize("sign", ["mask_token", "fixed table"])
+def test_a_mae_checkpoint_is_not_taken_for_one_of_timm(vit, sign, tmp_path, capsys):
+    """It would be called Apache-2.0."""
+    extra = {"mask_token": np.ones((1, 1, 8), np.float32)}
+    if sign == "fixed table":
+        extra = {"pos_embed": positions.sincos_2d(48, (14, 14))[None]}
+    safetensors.numpy.save_file({**vit, **extra}, tmp_path / "mae.safetensors")
+    flags = {"arch": ARCH, "input": tmp_path / "mae.safetensors"}
+    ours = tmp_path / "ours.safetensors"
+    assert run("from-torch", kind="timm", **flags, output=ours) == 1
+    assert "CC BY-NC 4.0 (non-commercial): use --kind=mae" in capsys.readouterr().err
+    assert run("from-torch", kind="mae", **flags, output=ours) == 0
+
+
 def test_a_teacher_comes_in_and_leaves_bit_for_bit(tmp_path):
     variables, _ = weights.load_teacher("resnet18", "random", seed=5)
     state = torch_names.teacher_to_torch(variables, resnet.architecture("resnet18"))
@@ -258,6 +272,9 @@ def test_the_encoder_of_a_run_leaves_alone(trained, tmp_path):
     state = safetensors.numpy.load_file(output)
     assert not [key for key in state if "decoder" in key or "simfp" in key]
     assert source.header(output)["kind"] == "encoder"
+    ours = tmp_path / "ours.safetensors"  # with the fixed table of a student from scratch, perhaps
+    assert run("from-torch", kind="timm", input=output, output=ours) == 0
+    assert source.header(ours)["licence"] == source.LOCAL
     assert_same(
         torch_names.encoder_from_torch(state)["params"],
         {k: variables["params"][k] for k in ("cls_token", "patch_kernel", "patch_bias", "encoder")},
@@ -303,7 +320,7 @@ def test_the_licence_of_the_start_is_known_before_the_training_has_results(
         "mae": source.MAE_LICENCE,
         "scratch": None,
         "ours.safetensors": "mine",
-        "gone.safetensors": weights.LOCAL,
+        "gone.safetensors": source.LOCAL,
     }
     written = source.header(tmp_path / "theirs.safetensors")
     assert written.get("licence") == wanted[init]

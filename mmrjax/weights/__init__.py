@@ -10,7 +10,6 @@ from absl import logging
 from mmrjax.models import resnet
 from mmrjax.weights import layouts, source, storage, torch_names
 
-LOCAL = "unknown: a local file"
 RANDOM_TEACHER = (
     "THE TEACHER IS RANDOM: %s has never seen an image. Scores show that the program runs, not "
     "what the method can do; set --config.teacher.weights=imagenet or to a file."
@@ -37,17 +36,18 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
         facts = {"name": name, "source": f"random, seed {seed}", "sha256": None, "licence": None}
         return _random_teacher(arch, seed), {**facts, "random": True}
     if weights == "imagenet":
-        path, licence = source.published_file(source.IMAGENET[name]), source.IMAGENET_LICENCE
+        path = source.published_file(source.IMAGENET[name])
     else:
-        path, licence = pathlib.Path(weights).expanduser(), LOCAL
+        path = pathlib.Path(weights).expanduser()
     try:
         state, header = storage.read_any(path)
         variables = torch_names.teacher_from_torch(state, arch)
     except ValueError as e:
         raise ValueError(f"teacher.weights={weights!r} for teacher.name={name!r}: {e}") from e
-    licence = header.get("licence", licence)
+    digest = source.sha256(path)
+    licence = storage.licence(header, source.licence(digest))
     logging.info("teacher %s from %s; licence: %s", name, path, licence)
-    facts = {"name": name, "source": path.name, "sha256": source.sha256(path), "licence": licence}
+    facts = {"name": name, "source": path.name, "sha256": digest, "licence": licence}
     facts |= storage.origin(header)
     is_random = header.get("random") == "true"  # exported from a run with a random teacher
     if is_random:
@@ -97,15 +97,16 @@ def init_student(
                 f"student.init='mae' has published weights for student.size in "
                 f"{sorted(source.MAE)}, not {size!r}; use 'scratch' or a file"
             )
-        path, licence = source.published_file(source.MAE[size]), source.MAE_LICENCE
+        path = source.published_file(source.MAE[size])
     else:
-        path, licence = pathlib.Path(init).expanduser(), LOCAL
+        path = pathlib.Path(init).expanduser()
     try:
         state, header = storage.read_any(path)
         new, report = torch_names.merge_student(jax.device_get(variables), state, grid)
     except ValueError as e:
         raise ValueError(f"student.init={init!r}: {e}") from e
-    licence = header.get("licence", licence)
+    is_mae = init == "mae" or torch_names.is_mae(state)
+    licence = storage.licence(header, source.MAE_LICENCE if is_mae else source.LOCAL)
     logging.info(
         "student from %s: %d tensors used, %d unused, missing %s; licence: %s",
         path,

@@ -28,7 +28,7 @@ from absl import logging
 
 IMAGENET_LICENCE = "BSD-3-Clause code; ImageNet terms of access apply to the weights"
 MAE_LICENCE = "CC BY-NC 4.0 (non-commercial)"
-
+LOCAL = "unknown: a local file"
 
 # Where facts lie in the `_metadata` of a state dict: PyTorch keeps the versions of modules there,
 # each under its module's name, and load_state_dict asks for no other.
@@ -141,6 +141,12 @@ def sha256(path: pathlib.Path) -> str:
     """The file's sha256 as 64 hex digits."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def licence(digest: str) -> str:
+    """The licence of a file with this sha256: of a published one, else that it is unknown."""
+    known = [p.licence for p in IMAGENET.values() if digest.startswith(p.sha256_prefix)]
+    return known[0] if known else LOCAL
 
 
 def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:

@@ -63,6 +63,11 @@ def is_ours(path: pathlib.Path) -> bool:
     return source.header(path).get("format") == FORMAT
 
 
+def licence(facts: Mapping[str, str], otherwise: str) -> str:
+    """What a file states; `otherwise` of files from elsewhere, unknown of those that left a run."""
+    return facts.get("licence", source.LOCAL if facts.get("kind") in KINDS else otherwise)
+
+
 def origin(facts: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """{"converted_from": {"source": name, "sha256"}} of a file of ours; {} of any other.
 
