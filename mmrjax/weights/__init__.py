@@ -1,4 +1,7 @@
-"""Pretrained weights: `load_teacher` and `init_student` are all that methods need."""
+"""Pretrained weights: `load_teacher` and `init_student` are all that methods need.
+
+`teacher_file` and `student_file` find (or fetch) the same files without reading them.
+"""
 
 import pathlib
 
@@ -16,6 +19,46 @@ RANDOM_TEACHER = (
 )
 
 
+def teacher_file(name: str, weights: str) -> pathlib.Path | None:
+    """Where a teacher's weights lie, fetched when they are published ones; None of random ones.
+
+    Arguments as in `load_teacher`.
+
+    Raises:
+      FileNotFoundError, ValueError: no such architecture or file.
+    """
+    resnet.architecture(name)
+    if weights == "random":
+        return None
+    return (
+        source.published_file(source.IMAGENET[name]) if weights == "imagenet" else _local(weights)
+    )
+
+
+def student_file(init: str, size: str) -> pathlib.Path | None:
+    """Where a student's initial weights lie, as `teacher_file`; None from scratch.
+
+    Arguments and errors as in `init_student`.
+    """
+    if init == "scratch":
+        return None
+    if init != "mae":
+        return _local(init)
+    if size not in source.MAE:
+        raise ValueError(
+            f"student.init='mae' has published weights for student.size in "
+            f"{sorted(source.MAE)}, not {size!r}; use 'scratch' or a file"
+        )
+    return source.published_file(source.MAE[size])
+
+
+def _local(file: str) -> pathlib.Path:
+    path = pathlib.Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    return path
+
+
 def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
     """Loads the frozen teacher.
 
@@ -31,14 +74,11 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
       FileNotFoundError, ValueError: a missing, damaged or unfitting file.
     """
     arch = resnet.architecture(name)
-    if weights == "random":
+    path = teacher_file(name, weights)
+    if path is None:
         logging.warning(RANDOM_TEACHER, name)
         facts = {"name": name, "source": f"random, seed {seed}", "sha256": None, "licence": None}
         return _random_teacher(arch, seed), {**facts, "random": True}
-    if weights == "imagenet":
-        path = source.published_file(source.IMAGENET[name])
-    else:
-        path = pathlib.Path(weights).expanduser()
     try:
         state, header = storage.read_any(path)
         variables = torch_names.teacher_from_torch(state, arch)
@@ -89,17 +129,9 @@ def init_student(
     Raises:
       FileNotFoundError, ValueError: a missing, damaged or unfitting file.
     """
-    if init == "scratch":
+    path = student_file(init, size)
+    if path is None:
         return variables, {"init": "scratch", "source": None, "sha256": None, "licence": None}
-    if init == "mae":
-        if size not in source.MAE:
-            raise ValueError(
-                f"student.init='mae' has published weights for student.size in "
-                f"{sorted(source.MAE)}, not {size!r}; use 'scratch' or a file"
-            )
-        path = source.published_file(source.MAE[size])
-    else:
-        path = pathlib.Path(init).expanduser()
     try:
         state, header = storage.read_any(path)
         new, report = torch_names.merge_student(jax.device_get(variables), state, grid)
