@@ -3,8 +3,9 @@
 `from-torch` checks a PyTorch file against an architecture and writes it in our format (see
 weights/storage.py), for --config.teacher.weights or --config.student.init. `to-torch` takes such a
 file, or the run folder of a training (<workdir>/mmr/<category>/seed<k>), of which it reads the
-newest checkpoint, and writes a state dict with the names of the official code. The way to PyTorch
-and back returns the same bits. The functions behind it are those of weights/torch_names.py.
+newest checkpoint, and writes a state dict with the names of the official code, beside it what no
+tensor shows. The way to PyTorch and back returns the same bits. The functions behind it are those
+of weights/torch_names.py.
 """
 
 import argparse
@@ -33,7 +34,7 @@ EXAMPLES = """
 kinds
   teacher  a ResNet with torchvision's names (stem and layers 1-3; layer4 and fc are not used)
   mae      a MAE checkpoint, {"model": state}: the encoder; the decoder is dropped
-  timm     a timm ViT-*/16: the encoder; the classifier's head is dropped
+  timm     a timm ViT-*/16: the encoder; the classifier's head is dropped; MAE's is refused
   mmr      a whole MMR student with the official names
 
 examples
