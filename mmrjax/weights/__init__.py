@@ -30,9 +30,9 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
     resnet.architecture(name)
     if weights == "random":
         return None
-    return (
-        source.published_file(source.IMAGENET[name]) if weights == "imagenet" else _local(weights)
-    )
+    if weights == "imagenet":
+        return source.published_file(source.IMAGENET[name])
+    return _local("teacher.weights", weights, "'imagenet' or 'random'")
 
 
 def student_file(init: str, size: str) -> pathlib.Path | None:
@@ -43,7 +43,7 @@ def student_file(init: str, size: str) -> pathlib.Path | None:
     if init == "scratch":
         return None
     if init != "mae":
-        return _local(init)
+        return _local("student.init", init, "'mae' or 'scratch'")
     if size not in source.MAE:
         raise ValueError(
             f"student.init='mae' has published weights for student.size in "
@@ -52,10 +52,12 @@ def student_file(init: str, size: str) -> pathlib.Path | None:
     return source.published_file(source.MAE[size])
 
 
-def _local(file: str) -> pathlib.Path:
-    path = pathlib.Path(file).expanduser()
+def _local(field: str, value: str, words: str) -> pathlib.Path:
+    path = pathlib.Path(value).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}")
+        raise FileNotFoundError(
+            f"{field}={value!r}: no weights file at {path}; expected a file, {words}"
+        )
     return path
 
 
