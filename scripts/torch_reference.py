@@ -351,6 +351,8 @@ def load_student(path: str, heads: int | None = None) -> MMRStudent:
     sides of an image that is no square. `view` then holds the arguments of `load_image`.
     """
     state, header = load_file(path)
+    if "decoder_FPN_mask_token" not in state:
+        raise ValueError(f"{path} holds no MMR student, but {', '.join(list(state)[:3])}, …")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     side = math.isqrt(state["decoder_FPN_pos_embed"].shape[1] - 1) * patch
     sizes = {

@@ -98,6 +98,11 @@ def test_student_refuses_a_state_with_a_missing_tensor():
         student.load_state_dict(state, strict=True)
 
 
+def test_a_teacher_is_not_taken_for_a_student():
+    with pytest.raises(ValueError, match=r"state_reduced_resnet18.* holds no MMR student, but bn1"):
+        mmr.load_student(GOLDEN / "teacher" / "state_reduced_resnet18.safetensors")
+
+
 @pytest.mark.parametrize(("width", "grid"), [(48, 14), (48, 4), (768, 14)])
 def test_position_table_equals_the_official_one(width, grid):
     expected = golden("student/outputs.npz")[f"sincos_D{width}_G{grid}"]
