@@ -14,7 +14,7 @@ from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
 from mmrjax import state as state_lib
 from mmrjax.methods import mmr
-from mmrjax.weights import layouts
+from mmrjax.weights import layouts, source
 
 
 def read_config(folder: pathlib.Path) -> ConfigDict:
@@ -84,6 +84,18 @@ def teacher(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, dict]:
             f"{fields.weights} has {str(facts['sha256'])[:8]}… now"
         )
     return variables, facts
+
+
+def student_licence(config: ConfigDict, folder: pathlib.Path) -> str | None:
+    """The licence of the weights that a run's student started from; None where they were drawn.
+
+    As the training found it; while it has no results, as the configuration tells.
+    """
+    if facts := results_facts(folder).get("student"):
+        return facts["licence"]
+    if config.student.init in ("scratch", "mae"):
+        return {"scratch": None, "mae": source.MAE_LICENCE}[config.student.init]
+    return source.header(pathlib.Path(config.student.init)).get("licence", source.LOCAL)
 
 
 def results_facts(folder: pathlib.Path) -> dict:

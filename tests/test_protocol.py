@@ -144,6 +144,36 @@ def test_random_and_other_weights_are_said_plainly(role, changes, said):
     assert all(part in text for part in said.split(".*"))
 
 
+CONVERTED = {  # by mmrjax.convert from the paper's files
+    "teacher": TEACHER
+    | {
+        "source": "wrn.safetensors",
+        "sha256": "1" * 64,
+        "converted_from": {name: TEACHER[name] for name in ("source", "sha256")},
+    },
+    "student": {
+        "init": "vit.safetensors",
+        "source": "vit.safetensors",
+        "sha256": "2" * 64,
+        "converted_from": {name: STUDENT[name] for name in ("source", "sha256")},
+    },
+}
+
+
+def test_a_converted_copy_of_the_papers_weights_is_no_departure():
+    assert report_words.departures(CONVERTED) == []
+    line = report_words.protocol(CONVERTED)["teacher"]
+    assert "wrn.safetensors (converted from wide_resnet50_2-95faca4d.pth), sha256 111" in line
+
+
+@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"source": "resnet.pth"}])
+def test_a_converted_copy_of_other_weights_is_one(change):
+    teacher = CONVERTED["teacher"]
+    other = {**teacher, "converted_from": teacher["converted_from"] | change}
+    (text,) = report_words.departures({**CONVERTED, "teacher": other})
+    assert "has weights other than the paper's" in text
+
+
 def test_the_protocol_names_the_weights_files_with_their_hashes():
     lines = report_words.protocol({**PAPER, "versions": {"jax": "0.10.2"}})
     assert lines["teacher"] == f"{TEACHER['name']} {TEACHER['source']}, sha256 {TEACHER['sha256']}"
