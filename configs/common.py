@@ -34,7 +34,8 @@ def get_config() -> ConfigDict:
 
     config.teacher = teacher = ConfigDict()
     teacher.name = "wide_resnet50_2"
-    teacher.weights = "imagenet"  # imagenet | random | a .safetensors, .npz or .pth file
+    # embedded (fdsl18 alone) | imagenet | random | a .safetensors, .npz or .pth file
+    teacher.weights = "imagenet"
     teacher.seed = 0  # of random weights
 
     config.student = student = ConfigDict()

@@ -15,7 +15,8 @@ from mmrjax.weights import layouts, source, storage, torch_names
 
 RANDOM_TEACHER = (
     "THE TEACHER IS RANDOM: %s has never seen an image. Scores show that the program runs, not "
-    "what the method can do; set --config.teacher.weights=imagenet or to a file."
+    "what the method can do; use --config.teacher.name=fdsl18 --config.teacher.weights=embedded, "
+    "or --config.teacher.weights=imagenet, or a file."
 )
 
 
@@ -30,9 +31,16 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
     resnet.architecture(name)
     if weights == "random":
         return None
+    for word, known in (("embedded", source.EMBEDDED), ("imagenet", source.IMAGENET)):
+        if weights == word and name not in known:
+            raise ValueError(
+                f"teacher.weights={word!r} exists for teacher.name in {sorted(known)}, not {name!r}"
+            )
+    if weights == "embedded":
+        return source.EMBEDDED[name]
     if weights == "imagenet":
         return source.published_file(source.IMAGENET[name])
-    return _local("teacher.weights", weights, "'imagenet' or 'random'")
+    return _local("teacher.weights", weights, "'embedded', 'imagenet' or 'random'")
 
 
 def student_file(init: str, size: str) -> pathlib.Path | None:
@@ -66,7 +74,8 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
 
     Args:
       name: an architecture of `models.resnet.ARCHITECTURES`.
-      weights: "imagenet" (the published file, from cache or URL), "random", or a file.
+      weights: "embedded" (the file in this package), "imagenet" (the published file, from cache or
+        URL), "random", or a file.
       seed: of the random weights.
 
     Returns:

@@ -86,6 +86,9 @@ MAE = {
     "large": _mae("visualize/mae_visualize_vit_large.pth"),
 }
 
+# Trained on procedural images alone (scripts/pretrain_teacher.py, docs/fdsl18.md), Apache-2.0.
+EMBEDDED = {"fdsl18": pathlib.Path(__file__).with_name("fdsl18.safetensors")}
+
 
 def cache_dir() -> pathlib.Path:
     """$MMRJAX_CACHE, or ~/.cache/mmrjax."""
