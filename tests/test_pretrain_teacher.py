@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrjax import weights
+from mmrjax import metrics, weights
 from mmrjax.models import resnet
 from mmrjax.weights import storage
 
@@ -167,6 +167,29 @@ def test_folded_network_equals_the_trained_one(script):
     got = jax.jit(resnet.ResNet(arch).apply)(whole, images)
     for layer, feature in got.items():
         np.testing.assert_allclose(feature, want[layer], atol=0.02, rtol=0.02)
+
+
+def test_embedded_teacher_sees_damage_that_a_random_one_misses(procedural, sheets):
+    scenes, objective = procedural["scenes"], procedural["objective"]
+    episodes = [scenes.episode(np.random.default_rng([9, i]), sheets, 3) for i in range(6)]
+    images, damage = (np.stack(part) for part in zip(*episodes, strict=True))
+    labels = objective.cell_labels(jnp.asarray(damage), layer=2)
+    network = resnet.ResNet(resnet.architecture("fdsl18"), layers=(2,))
+    flat = resnet.normalise(jnp.asarray(images.reshape(-1, *images.shape[2:]) / 255.0))
+
+    @jax.jit
+    def distances(variables):
+        cells = network.apply(variables, flat)[2]
+        return objective.nearest_distance(cells.reshape(*labels.shape, -1), labels)
+
+    kept = np.asarray(labels) >= 0
+    truth = np.asarray(labels)[kept] == 1
+    trained, random = (
+        metrics.auroc(np.asarray(distances(weights.load_teacher("fdsl18", word)[0]))[kept], truth)
+        for word in ("embedded", "random")
+    )
+    assert trained > 0.8
+    assert trained > random + 0.05
 
 
 @pytest.fixture

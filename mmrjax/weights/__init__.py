@@ -18,6 +18,9 @@ RANDOM_TEACHER = (
     "what the method can do; use --config.teacher.name=fdsl18 --config.teacher.weights=embedded, "
     "or --config.teacher.weights=imagenet, or a file."
 )
+WITHOUT_DOWNLOAD = (
+    "without a download there is --config.teacher.name=fdsl18 --config.teacher.weights=embedded"
+)
 
 
 def teacher_file(name: str, weights: str) -> pathlib.Path | None:
@@ -39,7 +42,10 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
     if weights == "embedded":
         return source.EMBEDDED[name]
     if weights == "imagenet":
-        return source.published_file(source.IMAGENET[name])
+        try:
+            return source.published_file(source.IMAGENET[name])
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{e}; {WITHOUT_DOWNLOAD}") from e
     return _local("teacher.weights", weights, "'embedded', 'imagenet' or 'random'")
 
 
