@@ -31,6 +31,8 @@ RANGES = (
     ("patchcore.coreset", 1e-6, 1.0),  # a share, not percent
     ("train.crop_scale", 1e-3, 1.0),
     ("train.crop_ratio", 1e-2, 1e2),
+    ("calibration.fraction", 0.0, 0.9),
+    ("calibration.target_fpr", 1e-6, 0.999999),
     ("data.max_side", 0, 1 << 20),
     ("data.shots", 1, 1 << 20),
     ("data.resident_gib", 0.0, 1e6),

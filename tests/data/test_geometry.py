@@ -214,6 +214,7 @@ def test_batches_of_records_equal_the_views_of_their_images_and_masks(built):
 
 def config(**evaluation):
     data = {"resize": (256, 240), "image_size": (224, 208), "interpolation": "lanczos"}
+    data |= {"tiling": False, "tile_overlap": 32}
     return ConfigDict({"data": data, "eval": {"resize": (), "metrics_mode": "mmr", **evaluation}})
 
 
