@@ -213,6 +213,12 @@ def validate(config: ConfigDict) -> None:
         optional = name == "eval.resize" and not value
         if not optional and (len(value) != 2 or min(value) < 1):
             raise ValueError(f"--config.{name}={value}: expected height,width such as 224,224")
+    overlap, smallest = flat["data.tile_overlap"], min(flat["data.image_size"])
+    if flat["data.tiling"] and not 0 <= overlap < smallest:
+        raise ValueError(
+            f"--config.data.tile_overlap={overlap}: windows of {smallest} px can share 0 to "
+            f"{smallest - 1}"
+        )
     for name in ("data.resize", "eval.resize"):
         if flat[name] and any(
             r < s for r, s in zip(flat[name], flat["data.image_size"], strict=True)

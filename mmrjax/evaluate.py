@@ -152,7 +152,8 @@ def eval_fields(config: ConfigDict) -> dict:
     """The fields on which an evaluation's files depend, beside the trained model."""
     view = geometry.View.of(config, evaluation=True)
     return {
-        "view": [list(view.resize), list(view.size), view.interpolation, view.mask_mode],
+        "view": [list(view.resize), list(view.size), view.interpolation, view.mask_mode]
+        + ([] if view.overlap is None else [f"tiles overlap by {view.overlap}"]),
         "metrics_mode": config.eval.metrics_mode,
         "pixel_metrics": config.eval.pixel_metrics,
         "bootstrap": config.eval.bootstrap,

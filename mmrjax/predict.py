@@ -28,6 +28,7 @@ from absl import logging
 from PIL import Image
 
 from data_builders import files as image_folders
+from data_builders.folder import layout
 from mmrjax import calibrate, files, logs, video, visualize
 from mmrjax import detector as detector_lib
 
@@ -118,7 +119,10 @@ def find_images(given: str) -> tuple[list[pathlib.Path], pathlib.Path]:
     """
     path = pathlib.Path(given)
     if path.is_dir():
-        found, root = image_folders.list_images(path), path
+        pictures, masks = layout.tell_masks_apart(path)
+        found, root = list(pictures), path
+        if masks:
+            logging.info("%d masks in %s are left out", len(masks), path)
     elif path.is_file():
         found, root = [path], path.parent
     else:

@@ -38,9 +38,7 @@ def frames(path: pathlib.Path) -> Iterator[np.ndarray]:
     try:
         found, frame = video.read()
         if not found:
-            raise ValueError(
-                f"{path}: OpenCV reads no frame; convert it to .mp4, or to images"
-            )
+            raise ValueError(f"{path}: OpenCV reads no frame; convert it to .mp4, or to images")
         while found:
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             found, frame = video.read()
