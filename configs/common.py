@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
     data.image_size = (224, 224)  # what the networks see, (height, width) in px
     data.resize = (256, 256)  # evaluation: resize to this, then centre-crop to image_size
     data.interpolation = "bilinear"  # of that resize: bilinear | bicubic | lanczos
+    data.tiling = False  # windows of image_size cover all of `resize`, in training and evaluation
+    data.tile_overlap = 32  # px that neighbouring windows share at least
     data.max_side = 0  # shrink training images whose longer side exceeds this; 0 = never
     data.feed = "auto"  # resident (uint8 in device memory) | stream (Grain) | auto
     data.resident_gib = 4.0  # "auto" keeps the training images resident up to this size
@@ -58,6 +60,10 @@ def get_config() -> ConfigDict:
     patchcore.projection = 128  # width of the random projection in which the coreset is chosen
     patchcore.start_points = 10
     patchcore.score = "smoothed"  # smoothed (maximum of the map) | patch (maximum of raw patches)
+
+    config.calibration = ConfigDict()
+    config.calibration.fraction = 0.0  # of the good training images, held out for the threshold
+    config.calibration.target_fpr = 0.05  # share of good parts that may be called defective
 
     config.train = train = ConfigDict()
     train.seeds = (54,)  # official code: 54

@@ -31,6 +31,8 @@ RANGES = (
     ("patchcore.coreset", 1e-6, 1.0),  # a share, not percent
     ("train.crop_scale", 1e-3, 1.0),
     ("train.crop_ratio", 1e-2, 1e2),
+    ("calibration.fraction", 0.0, 0.9),
+    ("calibration.target_fpr", 1e-6, 0.999999),
     ("data.max_side", 0, 1 << 20),
     ("data.shots", 1, 1 << 20),
     ("data.resident_gib", 0.0, 1e6),
@@ -211,6 +213,12 @@ def validate(config: ConfigDict) -> None:
         optional = name == "eval.resize" and not value
         if not optional and (len(value) != 2 or min(value) < 1):
             raise ValueError(f"--config.{name}={value}: expected height,width such as 224,224")
+    overlap, smallest = flat["data.tile_overlap"], min(flat["data.image_size"])
+    if flat["data.tiling"] and not 0 <= overlap < smallest:
+        raise ValueError(
+            f"--config.data.tile_overlap={overlap}: windows of {smallest} px can share 0 to "
+            f"{smallest - 1}"
+        )
     for name in ("data.resize", "eval.resize"):
         if flat[name] and any(
             r < s for r, s in zip(flat[name], flat["data.image_size"], strict=True)

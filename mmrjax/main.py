@@ -51,6 +51,7 @@ FREE_FIELDS = (
     "data.feed",
     "data.resident_gib",
     "data.reference_domain",
+    "calibration.target_fpr",
     "train.seeds",
     "train.steps_per_call",
     "train.fsdp",
@@ -223,12 +224,13 @@ def run_one(
         logging.info("%s: finished before, see %s", run, folder / "results.json")
         return
     train_rows, test_rows = splits.select(records, config.data.protocol, config.data.shots, seed)
+    train_rows, held_out = splits.hold_out(records, train_rows, config.calibration.fraction, seed)
     trained = train.train(
         config, name, records, train_rows, seed, run, evaluate_only=mode == "evaluate"
     )
     if folder != run:  # another view: the report there shows the same training
         processes.first(lambda: _copy_training(run, folder))
-    evaluate.evaluate(trained, records, test_rows, config, seed, folder)
+    evaluate.evaluate(trained, records, test_rows, config, seed, folder, held_out)
 
 
 def _settle(config, name, records, run, folder, mode) -> tuple[ConfigDict, bool]:
@@ -306,6 +308,7 @@ def settle_config(
     own = methods.METHODS[name].fields
     others = {field for method in methods.METHODS.values() for field in method.fields} - {*own}
     before, settled = config_lib.flatten(ConfigDict(stored)), config.copy_and_resolve_references()
+    before.setdefault("calibration.fraction", 0.0)  # older runs trained on every good image
     differing = {}
     for field, value in config_lib.flatten(config).items():
         old = before.get(field, value)
