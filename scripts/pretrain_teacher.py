@@ -170,14 +170,22 @@ def train(args: argparse.Namespace) -> State:
     return jax.device_get(state)
 
 
+def command(args: argparse.Namespace) -> str:
+    """The command line that makes the same weights; where they were written does not matter."""
+    fields = [
+        f"--{name}={value}" for name, value in vars(args).items() if name not in ("output", "stop")
+    ]
+    return " ".join(["python scripts/pretrain_teacher.py", *fields])
+
+
 def main() -> None:
     """Parses the command line, trains and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, required=True, help="a .safetensors file")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--stop", type=int, help="leave after this step, to go on another time")
-    parser.add_argument("--episodes", type=int, default=16, help="designs in a step")
-    parser.add_argument("--views", type=int, default=4, help="views of a design")
+    parser.add_argument("--episodes", type=int, default=10, help="designs in a step")
+    parser.add_argument("--views", type=int, default=6, help="views of a design")
     parser.add_argument("--classes", type=int, default=1040, help="textures")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -190,7 +198,7 @@ def main() -> None:
         logging.info("stopped at step %d; the same command without --stop goes on", args.stop)
         return
     variables = folded(state.params["network"], state.statistics, resnet.architecture(NAME))
-    facts = {"kind": "teacher", "arch": NAME, "licence": LICENCE, "command": " ".join(sys.argv)}
+    facts = {"kind": "teacher", "arch": NAME, "licence": LICENCE, "command": command(args)}
     storage.write(args.output, variables, facts)
     logging.info("wrote %s, %.2f MB", args.output, args.output.stat().st_size / 1e6)
 
