@@ -12,7 +12,6 @@ import argparse
 import functools
 import os
 import pathlib
-import sys
 import time
 
 import jax
