@@ -1,14 +1,19 @@
 """All runs of a work directory in one results.json: seeds, categories and methods side by side."""
 
 import csv
+import io
 import json
 import math
 import pathlib
 from collections import defaultdict
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
-from mmrjax import evaluate, files, metrics
+from mmrjax import evaluate, files, metrics, workdir
+
+T = TypeVar("T")
 
 
 def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
@@ -19,9 +24,9 @@ def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
       summary of design decision 8, and paired comparisons of the methods on the same images.
     """
     runs = defaultdict(list)
-    for path in sorted(root.glob("*/*/seed*/results.json")):
-        result = json.loads(path.read_text())
-        runs[result["method"]].append({**result, "path": path.parent.relative_to(root).as_posix()})
+    for run in workdir.runs_with(root, "results.json"):
+        result = _read(run / "results.json", json.loads)
+        runs[result["method"]].append({**result, "path": run.relative_to(root).as_posix()})
     for results in runs.values():
         results.sort(key=lambda run: (run["category"], run["seed"]))
     content = {
@@ -128,13 +133,27 @@ def _scores(root: pathlib.Path, runs: list[dict]) -> dict:
     """{key: ([(id, label, group)], float64 [seeds, n])} from the runs' scores.csv."""
     found = {}
     for run in runs:
-        with (root / run["path"] / "scores.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        table = [(row["id"], row["label"], row["group"]) for row in rows]
-        values = [float(row["score"]) for row in rows]
+        table, values = _read(root / run["path"] / "scores.csv", _parse_scores)
         key = next(iter(run["metrics"]))
         if key not in found:
             found[key] = (table, [])
         if found[key][0] == table:
             found[key][1].append(values)
     return {key: (table, np.array(values)) for key, (table, values) in found.items()}
+
+
+def _parse_scores(text: str) -> tuple[list[tuple[str, str, str]], list[float]]:
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    table = [(row["id"], row["label"], row["group"]) for row in rows]
+    return table, [float(row["score"]) for row in rows]
+
+
+def _read(path: pathlib.Path, parse: Callable[[str], T]) -> T:
+    """What `parse` makes of a file; ValueError that names it and says how to get another."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"{path} is absent or damaged ({type(e).__name__}: {e}); delete it, and the command "
+            "that made it makes it again"
+        ) from e

@@ -34,11 +34,12 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict | None:
-    """The content of a JSON file; None when it is absent or damaged."""
+    """The object in a JSON file; None when that is absent or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def full_disk(e: Exception) -> str:

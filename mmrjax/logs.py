@@ -161,8 +161,10 @@ class TrainLog:
         self._file.close()
 
 
-def seconds(path: pathlib.Path, batch: int) -> float:
-    """Time spent in the steps that `path` holds, over all calls that took part in a run."""
+def seconds(path: pathlib.Path, batch: int) -> float | None:
+    """Time spent in the steps that `path` holds, over all calls of a run; None if it is lost."""
+    if not path.is_file():
+        return None
     lines = [_parse(line) for line in path.read_text().splitlines()]
     return round(sum(batch / line["images_per_second"] for line in lines if line), 1)
 
@@ -176,6 +178,8 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
 
 def _parse(line: str) -> dict | None:
     try:
-        return json.loads(line)
+        content = json.loads(line)
     except json.JSONDecodeError:
         return None  # the last line of a killed run may be cut short
+    is_whole = isinstance(content, dict) and content.keys() >= {"step", "images_per_second"}
+    return content if is_whole else None
