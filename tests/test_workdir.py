@@ -69,6 +69,6 @@ def test_damaged_results_of_another_run_are_named_with_what_to_do(run, tmp_path,
     results = {"method": "mmr", "dataset": "folder", "category": "parts", "seed": 1}
     results["metrics"] = {"folder/parts": {}}
     (run / "results.json").write_text(json.dumps({**results, "facts": {"notes": []}}))
-    (run / name).write_text("{")
+    (run / name).write_text("{\n1\n")
     with pytest.raises(ValueError, match=rf"seed1/{name} is absent or damaged .*; delete it"):
         aggregate.aggregate(tmp_path, "", "")
