@@ -232,6 +232,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise ValueError(f"{name}: the example lacks {sorted(missing)}")
         if unknown := example.keys() - _KNOWN_KEYS:
             raise ValueError(f"{name}: unknown {sorted(unknown)}; known: {sorted(_KNOWN_KEYS)}")
+        if not _is_text(name):
+            raise ValueError(f"{name!r}: the name is no UTF-8 text; rename the file")
         if name in self._ids:
             raise ValueError(f"{name}: two records have this id")
         self._ids.add(name)
@@ -320,6 +322,15 @@ def check_mask_size(mask: np.ndarray, size_hw: tuple[int, int], name: str) -> No
             f"{name}: the mask is {_size(mask.shape)}, its image {_size(size_hw)}; "
             "they must be of one size"
         )
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is text: file systems allow any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _size(shape: tuple[int, ...]) -> str:

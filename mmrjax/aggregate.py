@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from mmrjax import compare, evaluate, files, metrics
+from mmrjax import compare, evaluate, files, metrics, workdir
 
 
 def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
@@ -19,9 +19,9 @@ def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
       summary of design decision 8, and paired comparisons of the methods on the same images.
     """
     runs = defaultdict(list)
-    for path in sorted(root.glob("*/*/seed*/results.json")):
-        result = json.loads(path.read_text())
-        runs[result["method"]].append({**result, "path": path.parent.relative_to(root).as_posix()})
+    for run in workdir.runs_with(root, "results.json"):
+        result = _read_json(run / "results.json")
+        runs[result["method"]].append({**result, "path": run.relative_to(root).as_posix()})
     for results in runs.values():
         results.sort(key=lambda run: (run["category"], run["seed"]))
     content = {
@@ -126,6 +126,13 @@ def _scores(root: pathlib.Path, runs: list[dict]) -> dict[str, compare.Scores]:
         folders.setdefault(next(iter(run["metrics"])), []).append(root / run["path"])
     found = {}
     for key, paths in folders.items():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(compare.OtherImages):
             found[key] = compare.read(paths)
     return found
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise files.unreadable(path, e) from e

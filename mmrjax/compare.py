@@ -20,6 +20,10 @@ import numpy as np
 from mmrjax import files, metrics
 
 
+class OtherImages(ValueError):
+    """Scores that are not of the same test images."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """Scores of the same test images under several seeds.
@@ -52,22 +56,27 @@ def read(folders: Sequence[pathlib.Path]) -> Scores:
     """The scores.csv of run folders that differ in their seed alone.
 
     Raises:
-      FileNotFoundError: a folder without scores.csv.
-      ValueError: other images in one of them.
+      OtherImages: one of them is of other images.
+      ValueError: a file is absent or damaged, naming it.
     """
     images, values = None, []
     for folder in folders:
-        path = folder / "scores.csv"
-        if not path.is_file():
-            raise FileNotFoundError(f"no scores.csv in {folder}: the run has not been evaluated")
+        own, scores = _parsed(folder / "scores.csv")
+        if images is not None and own != images:
+            raise OtherImages(f"{folder} and {folders[0]} hold scores of other test images")
+        images = own
+        values.append(scores)
+    return Scores(images or [], np.array(values))
+
+
+def _parsed(path: pathlib.Path) -> tuple[list[tuple[str, str, str, str]], list[float]]:
+    try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        own = [(row["id"], row["label"], row["domain"], row["group"]) for row in rows]
-        if images is not None and own != images:
-            raise ValueError(f"{folder} and {folders[0]} hold scores of other test images")
-        images = own
-        values.append([float(row["score"]) for row in rows])
-    return Scores(images or [], np.array(values))
+        images = [(row["id"], row["label"], row["domain"], row["group"]) for row in rows]
+        return images, [float(row["score"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise files.unreadable(path, e) from e
 
 
 def difference(a: Scores, b: Scores, bootstrap: int = 1000) -> dict[str, dict]:

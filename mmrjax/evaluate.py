@@ -1,6 +1,6 @@
 """Evaluation of one trained run: scores of the test set (scoring.py), metrics, pictures.
 
-Writes scores.csv, curves.json, maps/ and, last, results.json; each file appears whole or not at
+Writes FILES and the pictures of the gallery, results.json last; each file appears whole or not at
 all, so a killed evaluation is simply done again. Scores are raw float32: nothing is normalised, no
 threshold is fitted, no test label reaches the model.
 """
@@ -26,6 +26,7 @@ from mmrjax.data.records import ANOMALY, Records
 
 SCHEMA = 1
 CALIBRATION = "calibration.json"
+FILES = ("scores.csv", "curves.json", "maps/gallery.json", "results.json")
 PACKAGES = ("mmrjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 
 

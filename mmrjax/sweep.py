@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from mmrjax import config as config_lib
 from mmrjax import files, metrics, processes, report, report_words, weights
+from mmrjax import workdir as workdir_lib
 
 RunAll = Callable[[ConfigDict, pathlib.Path], tuple[dict, pathlib.Path]]
 
@@ -56,7 +57,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, run_all: RunAll) -> tuple[dic
       ValueError, FileNotFoundError: a row that cannot work, before any row is run; a work directory
         with other runs.
     """
-    if any(workdir.glob("*/*/seed*/config.json")):
+    if workdir_lib.runs_with(workdir, "config.json"):
         raise ValueError(f"{workdir} holds runs of one configuration; use another --workdir")
     rows = plan(config)
     for row in rows:

@@ -13,7 +13,7 @@ LAYERS = (
     {"models", "metrics", "mesh", "optim", "logs", "losses", "config", "checkpoint", "visualize"},
     {"data", "weights", "anomaly_map"},
     {"methods"},
-    {"state", "train", "scoring", "evaluate", "compare", "aggregate", "calibrate"},
+    {"state", "train", "scoring", "evaluate", "workdir", "compare", "aggregate", "calibrate"},
 )
 # Everything else (main, report, predict, bench ...) is a program: it may import anything, and only
 # another program may import it.

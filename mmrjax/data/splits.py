@@ -37,7 +37,9 @@ def select(
     train, test = np.flatnonzero(in_train & good), np.flatnonzero(~in_train)
     where = f"{records.dataset}/{records.category}"
     if not len(train):
-        raise ValueError(f"{where}: no good image to train on among {len(records)} records")
+        raise ValueError(
+            f"{where}: no good image to train on among {len(records)} records; add some"
+        )
     if protocol == "image_split":
         drawn = np.random.default_rng(0).permutation(np.flatnonzero(good))
         train, good_test = np.sort(drawn[: len(train)]), drawn[len(train) :]
@@ -52,7 +54,7 @@ def select(
             )
         train = np.sort(np.random.default_rng(seed).permutation(train)[:shots])
     if not len(test):
-        raise ValueError(f"{where}: no test image among {len(records)} records")
+        raise ValueError(f"{where}: no test image among {len(records)} records; add some")
     return train, test
 
 

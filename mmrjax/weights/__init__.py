@@ -99,6 +99,10 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
     try:
         state, header = storage.read_any(path)
         variables = torch_names.teacher_from_torch(state, arch)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"teacher.weights={weights!r}: {e}; expected a file, 'imagenet' or 'random'"
+        ) from e
     except ValueError as e:
         raise ValueError(f"teacher.weights={weights!r} for teacher.name={name!r}: {e}") from e
     digest = source.sha256(path)
@@ -152,6 +156,10 @@ def init_student(
     try:
         state, header = storage.read_any(path)
         new, report = torch_names.merge_student(jax.device_get(variables), state, grid)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"student.init={init!r}: {e}; expected a file, 'mae' or 'scratch'"
+        ) from e
     except ValueError as e:
         raise ValueError(f"student.init={init!r}: {e}") from e
     is_mae = init == "mae" or torch_names.is_mae(state)
