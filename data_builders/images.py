@@ -232,6 +232,9 @@ def _check_pixels(pixels: np.ndarray, where: str) -> None:
 def _check_size(data: bytes, where: str) -> None:
     """Refuses by the header what would take more memory than any camera's picture."""
     width, height = _size_in_header(data)
+    if not width:  # OpenCV reads formats that Pillow does not, and nothing would bound their size
+        reason = _damage(data) or "no size in its header"
+        raise ValueError(f"{where}: the image is damaged ({reason}); replace or delete it")
     megapixels, limit = width * height / 1e6, limits.max_megapixels()
     if megapixels > limit:
         raise ValueError(
@@ -242,7 +245,7 @@ def _check_size(data: bytes, where: str) -> None:
 
 
 def _size_in_header(data: bytes) -> tuple[int, int]:
-    """(width, height), or (0, 0) where no header can be read: then OpenCV cannot either."""
+    """(width, height), or (0, 0) where no header can be read."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.size

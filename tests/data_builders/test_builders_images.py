@@ -244,3 +244,11 @@ def test_limit_that_is_no_number_is_refused(rgb, monkeypatch, text):
 def test_rgb_pixels_are_read_upright_in_order(rgb, tmp_path):
     (tmp_path / "a.png").write_bytes(encode(rgb, "png"))
     np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.png"), rgb)
+
+
+def test_a_format_whose_size_cannot_be_read_beforehand_is_refused():
+    ok, data = cv2.imencode(".hdr", np.full((8, 9, 3), 0.5, np.float32))
+    assert ok
+    assert cv2.imdecode(data, cv2.IMREAD_UNCHANGED) is not None  # OpenCV alone would read it
+    with pytest.raises(ValueError, match=r"photo\.png: the image is damaged \(.*no known image"):
+        images.decode(data.tobytes(), cv2.IMREAD_COLOR, "photo.png")
