@@ -18,7 +18,15 @@ LAYERS = (
 # Everything else (main, report, predict, bench ...) is a program: it may import anything, and only
 # another program may import it.
 ISOLATED = {"models"}  # import only themselves
-MAY_PRINT = {"main.py", "convert.py", "report.py", "bench.py", "bench_metrics.py", "predict.py"}
+MAY_PRINT = {
+    "main.py",
+    "convert.py",
+    "report.py",
+    "bench.py",
+    "bench_metrics.py",
+    "predict.py",
+    "export.py",
+}
 
 
 def sources(package: str) -> list[pathlib.Path]:
