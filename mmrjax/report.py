@@ -5,9 +5,9 @@
 report.html is one self-contained page: pictures are data URIs, charts are inline SVG, and a content
 security policy forbids every request and every script but templates/report.js, by its hash.
 
-Reading (report_files.py), numbers (report_tables.py),
-wording (report_words.py), drawing (charts.py) and layout (templates/) are apart; `page` joins them
-to the dict that both templates see. evaluate.py calls `write_report` at the end of a run.
+Reading (report_files.py), numbers (report_tables.py, report_threshold.py), wording
+(report_words.py), drawing (charts.py) and layout (templates/) are apart; `page` joins them to the
+dict that both templates see. main.py calls `write_report` at the end of a run.
 
 A run that lacks a file is reported without the part that needs it, and the report says so.
 """

@@ -432,3 +432,8 @@ def test_flatten_sorts_by_name():
     config = ConfigDict()
     config.second, config.first = 2, 1
     assert list(config_lib.flatten(config)) == ["first", "second"]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("demo", "folder")])
+def test_published_protocols_train_on_every_good_image(name):
+    assert config_lib.load(f"configs/{name}.py").calibration.fraction == 0
