@@ -302,7 +302,10 @@ def test_misspelled_fields_name_the_nearest(wrong, right):
 
 @pytest.mark.parametrize(
     ("wrong", "listed"),
-    [("ckpt.zzzzzzzzz", "ckpt.every_seconds, ckpt.keep"), ("zzzzzzzzz", "calibration, ckpt, data, eval")],
+    [
+        ("ckpt.zzzzzzzzz", "ckpt.every_seconds, ckpt.keep"),
+        ("zzzzzzzzz", "calibration, ckpt, data, eval"),
+    ],
 )
 def test_fields_like_no_other_list_the_known(wrong, listed):
     with pytest.raises(ValueError, match=rf"no such field; known: {listed}"):

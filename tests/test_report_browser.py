@@ -127,13 +127,13 @@ def test_a_column_sorts_its_rows_both_ways(page):
     page.execute_script(  # one method's rows under another name, with other numbers
         "const b = document.querySelector('table.sortable tbody');"
         "for (const v of ['12.5', '99.0', '–']) {"
-        "  const r = [...b.rows].find((r) => /all|domain/.test(r.className)).cloneNode(true);"
-        "  r.className = 'domain'; r.cells[1].textContent = v; b.append(r); }"
+        "  const r = b.rows[1].cloneNode(true);"
+        "  r.className = 'category added'; r.cells[1].textContent = v; b.rows[1].after(r); }"
     )
     head = page.find_elements(By.CSS_SELECTOR, "table.sortable thead tr:last-child th")[1]
 
     def column():
-        rows = page.find_elements(By.CSS_SELECTOR, "table.sortable tbody:first-of-type tr.domain")
+        rows = page.find_elements(By.CSS_SELECTOR, "table.sortable tbody:first-of-type tr.added")
         return [row.find_elements(By.TAG_NAME, "td")[0].text for row in rows]
 
     head.send_keys(Keys.ENTER)

@@ -12,7 +12,7 @@ const onPress = (element, action) => {
   });
 };
 
-// Sorting: within each method, the domains; its name stays on top and its summary below.
+// Sorting: within each method, its categories or domains; its name and its summary stay in place.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
   heads.forEach((head, column) => {
@@ -26,7 +26,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
         return Number.isNaN(parseFloat(text)) ? text : parseFloat(text);
       };
       for (const body of table.tBodies) {
-        const rows = [...body.rows].filter((row) => /\b(all|domain)\b/.test(row.className));
+        const rows = [...body.rows].filter((row) => /\b(all|domain|category)\b/.test(row.className));
         const after = rows.length ? rows[rows.length - 1].nextSibling : null;
         const order = (a, b) => {
           const [x, y] = [value(a), value(b)];
