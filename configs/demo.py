@@ -3,7 +3,7 @@
 python -m mmrjax.main --config=configs/demo.py --workdir=runs/demo
 
 Trains a small MMR student and fits PatchCore on the same parts, and reports what each shift costs.
-The teacher is the embedded one, which has seen procedural images only (docs/fdsl18.md). TODO numbers
+The teacher is the embedded one, which has seen procedural images only (docs/fdsl18.md). TODO
 """
 
 from configs import common

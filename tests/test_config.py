@@ -302,7 +302,10 @@ def test_misspelled_fields_name_the_nearest(wrong, right):
 
 @pytest.mark.parametrize(
     ("wrong", "listed"),
-    [("ckpt.zzzzzzzzz", "ckpt.every_seconds, ckpt.keep"), ("zzzzzzzzz", "ckpt, data, eval")],
+    [
+        ("ckpt.zzzzzzzzz", "ckpt.every_seconds, ckpt.keep"),
+        ("zzzzzzzzz", "calibration, ckpt, data, eval"),
+    ],
 )
 def test_fields_like_no_other_list_the_known(wrong, listed):
     with pytest.raises(ValueError, match=rf"no such field; known: {listed}"):
@@ -455,3 +458,8 @@ def test_a_configuration_that_is_no_python_file_is_refused(tmp_path):
     (tmp_path / "mine.bin").write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match=r"mine\.bin: expected a Python file, ending in \.py"):
         config_lib.load(str(tmp_path / "mine.bin"))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("demo", "folder")])
+def test_published_protocols_train_on_every_good_image(name):
+    assert config_lib.load(f"configs/{name}.py").calibration.fraction == 0
