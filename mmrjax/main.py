@@ -27,6 +27,7 @@ from mmrjax import (
     evaluate,
     files,
     logs,
+    memory,
     methods,
     processes,
     report,
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     started = time.monotonic()
     logs.setup()
+    memory.keep_freed()
     try:
         config, arguments = parse(argv)
         config_lib.validate(config)

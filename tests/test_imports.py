@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # What each part of mmrjax may import from mmrjax, besides itself: everything in a lower row.
 LAYERS = (
-    {"files", "processes"},
+    {"files", "memory", "processes"},
     {"models", "metrics", "mesh", "optim", "logs", "losses", "config", "checkpoint", "visualize"},
     {"data", "weights", "anomaly_map"},
     {"methods"},
