@@ -211,13 +211,13 @@ def _fit_stage(run: Run, variables: dict, key: jax.Array) -> tuple[dict, bool]:
 def make_augment(config: ConfigDict) -> state_lib.Augment:
     """The training augmentation that `config.train` describes: (key, image, size) -> image."""
     train, kind = config.train, config.train.augment
-    size_hw = tuple(config.data.image_size)
+    view = geometry.View.of(config)
+    size_hw = view.size
     scale, ratio = tuple(train.crop_scale), tuple(train.crop_ratio)
 
     def apply(key: jax.Array, image: jax.Array, size: jax.Array) -> jax.Array:
         if kind == "none":
-            box = jnp.concatenate([jnp.zeros(2, jnp.int32), size])
-            return augment.crop_resize(image, box, size_hw) / 255.0
+            return augment.view(image, size, view.resize, size_hw, view.interpolation) / 255.0
         return augment.augment(key, image, size, size_hw, scale, ratio, flip=kind == "rrc_flip")
 
     return apply
