@@ -24,5 +24,9 @@ def get_config():
     config.student.size = "tiny"
     config.student.depth = 4
     config.student.init = "scratch"
+    config.aminet.width = 192
+    config.aminet.heads = 3
+    config.aminet.depth = 4
+    config.aminet.epochs = 20
     config.train.epochs = 20
     return config

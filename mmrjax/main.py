@@ -305,6 +305,7 @@ def settle_config(
         )
     own = methods.METHODS[name].fields
     others = {field for method in methods.METHODS.values() for field in method.fields} - {*own}
+    others |= {*methods.METHODS[name].own}
     before, settled = config_lib.flatten(ConfigDict(stored)), config.copy_and_resolve_references()
     differing = {}
     for field, value in config_lib.flatten(config).items():

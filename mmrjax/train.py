@@ -106,8 +106,10 @@ def train(
     """
     mesh = mesh_lib.make_mesh(fsdp=config.train.fsdp)
     method = methods.create(name, config)
+    config = method.config
     if method.trains:
-        mesh_lib.check_divisible("train.batch_size", config.train.batch_size, mesh)
+        field = method.own.get("train.batch_size", "train.batch_size")
+        mesh_lib.check_divisible(field, config.train.batch_size, mesh)
     mesh_lib.check_divisible("eval.batch_size", config.eval.batch_size, mesh)
     if method.dtype == jnp.float32:  # also on accelerators, whose default is less
         jax.config.update("jax_default_matmul_precision", "highest")
