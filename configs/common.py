@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     data.image_size = (224, 224)  # what the networks see, (height, width) in px
     data.resize = (256, 256)  # evaluation: resize to this, then centre-crop to image_size
     data.interpolation = "bilinear"  # of that resize: bilinear | bicubic | lanczos
+    data.tiling = False  # windows of image_size cover all of `resize`, in training and evaluation
+    data.tile_overlap = 32  # px that neighbouring windows share at least
     data.max_side = 0  # shrink training images whose longer side exceeds this; 0 = never
     data.feed = "auto"  # resident (uint8 in device memory) | stream (Grain) | auto
     data.resident_gib = 4.0  # "auto" keeps the training images resident up to this size
@@ -35,7 +37,8 @@ def get_config() -> ConfigDict:
 
     config.teacher = teacher = ConfigDict()
     teacher.name = "wide_resnet50_2"
-    teacher.weights = "imagenet"  # imagenet | random | a .safetensors, .npz or .pth file
+    # embedded (fdsl18 alone) | imagenet | random | a .safetensors, .npz or .pth file
+    teacher.weights = "imagenet"
     teacher.seed = 0  # of random weights
 
     config.student = student = ConfigDict()
@@ -68,14 +71,12 @@ def get_config() -> ConfigDict:
     aminet.depth = 8  # blocks of the inpainting network (N_i)
     aminet.cluster_depth = 1  # blocks that make the cluster centres (N_s)
     aminet.clusters = 8  # P
-    aminet.boundary = (
-        0.5  # deviations beyond a cluster's mean from which a token is hidden (lambda)
-    )
+    aminet.boundary = 0.5  # deviations beyond a cluster's mean that hide a token (lambda)
     aminet.squared = False  # True: the length in the distance squared, as Eq. 12 prints
     aminet.jitter = 20.0  # noise on tokens in training, the paper's AMI-Net with ‡; 0 = without
     aminet.train_mask_token = True  # paper: stays 0
     aminet.score = "std"  # of an image: std | max of its map
-    # Its own of the groups train and optim, which it does not read:
+    # AMI-Net reads these and ignores the fields of the same name in the groups train and optim:
     aminet.epochs = 300  # paper: 200
     aminet.batch_size = 8  # one model on all categories: 16; few shots: 1
     aminet.augment = "none"
@@ -83,6 +84,10 @@ def get_config() -> ConfigDict:
     aminet.weight_decay = 0.01  # torch's default, on every parameter
     aminet.warmup = 0.0
     aminet.drops = ()
+
+    config.calibration = ConfigDict()
+    config.calibration.fraction = 0.0  # of the good training images, held out for the threshold
+    config.calibration.target_fpr = 0.05  # share of good parts that may be called defective
 
     config.train = train = ConfigDict()
     train.seeds = (54,)  # official code: 54

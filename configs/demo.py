@@ -19,6 +19,7 @@ def get_config():
     config.data.name = "demo_parts"
     config.data.resize = (224, 224)
     config.data.reference_domain = "same"
+    config.calibration.fraction = 0.1
     config.teacher.name = "resnet18"
     config.teacher.weights = "random"
     config.student.size = "tiny"

@@ -23,6 +23,7 @@ def get_config():
     config.data.name = "folder"
     config.data.resize = (224, 224)  # the whole frame: a crop could cut a defect away
     config.data.max_side = 1024
+    config.calibration.fraction = 0.1
     config.teacher.name = "resnet18"
     config.student.size = "tiny"
     config.student.depth = 6

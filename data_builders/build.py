@@ -56,11 +56,15 @@ def build(
       Category -> directory of its records, for `tfds.builder_from_directory`.
 
     Raises:
-      ValueError: unknown name or category, or raw data that is damaged or contradicts itself.
+      ValueError: unknown name or category, a data_dir that is no folder, or raw data that is
+        damaged or contradicts itself.
       FileNotFoundError: neither raw data nor records; the message says how to get the data.
     """
     builder_cls = load_builder(name)
     data_dir = pathlib.Path(data_dir).expanduser()
+    for place in (data_dir, *data_dir.parents):
+        if place.is_file():
+            raise ValueError(f"data_dir={data_dir}: {place} is a file; name another folder")
     raw_dir = pathlib.Path(raw_dir).expanduser() if raw_dir else None
     root = find_root(builder_cls, raw_dir)
     if builder_cls.PROCEDURAL:

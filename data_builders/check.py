@@ -78,7 +78,7 @@ class Report:
                     lines.append(f"    and {len(names) - shown} more; --list_all names them")
         count = self.must_mend()
         lines.append(f"{count} to be mended" if count else "nothing to be mended")
-        return "\n".join(lines)
+        return "\n".join(lines).encode(errors="backslashreplace").decode()  # names may be any bytes
 
 
 def check(name: str, raw_dir: str | os.PathLike, categories: Sequence[str] | None = None) -> Report:

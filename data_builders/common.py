@@ -5,11 +5,10 @@ A data set is one folder `data_builders/<name>/` with one class:
     class Builder(common.RecordBuilder):
         VERSION = tfds.core.Version("1.0.0")
         CATEGORIES = ("tile",)                       # one TFDS BuilderConfig each
+        MUST_HOLD = "train/good"                     # so a category's folder is recognised
         EXPECTED = {"tile": {"train good": 578, ...}}  # keys as `count_key` makes them
         HOW_TO_GET = "download it from ... and unpack it so that <raw_dir>/... exists"
 
-        @classmethod
-        def category_folders(cls, root): ...         # {category: folder} of what lies there
         def examples(self, raw_dir, category): ...   # yields (split, example)
 
 The base class checks every example, encodes it and writes ArrayRecord shards, without TensorFlow.
@@ -77,6 +76,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """
 
     CATEGORIES: ClassVar[tuple[str, ...]] = ()
+    FOLDERS: ClassVar[Mapping[str, str]] = {}  # category -> folder, unless of the same name
+    MUST_HOLD: ClassVar[str] = ""  # a folder in each category's own, by which that is recognised
     EXPECTED: ClassVar[Mapping[str, Mapping[str, int]]] = {}
     HOW_TO_GET: ClassVar[str] = ""
     DOWNLOAD: ClassVar[download.Archive | None] = None  # where a program may fetch it
@@ -103,8 +104,14 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @classmethod
     def category_folders(cls, root: pathlib.Path) -> dict[str, pathlib.Path]:
-        """Returns the folder of each category whose images lie under `root`; empty if none."""
-        raise NotImplementedError(f"{cls.__name__} must say where its categories lie")
+        """Returns the folder of each category whose images lie under `root`; empty if none.
+
+        A subclass replaces this where FOLDERS and MUST_HOLD cannot say it.
+        """
+        folders = {
+            category: root / cls.FOLDERS.get(category, category) for category in cls.CATEGORIES
+        }
+        return {c: folder for c, folder in folders.items() if (folder / cls.MUST_HOLD).is_dir()}
 
     @abc.abstractmethod
     def examples(
@@ -225,6 +232,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise ValueError(f"{name}: the example lacks {sorted(missing)}")
         if unknown := example.keys() - _KNOWN_KEYS:
             raise ValueError(f"{name}: unknown {sorted(unknown)}; known: {sorted(_KNOWN_KEYS)}")
+        if not _is_text(name):
+            raise ValueError(f"{name!r}: the name is no UTF-8 text; rename the file")
         if name in self._ids:
             raise ValueError(f"{name}: two records have this id")
         self._ids.add(name)
@@ -238,7 +247,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if record["twin"]:
             self._twins[name] = record["twin"]
         record["image"], size_hw = images.encode_image(example["image"], name, self.full_scale)
-        mask = self._mask(example.get("mask"), size_hw, name)
+        mask = self._mask(example.get("mask"), example["image"], size_hw, name)
         if label == "good" and mask.any():
             raise ValueError(f"{name}: a good image, but its mask marks {mask.sum()} pixels")
         record["mask"] = images.encode_mask(mask)
@@ -249,11 +258,30 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             self.counts["defective with mask"] += record["has_mask"]
         return record
 
-    def _mask(self, source: Any, size_hw: tuple[int, int], name: str) -> np.ndarray:
+    def read_mask(
+        self, path: os.PathLike, image: Any, size_hw: tuple[int, int], name: str
+    ) -> np.ndarray:
+        """Returns the mask in a file as bool [h, w], by the data set's rule, as its image lies.
+
+        Args:
+          path: the mask's file.
+          image: of the example.
+          size_hw: of the image, upright.
+          name: of the example, for errors.
+
+        Raises:
+          ValueError: damaged, of another size than its image, or turned who knows how.
+        """
+        mask = self.binarise(images.read_grey(path))
+        mask = images.mask_as_shown(mask, path, images.orientation(image), size_hw, name)
+        check_mask_size(mask, size_hw, name)
+        return mask
+
+    def _mask(self, source: Any, image: Any, size_hw: tuple[int, int], name: str) -> np.ndarray:
         """Returns the mask [h, w] as bool, all false where there is none."""
         if isinstance(source, os.PathLike):
             path = pathlib.Path(source)
-            source = self.binarise(images.read_grey(path)) if path.is_file() else None
+            source = self.read_mask(path, image, size_hw, name) if path.is_file() else None
         if source is None:
             return np.zeros(size_hw, bool)
         check_mask_size(source, size_hw, name)
@@ -268,6 +296,25 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         pass
 
 
+def published_counts(
+    counts: Mapping[str, tuple[int, int, int]],
+) -> dict[str, dict[str, int]]:
+    """Returns EXPECTED of a data set whose every defective image has a mask.
+
+    Args:
+      counts: category -> images in train, good in test, defective in test.
+    """
+    return {
+        category: {
+            "train good": train,
+            "test good": good,
+            "test anomaly": anomaly,
+            "defective with mask": anomaly,
+        }
+        for category, (train, good, anomaly) in counts.items()
+    }
+
+
 def check_mask_size(mask: np.ndarray, size_hw: tuple[int, int], name: str) -> None:
     """Raises ValueError if a mask [h, w] is not of its image's size."""
     if mask.shape != tuple(size_hw):
@@ -275,6 +322,15 @@ def check_mask_size(mask: np.ndarray, size_hw: tuple[int, int], name: str) -> No
             f"{name}: the mask is {_size(mask.shape)}, its image {_size(size_hw)}; "
             "they must be of one size"
         )
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is text: file systems allow any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -13,6 +13,9 @@ def list_images(folder: os.PathLike, recursive: bool = True) -> list[pathlib.Pat
     """Returns the image files of a folder, sorted by path; links to folders are followed.
 
     Names that start with "." (macOS writes `._x.png`), `__MACOSX` and `Thumbs.db` do not count.
+
+    Raises:
+      ValueError: a link to nothing, or a pipe, whose reading would never end.
     """
     found, visited = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -22,6 +25,8 @@ def list_images(folder: os.PathLike, recursive: bool = True) -> list[pathlib.Pat
         folders[:] = [name for name in folders if is_new and recursive and is_visible(name)]
         if is_new:
             found += [pathlib.Path(parent, n) for n in names if is_visible(n) and is_image(n)]
+    if odd := [path for path in found if not path.is_file()]:
+        raise ValueError(f"{odd[0]}: a link to nothing, or no ordinary file; delete it")
     return sorted(found, key=pathlib.Path.as_posix)
 
 

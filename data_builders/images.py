@@ -2,8 +2,8 @@
 
 A record holds an image as the bytes of a JPEG, PNG or BMP file that every reader decodes to the
 same uint8 pixels. Files of that kind are kept byte for byte; anything else (WebP, TIFF, 16-bit
-depth, an alpha channel, a rotation noted in EXIF, which decoders treat differently) becomes a PNG.
-Called by `common.RecordBuilder` for each record; it knows nothing of data sets or TFDS.
+depth, an alpha channel, a rotation noted in EXIF, which decoders treat differently) becomes a PNG,
+upright. Called by `common.RecordBuilder` for each record; it knows nothing of data sets or TFDS.
 """
 
 import io
@@ -28,8 +28,19 @@ SUFFIXES_OF_FORMAT = {  # as Pillow names the formats; MPO is a JPEG with a prev
 SUFFIXES = tuple(dict.fromkeys(s for known in SUFFIXES_OF_FORMAT.values() for s in known))
 
 _JPEG = b"\xff\xd8\xff"
+_TIFF = (b"II", b"MM")
 _KEPT_MAGIC = (_JPEG, b"\x89PNG\r\n\x1a\n", b"BM")  # JPEG, PNG, BMP
+_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError)  # of damaged files
 _EXIF_ORIENTATION = 0x0112
+_TURNS = {  # EXIF orientation -> the pixels as they are shown; 1 is upright
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: np.fliplr(np.rot90(pixels, -1)),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.fliplr(np.rot90(pixels)),
+    8: np.rot90,
+}
 # A mask with more grey levels than this is anti-aliased or was a JPEG, not a set of labels.
 _MOST_LABELS = 8
 
@@ -57,14 +68,11 @@ def encode_image(
     if isinstance(source, np.ndarray):
         _check_pixels(source, where)
         return encode_png(source), source.shape[:2]
-    data = source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
-    pixels = decode(data, cv2.IMREAD_UNCHANGED, where)
-    is_upright = _orientation(data) == 1
+    data = _bytes(source)
+    pixels = _decode_upright(data, where)
     is_plain = pixels.dtype == np.uint8 and (pixels.ndim == 2 or pixels.shape[2] == 3)
-    if data.startswith(_KEPT_MAGIC) and is_plain and is_upright:
+    if data.startswith(_KEPT_MAGIC) and is_plain and orientation(data) == 1:
         return data, pixels.shape[:2]
-    if not is_upright:
-        pixels = decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, where)  # turns it upright
     pixels = _to_uint8(pixels, full_scale, where)
     if pixels.ndim == 3:
         pixels = np.ascontiguousarray(pixels[..., :3][..., ::-1])  # BGR(A) -> RGB
@@ -85,13 +93,14 @@ def encode_mask(mask: np.ndarray) -> bytes:
 def read_grey(path: os.PathLike) -> np.ndarray:
     """Returns an image file as grey levels [h, w] in their own integer type.
 
-    A colour image counts with its brightest channel; alpha is ignored. Made for masks: the class
-    numbers of 16-bit ones survive, which OpenCV's own reading as grey would divide away.
+    A colour image counts with its brightest channel; alpha is ignored; a rotation noted in EXIF is
+    carried out. Made for masks: the class numbers of 16-bit ones survive, which OpenCV's own
+    reading as grey would divide away.
 
     Raises:
       ValueError: the file is damaged or not an image of integers; the message names it.
     """
-    pixels = decode(pathlib.Path(path).read_bytes(), cv2.IMREAD_UNCHANGED, str(path))
+    pixels = _decode_upright(pathlib.Path(path).read_bytes(), str(path))
     if not np.issubdtype(pixels.dtype, np.integer):
         raise ValueError(f"{path}: expected integer grey levels, found {pixels.dtype}")
     return pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=-1)
@@ -104,6 +113,53 @@ def read_rgb(path: os.PathLike) -> np.ndarray:
       ValueError: the file is damaged; the message names it.
     """
     return decode(pathlib.Path(path).read_bytes(), cv2.IMREAD_COLOR, str(path))[..., ::-1]
+
+
+def orientation(source: os.PathLike | bytes | np.ndarray) -> int:
+    """Returns an image's EXIF orientation; 1 (upright) if none is noted, or none that exists."""
+    if isinstance(source, np.ndarray):
+        return 1
+    data = _bytes(source)
+    if not data.startswith(_TIFF) and b"Exif" not in data and b"eXIf" not in data:
+        return 1
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            noted = image.getexif().get(_EXIF_ORIENTATION)
+    except (*_PILLOW_ERRORS, struct.error):
+        return 1  # damaged tags do not matter: OpenCV passes over them too
+    return noted if noted in _TURNS else 1
+
+
+def mask_as_shown(
+    mask: np.ndarray, path: os.PathLike, turn: int, size_hw: tuple[int, int], where: str
+) -> np.ndarray:
+    """Returns a mask turned as its image is shown.
+
+    Where EXIF turns a photograph, its mask was drawn on the upright picture, or on the pixels as
+    they are stored, by a tool that ignores EXIF. The sizes tell, or a flag of the mask's own.
+
+    Args:
+      mask: read from `path` and turned by its own flag, [h, w].
+      path: the mask's file.
+      turn: the image's EXIF orientation.
+      size_hw: of the upright image.
+      where: the image's name in error messages.
+
+    Raises:
+      ValueError: both fit and would mark different pixels.
+    """
+    if turn == 1 or orientation(path) != 1:
+        return mask
+    turned = _TURNS[turn](mask)
+    if turned.shape != tuple(size_hw):
+        return mask
+    if mask.shape == turned.shape and not np.array_equal(mask, turned):
+        raise ValueError(
+            f"{where}: its EXIF flag turns it (orientation {turn}), and nothing tells whether the "
+            f"mask {path} was drawn on the turned picture or on the stored one; save the picture "
+            "without the flag, as the mask fits it"
+        )
+    return turned
 
 
 def above_127(grey: np.ndarray) -> np.ndarray:
@@ -148,7 +204,7 @@ def format_of(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.format if image.format in SUFFIXES_OF_FORMAT else ""
-    except (OSError, SyntaxError, ValueError, EOFError):
+    except _PILLOW_ERRORS:
         return ""
 
 
@@ -176,6 +232,9 @@ def _check_pixels(pixels: np.ndarray, where: str) -> None:
 def _check_size(data: bytes, where: str) -> None:
     """Refuses by the header what would take more memory than any camera's picture."""
     width, height = _size_in_header(data)
+    if not width:  # OpenCV reads formats that Pillow does not, and nothing would bound their size
+        reason = _damage(data) or "no size in its header"
+        raise ValueError(f"{where}: the image is damaged ({reason}); replace or delete it")
     megapixels, limit = width * height / 1e6, limits.max_megapixels()
     if megapixels > limit:
         raise ValueError(
@@ -186,13 +245,13 @@ def _check_size(data: bytes, where: str) -> None:
 
 
 def _size_in_header(data: bytes) -> tuple[int, int]:
-    """(width, height), or (0, 0) where no header can be read: then OpenCV cannot either."""
+    """(width, height), or (0, 0) where no header can be read."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.size
-    except (OSError, SyntaxError, ValueError, EOFError):
+    except _PILLOW_ERRORS:
         pass
-    if data[:2] in (b"II", b"MM"):  # a TIFF of a kind that Pillow does not read, as float RGB
+    if data.startswith(_TIFF):  # a TIFF of a kind that Pillow does not read, as float RGB
         try:
             tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if 43 in data[2:4] else 8])
             stream = io.BytesIO(data)
@@ -211,17 +270,22 @@ def _damage(data: bytes) -> str:
             image.load()
     except UnidentifiedImageError:
         return f"{len(data)} bytes that are no known image format"
-    except (OSError, SyntaxError, ValueError, EOFError) as e:
+    except _PILLOW_ERRORS as e:
         return f"{e}, {len(data)} bytes"
     return ""
 
 
-def _orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 (upright) if none is noted."""
-    if b"Exif" not in data and b"eXIf" not in data:
-        return 1
-    with Image.open(io.BytesIO(data)) as image:
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
+def _decode_upright(data: bytes, where: str) -> np.ndarray:
+    """As `decode` with IMREAD_UNCHANGED, with the rotation that the file notes carried out."""
+    pixels = decode(data, cv2.IMREAD_UNCHANGED, where)
+    turn = orientation(data)
+    if turn == 1 or data.startswith(_TIFF):  # of which OpenCV carries it out
+        return pixels
+    return np.ascontiguousarray(_TURNS[turn](pixels))
+
+
+def _bytes(source: os.PathLike | bytes) -> bytes:
+    return source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
 
 
 def _to_uint8(pixels: np.ndarray, full_scale: int, where: str) -> np.ndarray:

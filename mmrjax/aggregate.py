@@ -1,6 +1,6 @@
 """All runs of a work directory in one results.json: seeds, categories and methods side by side."""
 
-import csv
+import contextlib
 import json
 import math
 import pathlib
@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from mmrjax import evaluate, files, metrics
+from mmrjax import compare, evaluate, files, metrics, workdir
 
 
 def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
@@ -19,9 +19,9 @@ def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
       summary of design decision 8, and paired comparisons of the methods on the same images.
     """
     runs = defaultdict(list)
-    for path in sorted(root.glob("*/*/seed*/results.json")):
-        result = json.loads(path.read_text())
-        runs[result["method"]].append({**result, "path": path.parent.relative_to(root).as_posix()})
+    for run in workdir.runs_with(root, "results.json"):
+        result = _read_json(run / "results.json")
+        runs[result["method"]].append({**result, "path": run.relative_to(root).as_posix()})
     for results in runs.values():
         results.sort(key=lambda run: (run["category"], run["seed"]))
     content = {
@@ -110,31 +110,29 @@ def _comparisons(root: pathlib.Path, runs: dict[str, list[dict]]) -> list[dict]:
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             for key in sorted(scores[a].keys() & scores[b].keys()):
-                (table_a, scores_a), (table_b, scores_b) = scores[a][key], scores[b][key]
-                if table_a != table_b:
-                    continue  # other test images: nothing to pair
-                is_anomaly = np.array([label == "anomaly" for _, label, _ in table_a])
-                if is_anomaly.all() or not is_anomaly.any():
-                    continue
-                groups = [group for _, _, group in table_a]
-                found = metrics.paired_difference(scores_a, scores_b, is_anomaly, groups)
-                comparisons.append(
-                    {"a": a, "b": b, "key": key, "metric": "image_auroc", **found["image_auroc"]}
-                )
+                one, other = scores[a][key], scores[b][key]
+                if one.images != other.images or len(set(one.is_anomaly)) < 2:
+                    continue  # other test images, or of one kind: nothing to pair
+                found = compare.difference(one, other)["image_auroc"]
+                found = {name: found[name] for name in ("difference", "ci95")}
+                comparisons.append({"a": a, "b": b, "key": key, "metric": "image_auroc", **found})
     return comparisons
 
 
-def _scores(root: pathlib.Path, runs: list[dict]) -> dict:
-    """{key: ([(id, label, group)], float64 [seeds, n])} from the runs' scores.csv."""
-    found = {}
+def _scores(root: pathlib.Path, runs: list[dict]) -> dict[str, compare.Scores]:
+    """{key: scores of all seeds}; keys whose seeds have different test images are left out."""
+    folders: dict[str, list[pathlib.Path]] = {}
     for run in runs:
-        with (root / run["path"] / "scores.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        table = [(row["id"], row["label"], row["group"]) for row in rows]
-        values = [float(row["score"]) for row in rows]
-        key = next(iter(run["metrics"]))
-        if key not in found:
-            found[key] = (table, [])
-        if found[key][0] == table:
-            found[key][1].append(values)
-    return {key: (table, np.array(values)) for key, (table, values) in found.items()}
+        folders.setdefault(next(iter(run["metrics"])), []).append(root / run["path"])
+    found = {}
+    for key, paths in folders.items():
+        with contextlib.suppress(compare.OtherImages):
+            found[key] = compare.read(paths)
+    return found
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise files.unreadable(path, e) from e

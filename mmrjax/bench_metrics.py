@@ -21,6 +21,7 @@ from scipy import ndimage
 from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
 from mmrjax import methods, metrics, scoring, train
+from mmrjax.data import geometry
 from mmrjax.metrics import streaming
 
 SIZE = 224
@@ -102,7 +103,8 @@ def forward_seconds(config_file: str, overrides: Sequence[str], images: int) -> 
     method = methods.create("mmr", config)
     frozen = mesh_lib.replicate(method.load_frozen()[0], mesh)
     variables = mesh_lib.replicate(method.init(jax.random.key(0), frozen)[0], mesh)
-    predict = scoring.make_predict(train.Trained(method, variables, frozen, {}, mesh))
+    view = geometry.View.of(config)
+    predict = scoring.make_predict(train.Trained(method, variables, frozen, {}, mesh), view)
     batch = config.eval.batch_size
     shape = (batch, *config.data.image_size, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)

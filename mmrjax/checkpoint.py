@@ -1,14 +1,16 @@
 """Checkpoints: Orbax behind one small wrapper that verifies what it reads.
 
 Saved asynchronously and atomically: a killed save leaves the previous checkpoint in place. Orbax
-does not notice a flipped bit, so a checksum per leaf is stored beside the arrays; a checkpoint that
-does not match is reported and the previous one is used. The frozen teacher is never saved.
+does not notice a flipped bit, so a checksum per leaf is stored beside the arrays, and one over all
+that is known of them; a checkpoint that does not match is reported and the previous one is used.
+The frozen teacher is never saved.
 
 Several processes save and restore together, on storage that all of them see: each method is called
 by all. A checkpoint does not depend on how its arrays were split.
 """
 
 import contextlib
+import json
 import pathlib
 import re
 import shutil
@@ -47,6 +49,7 @@ class Checkpoints:
     def save(self, step: int, tree) -> None:
         """Starts to save `tree`; returns as soon as it is copied from the device."""
         meta = {"checksums": checksums(tree), "leaves": _describe(tree)}
+        meta["crc"] = _crc(meta)
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
         with self._writing():
             saved = self._manager.save(step, args=args, force=True)
@@ -134,7 +137,11 @@ class Checkpoints:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
-            return restored["meta"]
+            meta = restored["meta"]
+            # Else a flipped bit would tell of another model. Older versions wrote none.
+            if meta.pop("crc", None) not in (None, _crc(meta)):
+                raise ValueError("checksum of its metadata")
+            return meta
         except Exception as e:  # Orbax raises whatever its parsers raise on damaged files
             logging.error("checkpoint %d cannot be read (%s): ignored", step, _one_line(e))
             return None
@@ -165,6 +172,10 @@ def checksums(tree) -> dict[str, int]:
         jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(mesh.gather(leaf)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _crc(meta: dict) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def _describe(tree) -> dict[str, list]:

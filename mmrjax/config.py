@@ -5,12 +5,14 @@
 """
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import pathlib
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
 
@@ -44,6 +46,8 @@ RANGES = (
     ("aminet.drops", 0.0, 1.0),
     ("train.crop_scale", 1e-3, 1.0),
     ("train.crop_ratio", 1e-2, 1e2),
+    ("calibration.fraction", 0.0, 0.9),
+    ("calibration.target_fpr", 1e-6, 0.999999),
     ("data.max_side", 0, 1 << 20),
     ("data.shots", 1, 1 << 20),
     ("data.resident_gib", 0.0, 1e6),
@@ -71,7 +75,9 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     get_config = _import(_find(path)).get_config
     if argument and not inspect.signature(get_config).parameters:
         raise ValueError(f"--config={spec}: {path} takes no argument after the colon")
-    config = get_config(argument) if argument else get_config()
+    with _naming_errors(path):
+        config = get_config(argument) if argument else get_config()
+    _check_fields(config, spec)
     override(config, overrides)
     return config
 
@@ -99,11 +105,44 @@ def _find(path: str) -> pathlib.Path:
 def _import(path: pathlib.Path):
     _import_package()
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if spec is None:
+        raise ValueError(f"--config={path}: expected a Python file, ending in .py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _naming_errors(path):
+        spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} defines no get_config()")
     return module
+
+
+@contextlib.contextmanager
+def _naming_errors(path: str | pathlib.Path) -> Iterator[None]:
+    """A configuration file is the user's program: whatever it raises becomes one line.
+
+    What it raises as ValueError is meant for people and stays as it is.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except SyntaxError as e:
+        raise ValueError(f"--config={path}, line {e.lineno}: {e.msg}") from e
+    except Exception as e:
+        frames = traceback.extract_tb(e.__traceback__)
+        own = [f for f in frames if pathlib.Path(f.filename).name == pathlib.Path(path).name]
+        where = f"{path}, line {own[-1].lineno}" if own else path
+        raise ValueError(f"--config={where}: {type(e).__name__}: {e}") from e
+
+
+def _check_fields(config: ConfigDict, spec: str) -> None:
+    """Raises ValueError for a configuration that lacks fields of configs/common.py."""
+    wanted = flatten(_import(PACKAGED / "common.py").get_config())
+    given = flatten(config) if isinstance(config, ConfigDict) else {}
+    if lacking := sorted(wanted.keys() - given.keys()):
+        raise ValueError(
+            f"--config={spec}: get_config() lacks {', '.join(lacking[:4])}"
+            f"{' …' if lacking[4:] else ''}; begin with common.get_config(), as configs/folder.py"
+        )
 
 
 def _import_package() -> None:
@@ -230,6 +269,12 @@ def validate(config: ConfigDict) -> None:
         optional = name == "eval.resize" and not value
         if not optional and (len(value) != 2 or min(value) < 1):
             raise ValueError(f"--config.{name}={value}: expected height,width such as 224,224")
+    overlap, smallest = flat["data.tile_overlap"], min(flat["data.image_size"])
+    if flat["data.tiling"] and not 0 <= overlap < smallest:
+        raise ValueError(
+            f"--config.data.tile_overlap={overlap}: windows of {smallest} px can share 0 to "
+            f"{smallest - 1}"
+        )
     for name in ("data.resize", "eval.resize"):
         if flat[name] and any(
             r < s for r, s in zip(flat[name], flat["data.image_size"], strict=True)

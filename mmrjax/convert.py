@@ -3,8 +3,9 @@
 `from-torch` checks a PyTorch file against an architecture and writes it in our format (see
 weights/storage.py), for --config.teacher.weights or --config.student.init. `to-torch` takes such a
 file, or the run folder of a training (<workdir>/mmr/<category>/seed<k>), of which it reads the
-newest checkpoint, and writes a state dict with the names of the official code. The way to PyTorch
-and back returns the same bits. The functions behind it are those of weights/torch_names.py.
+newest checkpoint, and writes a state dict with the names of the official code, beside it what no
+tensor shows. The way to PyTorch and back returns the same bits. The functions behind it are those
+of weights/torch_names.py.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mmrjax import restore, weights
+from mmrjax import restore
 from mmrjax.data import geometry
 from mmrjax.methods import mmr
 from mmrjax.models import resnet
@@ -27,13 +28,13 @@ from mmrjax.weights import layouts, source, storage, torch_names
 # What a file of our format holds, by --kind.
 CONTENT = {"teacher": "teacher", "mae": "encoder", "timm": "encoder", "mmr": "student"}
 LICENCES = {"mae": source.MAE_LICENCE, "timm": "Apache-2.0 (the checkpoints of timm's authors)"}
-# Facts in the header of a .safetensors file that go with the weights wherever they go.
+# Facts beside the weights that go with them wherever they go.
 CARRIED = ("random", "step", "teacher", "image_size", "resize", "interpolation")
 EXAMPLES = """
 kinds
   teacher  a ResNet with torchvision's names (stem and layers 1-3; layer4 and fc are not used)
   mae      a MAE checkpoint, {"model": state}: the encoder; the decoder is dropped
-  timm     a timm ViT-*/16: the encoder; the classifier's head is dropped
+  timm     a timm ViT-*/16: the encoder; the classifier's head is dropped; MAE's is refused
   mmr      a whole MMR student with the official names
 
 examples
@@ -84,11 +85,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--arch",
         default="",
-        help=f"{sizes}. Optional with to-torch: what a file or run says itself",
+        help=f"{sizes}. Optional where a file or run says it itself, as all from mmrjax do",
     )
-    parser.add_argument("--input", required=True, type=pathlib.Path, help="a file or a run folder")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="a file, not yet there")
+    parser.add_argument("--input", required=True, type=_path, help="a file or a run folder")
+    parser.add_argument("--output", required=True, type=_path, help="a file, not yet there")
     return parser.parse_args(argv)
+
+
+def _path(text: str) -> pathlib.Path:
+    """With ~ as the home folder: shells leave it alone behind an equals sign."""
+    return pathlib.Path(text).expanduser()
 
 
 def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> list[str]:
@@ -96,7 +102,8 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
 
     Args:
       kind: teacher, mae, timm or mmr.
-      arch: of the teacher; or size of the student, or "width,depth,heads".
+      arch: of the teacher; or size of the student, or "width,depth,heads"; or "", where the file
+        comes from mmrjax and says it itself.
       path: of a state dict, .safetensors, .npz or .pth.
       output: .safetensors.
 
@@ -110,7 +117,16 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
         raise ValueError(f"--output={output}: our format is .safetensors")
     if storage.is_ours(path):
         raise ValueError(f"--input={path} is in our format already")
-    state, header = source.read_state(path), storage.header(path)
+    if path.is_dir():
+        raise ValueError(f"--input={path} is a folder; from-torch takes a file")
+    state, header = source.read(path)
+    if header.get("kind") in storage.KINDS:  # written by to_torch
+        arch = _known_arch(kind, arch, header, path)
+    elif kind == "timm" and torch_names.is_mae(state):
+        raise ValueError(
+            f"--input={path} has MAE's decoder or its fixed position table, and MAE's weights are "
+            f"{source.MAE_LICENCE}: use --kind=mae"
+        )
     arch = _arch_name(kind, arch)
     _check(state, kind, arch, f"{path.name} as --kind={kind} --arch={arch}")
     if kind == "teacher":
@@ -125,11 +141,10 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
         missing = [key for key in torch_names.OPTIONAL if key not in used]
         variables = torch_names.encoder_from_torch(state)
     digest = source.sha256(path)
-    known = [p.licence for p in source.IMAGENET.values() if digest.startswith(p.sha256_prefix)]
     facts = {name: header[name] for name in CARRIED if name in header} | {
         "kind": CONTENT[kind],
         "arch": arch,
-        "licence": header.get("licence", LICENCES.get(kind, (*known, weights.LOCAL)[0])),
+        "licence": storage.licence(header, LICENCES.get(kind) or source.licence(digest)),
         "converted_from": path.name,
         "converted_from_sha256": digest,
     }
@@ -156,7 +171,7 @@ def to_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> 
       kind: teacher, of a run the one it was trained with; mmr; mae or timm, the encoder alone.
       arch: "", or what it must be.
       path: a file in our format, or <workdir>/mmr/<category>/seed<k>.
-      output: .safetensors, whose header then holds the facts that tensors do not, or .pth.
+      output: .safetensors or .pth, with the facts that tensors do not show beside them.
 
     Returns:
       Lines for people.
@@ -165,23 +180,17 @@ def to_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> 
       FileNotFoundError, ValueError: nothing there, or damaged, or something else than `kind`.
     """
     variables, facts, grid = _of_run(path, kind) if path.is_dir() else (*storage.read(path), None)
-    # A student has an encoder in it.
-    if CONTENT[kind] not in (facts["kind"], {"student": "encoder"}.get(facts["kind"])):
-        raise ValueError(
-            f"--input={path} holds weights of kind {facts['kind']}; --kind={kind} needs "
-            f"{CONTENT[kind]}"
-        )
-    if arch and _arch_name(kind, arch) != facts["arch"]:
-        raise ValueError(f"--input={path} holds the architecture {facts['arch']}, not {arch}")
+    arch = _known_arch(kind, arch, facts, path)
     if kind == "teacher":
-        state = torch_names.teacher_to_torch(variables, resnet.architecture(facts["arch"]))
+        state = torch_names.teacher_to_torch(variables, resnet.architecture(arch))
     elif kind == "mmr":
         state = torch_names.student_to_torch(variables, grid)
     else:
         state = torch_names.encoder_to_torch(variables, grid)
-    _check(state, kind, facts["arch"], f"--input={path}")
+    _check(state, kind, arch, f"--input={path}")
+    facts["kind"] = CONTENT[kind]  # of a student, perhaps the encoder alone
     if kind != "teacher":
-        facts["heads"] = str(student_size(facts["arch"])[2])
+        facts["heads"] = str(student_size(arch)[2])
     # MAE's own code looks for the state dict under "model".
     storage.write_torch(output, state, facts, wrapper="model" if kind == "mae" else "")
     known = [f"{name:8}{facts[name]}" for name in ("arch", "step", "licence") if name in facts]
@@ -208,11 +217,28 @@ def _of_run(folder: pathlib.Path, kind: str) -> tuple[dict, dict[str, str], tupl
         "resize": "{},{}".format(*view.resize),
         "interpolation": view.interpolation,
     }
-    # Of what the training started from; None where that was drawn at random.
-    if licence := restore.results_facts(folder).get("student", {}).get("licence"):
+    if licence := restore.student_licence(config, folder):
         facts["licence"] = licence
     patch = student_lib.MaskedStudent.patch
     return variables, facts, (view.size[0] // patch, view.size[1] // patch)
+
+
+def _known_arch(kind: str, arch: str, facts: dict[str, str], path: pathlib.Path) -> str:
+    """The architecture that a file of ours or of `to_torch` states.
+
+    Raises:
+      ValueError: it holds something else than `kind`, or states another one than `arch`.
+    """
+    # A student has an encoder in it.
+    if CONTENT[kind] not in (facts["kind"], {"student": "encoder"}.get(facts["kind"])):
+        raise ValueError(
+            f"--input={path} holds weights of kind {facts['kind']}; --kind={kind} needs "
+            f"{CONTENT[kind]}"
+        )
+    known = facts.get("arch", arch)
+    if arch and _arch_name(kind, arch) != known:
+        raise ValueError(f"--input={path} holds the architecture {known}, not {arch}")
+    return known
 
 
 def student_size(arch: str) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
 """Evaluation of one trained run: scores of the test set (scoring.py), metrics, pictures.
 
-Writes scores.csv, curves.json, maps/ and, last, results.json; each file appears whole or not at
+Writes FILES and the pictures of the gallery, results.json last; each file appears whole or not at
 all, so a killed evaluation is simply done again. Scores are raw float32: nothing is normalised, no
 threshold is fitted, no test label reaches the model.
 """
@@ -13,17 +13,20 @@ import pathlib
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mmrjax import files, metrics, processes, scoring, train, visualize
+from mmrjax import calibrate, files, metrics, processes, scoring, train, visualize
 from mmrjax.data import geometry
 from mmrjax.data.records import ANOMALY, Records
 
 SCHEMA = 1
+CALIBRATION = "calibration.json"
+FILES = ("scores.csv", "curves.json", "maps/gallery.json", "results.json")
 PACKAGES = ("mmrjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 
 
@@ -47,22 +50,25 @@ def evaluate(
     config: ConfigDict,
     seed: int,
     folder: pathlib.Path,
+    held_out: Sequence[int] = (),
 ) -> dict:
     """Evaluates a run and writes its files into `folder`; returns results.json's content.
 
-    All processes score; the first one measures and writes.
+    All processes score; the first one measures and writes. From the good images `held_out`, which
+    were not trained on, comes a threshold (see calibrate.py).
     """
     started = time.monotonic()
     scorer = scoring.Scorer(trained, records, config)
     keep_maps = config.eval.save_maps and processes.is_first()
     maps_file = folder / "maps" / "maps.npy" if keep_maps else None
+    calibration = scorer.calibration(np.asarray(held_out, int))
     streaming = scoring.streams(config, len(indices))
     found = (scorer.histograms if streaming else scorer.everything)(indices, maps_file)
     gallery = processes.first(lambda: _gallery_rows(found, config))
     shown = found.shown(gallery)  # may score these once more
     seconds = time.monotonic() - started
     return processes.first(
-        lambda: _write(trained, records, config, seed, folder, found, shown, seconds)
+        lambda: _write(trained, records, config, seed, folder, found, shown, calibration, seconds)
     )
 
 
@@ -80,6 +86,7 @@ def _write(
     folder: pathlib.Path,
     found: scoring.Predictions | scoring.Histograms,
     shown: tuple,
+    calibration: calibrate.Calibration | None,
     scoring_seconds: float,
 ) -> dict:
     """Measures what was `found` and writes all files; `shown` holds the gallery's arrays."""
@@ -87,7 +94,8 @@ def _write(
     is_anomaly, ground_truth = _labels(found, config.eval.metrics_mode)
     key = f"{records.dataset}/{records.category}"
     domains, curves = {}, {}
-    for domain, rows in domain_rows(found.table["domain"]).items():
+    rows_of = domain_rows(found.table["domain"])
+    for domain, rows in rows_of.items():
         measured = found.measure(rows, is_anomaly, config.eval.bootstrap)
         domains[domain], curves[domain] = measured.report(), measured.curves()
     seconds = {"scoring": scoring_seconds, "metrics": time.monotonic() - started}
@@ -106,7 +114,11 @@ def _write(
     files.write_text(folder / "scores.csv", _scores_csv(table))
     files.write_text(folder / "curves.json", json.dumps(curves))
     count = config.report.gallery // 3
-    visualize.write_gallery(folder / "maps", *shown, table, found.scale(), count)
+    scale = found.scale()
+    if calibration is not None:
+        calibration.write(folder / CALIBRATION)
+        scale = calibration.scale(config.calibration.target_fpr)
+    visualize.write_gallery(folder / "maps", *shown, table, scale, count)
     results = {
         "schema": SCHEMA,
         "dataset": records.dataset,
@@ -114,6 +126,7 @@ def _write(
         "method": trained.method.name,
         "seed": seed,
         "metrics": {key: domains},
+        "calibration": _calibrated(calibration, config, found.scores, is_anomaly, rows_of),
         "facts": facts,
     }
     files.write_text(folder / "results.json", json.dumps(results, indent=1))
@@ -140,13 +153,40 @@ def eval_fields(config: ConfigDict) -> dict:
     """The fields on which an evaluation's files depend, beside the trained model."""
     view = geometry.View.of(config, evaluation=True)
     return {
-        "view": [list(view.resize), list(view.size), view.interpolation, view.mask_mode],
+        "view": [list(view.resize), list(view.size), view.interpolation, view.mask_mode]
+        + ([] if view.overlap is None else [f"tiles overlap by {view.overlap}"]),
         "metrics_mode": config.eval.metrics_mode,
         "pixel_metrics": config.eval.pixel_metrics,
         "bootstrap": config.eval.bootstrap,
         "gallery": config.report.gallery,
         "save_maps": config.eval.save_maps,
-    }
+    } | ({"target_fpr": config.calibration.target_fpr} if config.calibration.fraction else {})
+
+
+def _calibrated(
+    calibration: calibrate.Calibration | None,
+    config: ConfigDict,
+    scores: np.ndarray,
+    is_anomaly: np.ndarray,
+    rows: dict[str, np.ndarray],
+) -> dict | None:
+    """The threshold and what it does to the test images of each domain; why, if there is none."""
+    target, fraction = config.calibration.target_fpr, config.calibration.fraction
+    if not fraction:
+        return None
+    if calibration is None:
+        facts = {"target_fpr": target, "threshold": None}
+        facts["reason"] = (
+            f"too few good images to hold {100 * fraction:.3g} % of them out; "
+            f"all were trained on. {calibrate.groups_needed(target)} are needed"
+        )
+    else:
+        facts = calibration.report(target)
+    if facts["reason"]:
+        logging.warning("no threshold: %s", facts["reason"])
+        return facts
+    domains = calibrate.rates_at(facts["threshold"], scores, is_anomaly, rows)
+    return facts | {"domains": domains}
 
 
 def percent(value: float | None) -> str:

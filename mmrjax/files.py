@@ -34,11 +34,12 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict | None:
-    """The content of a JSON file; None when it is absent or damaged."""
+    """The object in a JSON file; None when that is absent or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def full_disk(e: Exception) -> str:
@@ -55,3 +56,11 @@ def explain(e: Exception) -> str:
     if full_disk(e):
         line += ": the disk is full; make room and repeat the command, it continues what is saved"
     return line
+
+
+def unreadable(path: pathlib.Path, e: Exception) -> ValueError:
+    """The error of a file of a work directory that is absent or damaged, with what to do."""
+    return ValueError(
+        f"{path} is absent or damaged ({type(e).__name__}: {e}); delete it, and the command that "
+        "made it makes it again"
+    )

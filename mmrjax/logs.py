@@ -19,7 +19,7 @@ FLUSH_SECONDS = 1.0  # between fetches of the losses from the device
 REMEDY = "lower optim.learning_rate or use train.compute_dtype=float32, in another --workdir"
 # By whole folders: an environment may lie in a clone that is called mmrjax.
 _ROOT = pathlib.Path(__file__).parent.parent
-OURS = tuple(str(_ROOT / name) + os.sep for name in ("mmrjax", "data_builders"))
+OURS = tuple(str(_ROOT / name) + os.sep for name in ("mmrjax", "data_builders", "scripts"))
 
 
 def setup() -> None:
@@ -161,10 +161,13 @@ class TrainLog:
         self._file.close()
 
 
-def seconds(path: pathlib.Path, batch: int) -> float:
-    """Time spent in the steps that `path` holds, over all calls that took part in a run."""
-    lines = [_parse(line) for line in path.read_text().splitlines()]
-    return round(sum(batch / line["images_per_second"] for line in lines if line), 1)
+def seconds(path: pathlib.Path, batch: int) -> float | None:
+    """Time spent in the steps that `path` holds, over all calls of a run; None if it is lost."""
+    if not path.is_file():
+        return None
+    lines = [_parse(line) or {} for line in path.read_text().splitlines()]
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    return round(sum(batch / rate for rate in rates), 1)
 
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
@@ -176,6 +179,7 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
 
 def _parse(line: str) -> dict | None:
     try:
-        return json.loads(line)
+        content = json.loads(line)
     except json.JSONDecodeError:
         return None  # the last line of a killed run may be cut short
+    return content if isinstance(content, dict) and "step" in content else None

@@ -3,15 +3,14 @@
 Every command can be repeated: what is finished is not done again, and a killed run continues where
 its last checkpoint was. Runs lie in <workdir>/<method>/<category>/seed<k>/ (the method first, so
 that several methods share one work directory and one report); another view of finished runs lies in
-<workdir>/evaluations/<view>/. A configuration that declares a sweep has one such work directory per
-row, <workdir>/<row>/, and its comparison on top (see sweep.py).
+<workdir>/evaluations/<view>/ (see workdir.py). A configuration that declares a sweep has one such
+work directory per row, <workdir>/<row>/, and its comparison on top (see sweep.py).
 
 Several processes (`--distributed` on TPU pods, SLURM and Open MPI) run the same command together;
 work directory, records and raw data lie on storage that all of them see. The first one writes.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -38,26 +37,9 @@ from mmrjax import (
 )
 from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
+from mmrjax import workdir as workdir_lib
 from mmrjax.data import records as records_lib
 from mmrjax.data import splits
-
-# What may change between two calls on one work directory without touching what was trained.
-FREE_FIELDS = (
-    "title",
-    "method.names",
-    "data.raw_dir",
-    "data.data_dir",
-    "data.categories",
-    "data.feed",
-    "data.resident_gib",
-    "data.reference_domain",
-    "train.seeds",
-    "train.steps_per_call",
-    "train.fsdp",
-    "eval.",
-    "report.",
-    "ckpt.",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,10 +135,10 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
             raise ValueError(f"--config.method.names={name}: unknown; known: {known}")
     wanted = None
     if mode == "evaluate":
-        wanted = processes.first(lambda: trained_runs(workdir))
-    processes.first(lambda: check_workdir(config, workdir))
+        wanted = processes.first(lambda: workdir_lib.trained_runs(workdir))
+    processes.first(lambda: workdir_lib.check(config, workdir))
     directories = processes.first(lambda: build_records(config))
-    root = results_root(config, workdir)
+    root = workdir_lib.results_root(config, workdir)
     parts = map(records_lib.load, directories.values())
     for records in splits.units(parts, config.data.protocol):
         category = records.category
@@ -166,7 +148,7 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
         if wanted is not None:
             runs = [run for run in wanted if run[1] == category]
         for name, _, seed in runs:
-            path = pathlib.Path(name, category, f"seed{seed}")
+            path = workdir_lib.run_path(name, category, seed)
             run_one(config, name, records, seed, workdir / path, root / path, mode)
     results = processes.first(
         lambda: aggregate.aggregate(root, config.title, config.data.reference_domain)
@@ -194,20 +176,6 @@ def run_sweep(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[str
     return report_sweep.text_table(content), path
 
 
-def trained_runs(workdir: pathlib.Path) -> list[tuple[str, str, int]]:
-    """(method, category, seed) of every run in a work directory.
-
-    Raises:
-      FileNotFoundError: there is none.
-    """
-    found = [path.parent for path in sorted(workdir.glob("*/*/seed*/config.json"))]
-    runs = [(p.parent.parent.name, p.parent.name, int(p.name[4:])) for p in found]
-    runs = [run for run in runs if run[0] in methods.METHODS]
-    if not runs:
-        raise FileNotFoundError(f"nothing trained in {workdir}; run once without --mode=evaluate")
-    return runs
-
-
 def run_one(
     config: ConfigDict,
     name: str,
@@ -223,22 +191,21 @@ def run_one(
         logging.info("%s: finished before, see %s", run, folder / "results.json")
         return
     train_rows, test_rows = splits.select(records, config.data.protocol, config.data.shots, seed)
+    train_rows, held_out = splits.hold_out(records, train_rows, config.calibration.fraction, seed)
     trained = train.train(
         config, name, records, train_rows, seed, run, evaluate_only=mode == "evaluate"
     )
     if folder != run:  # another view: the report there shows the same training
         processes.first(lambda: _copy_training(run, folder))
-    evaluate.evaluate(trained, records, test_rows, config, seed, folder)
+    evaluate.evaluate(trained, records, test_rows, config, seed, folder, held_out)
 
 
 def _settle(config, name, records, run, folder, mode) -> tuple[ConfigDict, bool]:
     """The configuration to go on with, and whether its results are there."""
 
     def settle() -> tuple[dict, bool]:
-        settled = settle_config(config, name, run, records.digest, mode)
-        results = files.read_json(folder / "results.json")
-        finished = results and results["facts"].get("eval") == evaluate.eval_fields(settled)
-        return settled.to_dict(), bool(finished)
+        settled = workdir_lib.settle(config, name, run, records.digest, mode)
+        return settled.to_dict(), workdir_lib.is_finished(folder, settled)
 
     content, finished = processes.first(settle)
     return ConfigDict(content), finished
@@ -248,81 +215,6 @@ def _copy_training(run: pathlib.Path, folder: pathlib.Path) -> None:
     for file in ("config.json", "metrics.jsonl"):
         if (run / file).exists():
             files.write_text(folder / file, (run / file).read_text())
-
-
-def results_root(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-    """The work directory, or a folder in it for a view or a mode other than the trained one."""
-    parts = []
-    if config.eval.resize and tuple(config.eval.resize) != tuple(config.data.resize):
-        parts.append("resize{}x{}".format(*config.eval.resize))
-    if config.eval.metrics_mode != "standard":
-        parts.append(f"metrics_{config.eval.metrics_mode}")
-    return workdir / "evaluations" / "-".join(parts) if parts else workdir
-
-
-def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises ValueError when the work directory holds a sweep, or runs on another data set."""
-    if "rows" in (files.read_json(workdir / "results.json") or {}):
-        raise ValueError(f"{workdir} holds a sweep, with runs of its own; use another --workdir")
-    for path in workdir.glob("*/*/seed*/config.json"):
-        stored = (files.read_json(path) or {}).get("data", {}).get("name", config.data.name)
-        if stored != config.data.name:
-            raise ValueError(
-                f"{workdir} holds runs on {stored}, this configuration is for {config.data.name}; "
-                "use another --workdir"
-            )
-
-
-def settle_config(
-    config: ConfigDict, name: str, run: pathlib.Path, digest: str, mode: str
-) -> ConfigDict:
-    """Holds the configuration against the run's config.json, or writes that.
-
-    Args:
-      config: of this call.
-      name: of the method.
-      run: directory of the run.
-      digest: of the records; a run belongs to the data it was trained on.
-      mode: with "evaluate", what is stored wins over `config` in every field that shaped training.
-
-    Returns:
-      The configuration to go on with.
-
-    Raises:
-      ValueError: fields that change what is trained differ, naming them.
-    """
-    path = run / "config.json"
-    stored = files.read_json(path)
-    begun = any(p.name.isdigit() for sub in ("checkpoints", "fitted") for p in run.glob(f"{sub}/*"))
-    if stored is None or not (begun or mode == "evaluate"):
-        # A run without any saved step may still change its mind.
-        content = {**config.to_dict(), "data_digest": digest}
-        files.write_text(path, json.dumps(content, indent=1))
-        return config
-    if stored.pop("data_digest", digest) != digest:
-        raise ValueError(
-            f"{run} was trained on other data than the records hold now; use another --workdir"
-        )
-    own = methods.METHODS[name].fields
-    others = {field for method in methods.METHODS.values() for field in method.fields} - {*own}
-    others |= {*methods.METHODS[name].own}
-    before, settled = config_lib.flatten(ConfigDict(stored)), config.copy_and_resolve_references()
-    differing = {}
-    for field, value in config_lib.flatten(config).items():
-        old = before.get(field, value)
-        old = tuple(old) if isinstance(value, tuple) else old
-        if old != value and not field.startswith((*FREE_FIELDS, *others)):
-            differing[field] = old
-    if differing and mode == "evaluate":
-        settled.update_from_flattened_dict(differing)
-    elif differing:
-        flat = config_lib.flatten(config)
-        listed = "; ".join(f"{f}: was {old!r}, is {flat[f]!r}" for f, old in differing.items())
-        raise ValueError(
-            f"{run} was trained with another configuration ({listed}); use another --workdir, or "
-            "for another view of the same model --mode=evaluate --config.eval.resize=…"
-        )
-    return settled
 
 
 def results_table(results: dict) -> str:

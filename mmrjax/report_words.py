@@ -109,10 +109,12 @@ def departures(facts: Mapping) -> list[str]:
     found = []
     for role, wanted in PAPER_WEIGHTS.items():
         one = facts.get(role) or {}
-        published = str(one.get("source") or "").startswith(wanted)
+        # A file of `mmrjax.convert` holds the same weights as the one it was converted from.
+        original = one.get("converted_from") or one
+        published = str(original.get("source") or "").startswith(wanted)
         # The publisher's hash, where the name carries one: a renamed file is not the paper's.
         _, _, digits = wanted.partition("-")
-        if one and not (published and str(one.get("sha256") or "").startswith(digits)):
+        if one and not (published and str(original.get("sha256") or "").startswith(digits)):
             kind = "random weights" if _is_random(one) else "weights other than the paper's"
             name = f" {one['name']}" if one.get("name") else ""
             found.append(f"the {role}{name} has {kind} ({_source(one)}; paper: {wanted})")
@@ -124,8 +126,10 @@ def _is_random(weights: Mapping) -> bool:
 
 
 def _source(weights: Mapping) -> str:
-    """Where weights are from: a file's name, or what drew them."""
-    return str(weights.get("source") or weights.get("init") or "of unknown origin")
+    """Where weights are from: a file's name, the one it was converted from, or what drew them."""
+    name = str(weights.get("source") or weights.get("init") or "of unknown origin")
+    original = weights.get("converted_from")
+    return f"{name} (converted from {original['source']})" if original else name
 
 
 def comparison_sentence(one: Mapping, several_keys: bool) -> str:

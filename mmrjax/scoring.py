@@ -7,15 +7,17 @@ ones only histograms are kept, and the few maps that are shown are computed once
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mmrjax import logs, metrics, processes, train, visualize
+from mmrjax import calibrate, logs, metrics, processes, train, visualize
 from mmrjax import mesh as mesh_lib
 from mmrjax.data import geometry
 from mmrjax.data.records import ANOMALY, Records
@@ -117,12 +119,50 @@ def streams(config: ConfigDict, images: int) -> bool:
     """Whether only histograms of this many images are kept, by eval.pixel_metrics."""
     if config.eval.pixel_metrics != "auto":
         return config.eval.pixel_metrics == "streaming"
-    height, width = geometry.View.of(config, evaluation=True).size
+    height, width = geometry.View.of(config, evaluation=True).frame
     return images * height * width > EXACT_PIXELS
 
 
-def make_predict(trained: train.Trained):
-    """The jitted program: uint8 images [b, h, w, 3] -> (maps [b, h, w], scores [b]), float32."""
+def make_predict(trained: train.Trained, view: geometry.View):
+    """The compiled program: uint8 images [b, *frame, 3] -> (maps [b, *frame], scores [b]), float32.
+
+    A tiled view runs it window by window and needs the memory of one. Where windows overlap, the
+    map is their mean; the score is the largest of all windows.
+    """
+    predict = _window_program(trained)
+    if view.overlap is None:
+        return predict
+    corners, (h, w) = view.corners(), view.size
+    windows = np.zeros(view.frame, np.float32)
+    for top, left in corners:
+        windows[top : top + h, left : left + w] += 1
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(whole, part, top, left):
+        before = jax.lax.dynamic_slice(whole, (0, top, left), part.shape)
+        return jax.lax.dynamic_update_slice(whole, before + part, (0, top, left))
+
+    cut = jax.jit(
+        lambda images, top, left: jax.lax.dynamic_slice(
+            images, (0, top, left, 0), (len(images), h, w, 3)
+        ),
+        out_shardings=mesh_lib.batched(trained.mesh),
+    )
+
+    def tiled(variables, frozen, images):
+        whole = jnp.zeros(images.shape[:3], device=mesh_lib.replicated(trained.mesh))
+        score = None
+        for top, left in corners:
+            part, one = predict(variables, frozen, cut(images, top, left))
+            whole = add(whole, part, top, left)
+            score = one if score is None else jnp.maximum(score, one)
+        return whole / windows, score
+
+    return tiled
+
+
+def _window_program(trained: train.Trained):
+    """The jitted program at the size that the networks see."""
     replicated = mesh_lib.replicated(trained.mesh)
 
     def predict(variables, frozen, images):
@@ -132,6 +172,22 @@ def make_predict(trained: train.Trained):
     return jax.jit(predict, out_shardings=replicated)
 
 
+def one_behind(trained: train.Trained, predict: Callable, batches: Iterable) -> Iterator[tuple]:
+    """Yields (batch, (maps, scores) on device) of batches whose first item is the images.
+
+    One batch behind: the device works while the next images are decoded.
+    """
+    before = None
+    for batch in batches:
+        on_device = mesh_lib.put_batch(batch[0], trained.mesh)
+        result = predict(trained.variables, trained.frozen, on_device)
+        if before is not None:
+            yield before
+        before = batch, result
+    if before is not None:
+        yield before
+
+
 class Scorer:
     """A trained model and the records it is to score; its program is compiled once."""
 
@@ -139,15 +195,15 @@ class Scorer:
         """Nothing is computed yet; ValueError when a batch cannot be split over the devices."""
         mesh_lib.check_divisible("eval.batch_size", config.eval.batch_size, trained.mesh)
         self._trained, self._records, self._config = trained, records, config
-        self._predict = make_predict(trained)
         self._view = geometry.View.of(config, evaluation=True)
+        self._predict = make_predict(trained, self._view)
 
     def everything(self, indices: np.ndarray, maps_file: pathlib.Path | None = None) -> Predictions:
         """Scores the records `indices` and keeps all of it; writes the maps to `maps_file`.
 
         With several processes, the first one keeps it; the others return zeros.
         """
-        shape = len(indices), *self._view.size
+        shape = len(indices), *self._view.frame
         images, masks = np.zeros((*shape, 3), np.uint8), np.zeros(shape, bool)
         maps, scores = np.zeros(shape, np.float32), np.zeros(len(indices), np.float32)
         for rows, image, mask, result in self._batches(indices):
@@ -164,7 +220,7 @@ class Scorer:
         table, scores = self._table(indices), np.zeros(len(indices), np.float32)
         has_truth = (table["label"] == ANOMALY) & table["has_mask"]
         counts = streaming.MapHistograms(self._trained.mesh)
-        with _whole_file(maps_file, (len(indices), *self._view.size)) as file:
+        with _whole_file(maps_file, (len(indices), *self._view.frame)) as file:
             for rows, _, mask, (maps, score) in self._batches(indices):
                 counts.add(maps, mask & has_truth[rows, None, None])
                 scores[rows] = np.asarray(score)[: len(mask)]
@@ -176,6 +232,17 @@ class Scorer:
 
         return Histograms(counts.counted(), scores, table, again)
 
+    def calibration(self, indices: np.ndarray) -> calibrate.Calibration | None:
+        """Scores held-out good images; None without any."""
+        if not len(indices):
+            return None
+        scores, peaks, medians = (np.zeros(len(indices)) for _ in range(3))
+        for rows, image, _, (maps, score) in self._batches(indices):
+            maps, scores[rows] = np.asarray(maps)[: len(image)], np.asarray(score)[: len(image)]
+            peaks[rows], medians[rows] = maps.max(axis=(1, 2)), np.median(maps, axis=(1, 2))
+        table = self._table(indices)
+        return calibrate.Calibration.of(table["id"], table["group"], scores, peaks, medians)
+
     def _batches(self, indices: np.ndarray) -> Iterator[tuple]:
         """(rows, images, masks, result) per batch: only real rows, but of the result on device.
 
@@ -185,16 +252,11 @@ class Scorer:
         own = mesh_lib.own_rows(size, trained.mesh)
         batches = geometry.batches(self._records, indices, self._view, size, own)
         total = -(-len(indices) // size)
-        before = None  # one batch behind: the device works while the next images are decoded
-        for i, (image, mask, n) in enumerate(logs.progress(batches, "scoring", total)):
-            on_device = mesh_lib.put_batch(image, trained.mesh)
-            result = self._predict(trained.variables, trained.frozen, on_device)
-            image, mask = mesh_lib.whole((image, mask), trained.mesh)
-            if before is not None:
-                yield before
-            before = slice(i * size, i * size + n), image[:n], mask[:n], result
-        if before is not None:
-            yield before
+        batches = logs.progress(batches, "scoring", total)
+        for i, (batch, result) in enumerate(one_behind(trained, self._predict, batches)):
+            image, mask = mesh_lib.whole(batch[:2], trained.mesh)
+            n = batch[2]
+            yield slice(i * size, i * size + n), image[:n], mask[:n], result
 
     def _table(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         return {name: column[indices] for name, column in self._records.table.items()}

@@ -17,7 +17,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from mmrjax import config as config_lib
-from mmrjax import files, metrics, processes, report, report_words
+from mmrjax import files, metrics, processes, report, report_words, weights
+from mmrjax import workdir as workdir_lib
 
 RunAll = Callable[[ConfigDict, pathlib.Path], tuple[dict, pathlib.Path]]
 
@@ -53,11 +54,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, run_all: RunAll) -> tuple[dic
       (content of <workdir>/results.json, path of report.html).
 
     Raises:
-      ValueError: a row that cannot work, before any row is run; a work directory with other runs.
+      ValueError, FileNotFoundError: a row that cannot work, before any row is run; a work directory
+        with other runs.
     """
-    if any(workdir.glob("*/*/seed*/config.json")):
+    if workdir_lib.runs_with(workdir, "config.json"):
         raise ValueError(f"{workdir} holds runs of one configuration; use another --workdir")
     rows = plan(config)
+    for row in rows:
+        _find_weights(row.config)
     finished: dict[str, dict] = {}
 
     def compare(row: Row, aggregate: dict, page: pathlib.Path) -> tuple[dict, str]:
@@ -100,6 +104,13 @@ def plan(config: ConfigDict) -> list[Row]:
     if twice := sorted({name for name in folders if folders.count(name) > 1}):
         raise ValueError(f"sweep rows share a folder: {', '.join(twice)}; give them other labels")
     return rows
+
+
+def _find_weights(config: ConfigDict) -> None:
+    """Fetches what a row needs: the last one must not fail for it after days of training."""
+    weights.teacher_file(config.teacher.name, config.teacher.weights)
+    if "mmr" in config.method.names:
+        weights.student_file(config.student.init, config.student.size)
 
 
 def _measured(aggregate: dict, root: pathlib.Path, config: ConfigDict) -> dict:

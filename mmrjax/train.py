@@ -203,7 +203,13 @@ def _fit_stage(run: Run, variables: dict, key: jax.Array) -> tuple[dict, bool]:
         own = mesh_lib.own_rows(size, run.mesh)
         batches = geometry.batches(run.records, run.indices, view, size, own)
         batches = logs.progress(batches, "embedding", -(-count // size))
-        images = ((mesh_lib.put_batch(image, run.mesh), real) for image, _, real in batches)
+        (h, w), corners = view.size, view.corners()
+        images = (
+            (mesh_lib.put_batch(image[:, top : top + h, left : left + w], run.mesh), real)
+            for image, _, real in batches
+            for top, left in corners
+        )
+        count *= len(corners)
         fitted = run.method.fit(variables, run.frozen, images, count, key)
         fitted = mesh_lib.replicate(fitted, run.mesh)
         checkpoints.save(0, {name: fitted[name] for name in fitted if name not in variables})
@@ -216,11 +222,19 @@ def make_augment(config: ConfigDict) -> state_lib.Augment:
     view = geometry.View.of(config)
     size_hw = view.size
     scale, ratio = tuple(train.crop_scale), tuple(train.crop_ratio)
+    resize = tuple(config.data.resize) if config.data.tiling else None
 
     def apply(key: jax.Array, image: jax.Array, size: jax.Array) -> jax.Array:
+        window = jnp.concatenate([jnp.zeros(2, jnp.int32), size])
+        if resize:  # a window as large as those of the evaluation, anywhere
+            key, key_window = jax.random.split(key)
+            window = augment.random_window(key_window, size, size_hw, resize)
         if kind == "none":
+            if resize:
+                return augment.crop_resize(image, window, size_hw) / 255.0
             return augment.view(image, size, view.resize, size_hw, view.interpolation) / 255.0
-        return augment.augment(key, image, size, size_hw, scale, ratio, flip=kind == "rrc_flip")
+        flip = kind == "rrc_flip"
+        return augment.augment(key, image, window, size_hw, scale, ratio, flip)
 
     return apply
 

@@ -16,7 +16,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import cv2
 import matplotlib
@@ -142,6 +142,28 @@ def outline(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     drawn = image.copy()
     drawn[rim] = drawn[rim] // 4
     drawn[line] = OUTLINE_RGB
+    return drawn
+
+
+def draw_boxes(image: np.ndarray, boxes: Iterable) -> np.ndarray:
+    """Draws the frames of anomalous regions, outside of them.
+
+    Args:
+        image: RGB uint8 [h, w, 3].
+        boxes: with x, y, width and height in px each.
+
+    Returns:
+        A new RGB uint8 [h, w, 3].
+    """
+    drawn = np.ascontiguousarray(image).copy()
+    thickness = max(1, round(min(image.shape[:2]) / 250))
+    for box in boxes:
+        corners = (
+            (box.x - thickness, box.y - thickness),
+            (box.x + box.width + thickness - 1, box.y + box.height + thickness - 1),
+        )
+        cv2.rectangle(drawn, *corners, (0, 0, 0), thickness + 2)  # a dark rim, for light parts
+        cv2.rectangle(drawn, *corners, OUTLINE_RGB, thickness)
     return drawn
 
 
@@ -282,7 +304,7 @@ def write_gallery(
             pictures["truth"] = outline(image, masks[index])
         names = {name: f"{number:03d}_{name}.png" for name in pictures}
         for name, pixels in pictures.items():
-            _write_png(folder / names[name], pixels)
+            write_png(folder / names[name], pixels)
         item = {name: str(table[name][index]) for name in ("id", "label", "domain", "defect")}
         score = float(table["score"][index])
         items.append({"kind": kind, "score": score, "truth": None, **item, **names})
@@ -290,7 +312,7 @@ def write_gallery(
     files.write_text(folder / "gallery.json", text + "\n")
 
 
-def _write_png(path: pathlib.Path, image: np.ndarray) -> None:
+def write_png(path: pathlib.Path, image: np.ndarray) -> None:
     """Writes RGB uint8 [h, w, 3]; imencode, because imwrite reports a bad path only by False."""
     encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
     files.write_bytes(path, encoded.tobytes())

@@ -1,6 +1,7 @@
 """Scores one image in PyTorch: python score_in_torch.py STUDENT TEACHER ARCH IMAGE [MAP.npy].
 
-STUDENT and TEACHER are files of `python -m mmrjax.convert to-torch`; ARCH such as resnet18.
+STUDENT and TEACHER are files of `python -m mmrjax.convert to-torch`, .safetensors or .pth; ARCH is
+the teacher's, such as resnet18; IMAGE has 8 bits per channel.
 """
 
 import sys
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 import torch_reference as mmr
 
+if len(sys.argv) < 5:
+    sys.exit(__doc__)
 student_file, teacher_file, arch, image_file, *map_file = sys.argv[1:]
 student = mmr.load_student(student_file)
 teacher = mmr.load_teacher(teacher_file, arch)

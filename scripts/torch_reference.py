@@ -17,7 +17,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from scipy import ndimage
 from torch import nn
@@ -336,9 +336,10 @@ def train_step(student, teacher, optimizer, images, mask_ratio=0.4, noise=None) 
 
 
 def load_file(path: str) -> tuple[dict, dict]:
-    """(tensors by name, header) of a .safetensors file, or of a .pth file that holds tensors."""
+    """(tensors by name, text beside them) of a .safetensors file or a .pth file."""
     if not str(path).endswith(".safetensors"):
-        return torch.load(path, weights_only=True), {}
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state, getattr(state, "_metadata", {}).get("mmrjax", {})
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
@@ -346,10 +347,12 @@ def load_file(path: str) -> tuple[dict, dict]:
 def load_student(path: str, heads: int | None = None) -> MMRStudent:
     """Student from a file with the official key names, in evaluation mode.
 
-    The shapes give its sizes, the header what they do not: heads (else width / 64) and sides of an
-    image that is no square. `view` then holds the arguments of `load_image`.
+    The shapes give its sizes, the text beside them what they do not: heads (else width / 64), and
+    sides of an image that is no square. `view` then holds the arguments of `load_image`.
     """
     state, header = load_file(path)
+    if "decoder_FPN_mask_token" not in state:
+        raise ValueError(f"{path} holds no MMR student, but {', '.join(list(state)[:3])}, …")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     side = math.isqrt(state["decoder_FPN_pos_embed"].shape[1] - 1) * patch
     sizes = {
@@ -394,7 +397,8 @@ def load_image(path: str, image_size, resize=None, interpolation="bilinear") -> 
     size = pair(image_size)
     resize = pair(resize or tuple(n * 8 // 7 for n in size))
     how = Image.Resampling[interpolation.upper()]
-    pixels = np.asarray(Image.open(path).convert("RGB").resize(resize[::-1], how))
+    upright = ImageOps.exif_transpose(Image.open(path))
+    pixels = np.asarray(upright.convert("RGB").resize(resize[::-1], how))
     top, left = (round((n - s) / 2) for n, s in zip(resize, size, strict=True))
     return normalise(pixels[None, top : top + size[0], left : left + size[1]])
 

@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 
 from mmrjax import config as config_lib
+from mmrjax import main
 
 # Before any device is used: tests of sharding need several devices, and Grain reads absl flags.
 jax.config.update("jax_platforms", "cpu")
@@ -117,6 +118,22 @@ def tiny_fields():
         return [f"--config.{field}" for field in fields]
 
     return overrides
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_raw, tmp_path_factory, tiny_fields):
+    """(work directory, arguments) of a run of both methods with two seeds and a threshold."""
+    home = tmp_path_factory.mktemp("finished")
+    args = [
+        "--config=configs/folder.py",
+        f"--workdir={home / 'run'}",
+        *tiny_fields(tiny_raw, home / "records"),
+        "--config.train.seeds=1,2",
+        "--config.calibration.fraction=0.5",  # five of ten: rates from a sixth on
+        "--config.calibration.target_fpr=0.2",
+    ]
+    assert main.main(args) == 0
+    return home / "run", args
 
 
 @pytest.fixture

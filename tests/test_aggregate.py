@@ -29,7 +29,7 @@ def write_run(root, seed, mode, domains, category="part"):
         "facts": {"notes": [], "eval": {"metrics_mode": mode}},
     }
     (folder / "results.json").write_text(json.dumps(content))
-    (folder / "scores.csv").write_text("id,label,group,score\na,good,a,0.5\n")
+    (folder / "scores.csv").write_text("id,label,domain,group,score\na,good,,a,0.5\n")
 
 
 # Table of the official code: round(0.84449, 3) = 0.844 and round(0.80051, 3) = 0.801 are averaged.

@@ -1,5 +1,6 @@
 """Checkpoints: bitwise, verified, and a damaged one costs no more than the way since the last."""
 
+import json
 import logging as std_logging
 
 import jax
@@ -83,6 +84,18 @@ def truncate(path):
 
 def remove(path):
     path.unlink()
+
+
+def metadata_file(step):
+    return next(p for p in (step / "meta").rglob("*") if b"checksums" in p.read_bytes())
+
+
+def change_metadata(step, change):
+    """Their own checksum goes, without which older versions wrote them."""
+    meta = json.loads(metadata_file(step).read_text())
+    del meta["crc"]
+    change(meta)
+    metadata_file(step).write_text(json.dumps(meta))
 
 
 # --- whole checkpoints
@@ -201,13 +214,32 @@ def test_damaged_newest_checkpoint_is_reported_and_the_previous_one_used(folder,
 
 def test_flipped_bit_that_the_storage_does_not_notice_is_found_by_the_checksum(folder, log):
     save(folder, 3, 8)
-    meta = next(p for p in (folder / "8" / "meta").rglob("*") if b"checksums" in p.read_bytes())
-    text = meta.read_text()
-    crc = checkpoint.checksums(make_state(8))[".params['bias']"]
-    assert str(crc) in text
-    meta.write_text(text.replace(str(crc), str(crc ^ 1)))
+
+    def flip(meta):
+        assert meta["checksums"] == checkpoint.checksums(make_state(8))
+        meta["checksums"][".params['bias']"] ^= 1
+
+    change_metadata(folder / "8", flip)
     assert restore(folder)[0] == 3
     assert any("checksum of [\".params['bias']\"]" in r.getMessage() for r in log.records)
+
+
+def test_flipped_bit_in_the_metadata_is_damage_and_not_another_model(folder):
+    save(folder, 3, 8)
+    path = metadata_file(folder / "8")
+    whole = path.read_bytes()
+    for place in range(5, len(whole), len(whole) // 20):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
+            step, restored = checkpoints.restore(make_state(0))
+        assert step == 3, whole[place - 5 : place + 5]
+    assert_bitwise_equal(restored, make_state(3))
+
+
+def test_metadata_without_a_checksum_of_their_own_are_read_as_older_versions_wrote_them(folder):
+    save(folder, 3)
+    change_metadata(folder / "3", lambda meta: None)
+    assert restore(folder)[0] == 3
 
 
 @pytest.mark.parametrize("damage", [truncate, remove])

@@ -432,3 +432,26 @@ def test_flatten_sorts_by_name():
     config = ConfigDict()
     config.second, config.first = 2, 1
     assert list(config_lib.flatten(config)) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = 1\ndef get_config(:\n", r"line 2: invalid syntax"),
+        ("import nothing_there\n", r"line 1: ModuleNotFoundError: No module named 'nothing_there'"),
+        ("def get_config():\n    return 1 / 0\n", r"line 2: ZeroDivisionError"),
+        ("def get_config():\n    return 5\n", r"get_config\(\) lacks ckpt.every_seconds, .*common"),
+        ("def get_config():\n    raise ValueError('no blade')\n", r"^no blade$"),
+    ],
+)
+def test_a_configuration_file_that_fails_is_named_with_the_line(tmp_path, code, message):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(ValueError, match=message) as caught:
+        config_lib.load(str(tmp_path / "mine.py"))
+    assert "mine.py" in str(caught.value) or "no blade" in code
+
+
+def test_a_configuration_that_is_no_python_file_is_refused(tmp_path):
+    (tmp_path / "mine.bin").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match=r"mine\.bin: expected a Python file, ending in \.py"):
+        config_lib.load(str(tmp_path / "mine.bin"))

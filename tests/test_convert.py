@@ -101,7 +101,7 @@ def test_of_a_mae_checkpoint_the_encoder_is_taken(vit, tmp_path, capsys):
     assert f"used    {len(vit)}: " in out
     assert "unused  2: mask_token, decoder_blocks.*.norm1.bias" in out
     assert "licence CC BY-NC 4.0" in out
-    assert storage.header(ours)["licence"] == source.MAE_LICENCE
+    assert source.header(ours)["licence"] == source.MAE_LICENCE
     assert run("to-torch", kind="mae", arch=ARCH, input=ours, output=theirs) == 0
     assert torch.load(theirs, weights_only=True).keys() == {"model"}  # where MAE's code looks
     assert_same(source.read_state(theirs), vit)
@@ -122,6 +122,20 @@ def test_of_a_timm_checkpoint_the_encoder_is_taken(vit, tmp_path, capsys):
     assert "licence Apache-2.0" in out
     assert run("to-torch", **flags, input=ours, output=theirs) == 0
     assert_same(safetensors.numpy.load_file(theirs), state)
+
+
+@pytest.mark.parametrize("sign", ["mask_token", "fixed table"])
+def test_a_mae_checkpoint_is_not_taken_for_one_of_timm(vit, sign, tmp_path, capsys):
+    """It would be called Apache-2.0."""
+    extra = {"mask_token": np.ones((1, 1, 8), np.float32)}
+    if sign == "fixed table":
+        extra = {"pos_embed": positions.sincos_2d(48, (14, 14))[None]}
+    safetensors.numpy.save_file({**vit, **extra}, tmp_path / "mae.safetensors")
+    flags = {"arch": ARCH, "input": tmp_path / "mae.safetensors"}
+    ours = tmp_path / "ours.safetensors"
+    assert run("from-torch", kind="timm", **flags, output=ours) == 1
+    assert "CC BY-NC 4.0 (non-commercial): use --kind=mae" in capsys.readouterr().err
+    assert run("from-torch", kind="mae", **flags, output=ours) == 0
 
 
 def test_a_teacher_comes_in_and_leaves_bit_for_bit(tmp_path):
@@ -207,20 +221,22 @@ def test_a_run_leaves_bit_for_bit_and_is_not_touched(trained, tmp_path, capsys):
     again = tmp_path / "again.safetensors"
     assert run("to-torch", kind="mmr", input=ours, output=again) == 0
     assert_same(safetensors.numpy.load_file(again), safetensors.numpy.load_file(theirs))
-    assert storage.header(again)["resize"] == storage.header(theirs)["resize"]
+    assert source.header(again)["resize"] == source.header(theirs)["resize"]
 
 
 @pytest.mark.torch
-def test_an_image_gets_the_same_map_in_torch(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_an_image_gets_the_same_map_in_torch(trained, suffix, tmp_path, monkeypatch, capsys):
+    """Heads, sides and resize are in no tensor: both formats carry them beside the tensors."""
     pytest.importorskip("torch", reason="the torch extra is not installed")
     folder, method, variables = trained
     pixels = np.random.default_rng(1).integers(0, 256, (9, 13, 3), np.uint8)
     image = tmp_path / "part.png"
     Image.fromarray(pixels).resize((130, 90), Image.Resampling.BICUBIC).save(image)
     for kind, name in (("mmr", "student"), ("teacher", "teacher")):
-        output = tmp_path / f"{name}.safetensors"
+        output = tmp_path / f"{name}.{suffix}"
         assert run("to-torch", kind=kind, input=folder, output=output) == 0
-    names = ("student.safetensors", "teacher.safetensors", "map.npy")
+    names = (f"student.{suffix}", f"teacher.{suffix}", "map.npy")
     files = [str(tmp_path / name) for name in names]
     capsys.readouterr()
     monkeypatch.syspath_prepend(SCRIPTS)
@@ -240,23 +256,39 @@ def test_an_image_gets_the_same_map_in_torch(trained, tmp_path, monkeypatch, cap
     assert score == pytest.approx(float(want["score"][0]), abs=2e-5)
 
 
+@pytest.mark.torch
+def test_the_torch_example_says_how_it_is_called(monkeypatch):
+    pytest.importorskip("torch", reason="the torch extra is not installed")
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr("sys.argv", ["x", "student.safetensors"])
+    with pytest.raises(SystemExit, match="STUDENT TEACHER ARCH IMAGE"):
+        runpy.run_path(str(SCRIPTS / "score_in_torch.py"), run_name="__main__")
+
+
 def test_the_encoder_of_a_run_leaves_alone(trained, tmp_path):
     folder, _, variables = trained
     output = tmp_path / "vit.safetensors"
     assert run("to-torch", kind="timm", input=folder, output=output) == 0
     state = safetensors.numpy.load_file(output)
     assert not [key for key in state if "decoder" in key or "simfp" in key]
+    assert source.header(output)["kind"] == "encoder"
+    ours = tmp_path / "ours.safetensors"  # with the fixed table of a student from scratch, perhaps
+    assert run("from-torch", kind="timm", input=output, output=ours) == 0
+    assert source.header(ours)["licence"] == source.LOCAL
     assert_same(
         torch_names.encoder_from_torch(state)["params"],
         {k: variables["params"][k] for k in ("cls_token", "patch_kernel", "patch_bias", "encoder")},
     )
 
 
-def test_a_random_teacher_is_still_called_random_after_it_left(trained, tmp_path):
+@pytest.mark.parametrize("suffix", ["safetensors", pytest.param("pth", marks=pytest.mark.torch)])
+def test_a_random_teacher_is_still_called_random_after_it_left(trained, suffix, tmp_path):
+    if suffix == "pth":
+        pytest.importorskip("torch", reason="the torch extra is not installed")
     folder, method, _ = trained
-    theirs, ours = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
+    theirs, ours = tmp_path / f"theirs.{suffix}", tmp_path / "ours.safetensors"
     assert run("to-torch", kind="teacher", input=folder, output=theirs) == 0
-    assert run("from-torch", kind="teacher", arch="resnet18", input=theirs, output=ours) == 0
+    assert run("from-torch", kind="teacher", input=theirs, output=ours) == 0
     for path in (theirs, ours):
         variables, facts = weights.load_teacher("resnet18", str(path))
         assert facts["random"] is True
@@ -270,6 +302,28 @@ def test_a_teacher_that_changed_since_the_training_is_refused(trained, tmp_path)
     (tmp_path / "results.json").write_text('{"facts": {"teacher": {"sha256": "0123456789"}}}')
     with pytest.raises(ValueError, match="trained with teacher weights of sha256 01234567"):
         restore.teacher(config, tmp_path)
+
+
+@pytest.mark.parametrize("init", ["mae", "scratch", "ours.safetensors", "gone.safetensors"])
+def test_the_licence_of_the_start_is_known_before_the_training_has_results(
+    init, trained, vit, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    facts = {"kind": "encoder", "arch": ARCH, "licence": "mine"}
+    storage.write(pathlib.Path("ours.safetensors"), torch_names.encoder_from_torch(vit), facts)
+    stored = json.loads((trained[0] / "config.json").read_text())
+    stored["student"]["init"] = init
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "checkpoints").symlink_to(trained[0] / "checkpoints")
+    assert run("to-torch", kind="mmr", input=tmp_path, output="theirs.safetensors") == 0
+    wanted = {
+        "mae": source.MAE_LICENCE,
+        "scratch": None,
+        "ours.safetensors": "mine",
+        "gone.safetensors": source.LOCAL,
+    }
+    written = source.header(tmp_path / "theirs.safetensors")
+    assert written.get("licence") == wanted[init]
 
 
 def test_fields_younger_than_a_run_have_their_defaults(trained, tmp_path):
@@ -305,6 +359,8 @@ def inputs(golden_student, vit, golden_dir, tmp_path_factory) -> pathlib.Path:
     hostile = {"a": np.ones(2), "a/b": np.ones(2)}
     facts = {"format": "mmrjax", "kind": "student", "arch": ARCH}
     safetensors.numpy.save_file(hostile, folder / "hostile.safetensors", metadata=facts)
+    about = {"kind": "student", "arch": ARCH}
+    storage.write_torch(folder / "left.safetensors", source.read_state(golden_student), about)
     odd = {"params": np.ones(2), "positions": np.ones(2)}
     safetensors.numpy.save_file(odd, folder / "odd.safetensors", metadata=facts)
     cut = torch_names.encoder_from_torch(vit)
@@ -346,6 +402,13 @@ REFUSED = {
     "bad size": ("from-torch", "mae", "48,0,3", "vit.safetensors", "or WIDTH,DEPTH,HEADS"),
     "no size": ("from-torch", "mae", "", "vit.safetensors", "or WIDTH,DEPTH,HEADS"),
     "heads": ("from-torch", "mae", "48,3,5", "vit.safetensors", "divisible by heads=5"),
+    "other heads than it says": (
+        "from-torch", "mmr", "48,3,4", "left.safetensors", "architecture 48,3,3, not 48,3,4",
+    ),
+    "other kind than it says": (
+        "from-torch", "teacher", "resnet18", "left.safetensors", "holds weights of kind student",
+    ),
+    "folder": ("from-torch", "mmr", ARCH, "work", "is a folder; from-torch takes a file"),
     "ours already": ("from-torch", "mae", ARCH, "ours.safetensors", "in our format already"),
     "theirs already": ("to-torch", "mmr", "", "student.safetensors", "not a weights file of"),
     "no student in it": ("to-torch", "mmr", "", "ours.safetensors", "weights of kind encoder"),
@@ -396,6 +459,14 @@ def test_an_existing_output_is_left_as_it_is(golden_student, tmp_path, capsys):
     assert run("from-torch", kind="mmr", arch=ARCH, input=golden_student, output=output) == 1
     assert "mine.safetensors exists; choose another name" in capsys.readouterr().err
     assert output.read_bytes() == b"precious"
+
+
+def test_a_file_of_mmrjax_says_its_architecture_and_home_is_home(inputs, tmp_path, monkeypatch):
+    """Shells do not expand the ~ in --output=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "in.safetensors").write_bytes((inputs / "left.safetensors").read_bytes())
+    assert run("from-torch", kind="mmr", input="~/in.safetensors", output="~/out.safetensors") == 0
+    assert source.header(tmp_path / "out.safetensors")["arch"] == ARCH
 
 
 @pytest.mark.parametrize(("verb", "name"), [("from-torch", "x.pth"), ("to-torch", "x.npz")])

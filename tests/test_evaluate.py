@@ -56,7 +56,7 @@ class Brightness:
         return {"map": maps, "score": maps.max(axis=(1, 2))}
 
 
-def run(folder, *overrides):
+def run(folder, *overrides, held_out=()):
     config = config_lib.load(
         "configs/folder.py",
         [
@@ -73,7 +73,7 @@ def run(folder, *overrides):
     mesh = mesh_lib.make_mesh(4)
     trained = train.Trained(Brightness(), {"bias": jnp.float32(0.0)}, {}, facts, mesh)
     indices = np.arange(len(records))
-    return evaluate.evaluate(trained, records, indices, config, 3, folder)
+    return evaluate.evaluate(trained, records, indices, config, 3, folder, held_out)
 
 
 def test_streaming_and_exact_forms_agree_within_the_stated_error(tmp_path):
@@ -142,3 +142,47 @@ def test_the_official_masks_are_eroded(tmp_path):
         for mode in ("standard", "mmr")
     ]
     assert values[0]["pixel_auroc"] != values[1]["pixel_auroc"]
+
+
+@pytest.mark.parametrize("overlap", [0, 13])
+def test_tiles_are_put_together_exactly(tmp_path, overlap):
+    """A map that depends on each pixel alone is that of the whole image, whatever the tiles."""
+    whole = run(tmp_path / "whole", "data.image_size=64,64", "eval.save_maps=true")
+    fields = ("data.image_size=24,24", "data.tiling=true", f"data.tile_overlap={overlap}")
+    tiled = run(tmp_path / "tiled", *fields, "eval.save_maps=true")
+    maps = [np.load(tmp_path / name / "maps" / "maps.npy") for name in ("whole", "tiled")]
+    assert maps[1].shape == (21, 64, 64)
+    np.testing.assert_allclose(maps[1], maps[0], rtol=3e-7)  # the last bit of exp
+    rows = [csv.DictReader((tmp_path / n / "scores.csv").open()) for n in ("whole", "tiled")]
+    scores = [[float(row["score"]) for row in some] for some in rows]
+    np.testing.assert_allclose(*scores, rtol=3e-7)
+    assert (
+        tiled["metrics"]["toy/part"]["all"]["counts"]
+        == whole["metrics"]["toy/part"]["all"]["counts"]
+    )
+    assert tiled["facts"]["eval"]["view"] != whole["facts"]["eval"]["view"]
+
+
+def test_held_out_images_give_a_threshold_and_rates_per_domain(tmp_path):
+    fields = ("calibration.fraction=0.3", "calibration.target_fpr=0.25")
+    found = run(tmp_path, *fields, held_out=[4, 7, 10, 13])["calibration"]
+    scores = {r["id"]: float(r["score"]) for r in csv.DictReader((tmp_path / "scores.csv").open())}
+    # images 6 and 7 are of one group, but of the held-out ones no two are: five ranks, the fourth
+    assert found["threshold"] == sorted(scores[f"id{i:02d}"] for i in (4, 7, 10, 13))[3]
+    assert found["promised_fpr"] == pytest.approx(0.2)
+    domains = found["domains"]
+    assert set(domains) == {"all", "same", "view"}
+    assert domains["all"]["good"] == domains["same"]["good"] + domains["view"]["good"] == 14
+    flagged = sum(s > found["threshold"] for name, s in scores.items() if int(name[2:]) % 3)
+    assert domains["all"]["good_flagged"] == flagged
+    scale = json.loads((tmp_path / "maps" / "gallery.json").read_text())["scale"]
+    assert np.mean(scale) == pytest.approx(found["threshold"])  # here a score is a map's peak
+
+
+def test_without_enough_held_out_images_the_reason_stands_where_the_threshold_would(tmp_path):
+    few = run(tmp_path / "few", "calibration.fraction=0.3", held_out=[4, 7, 10, 13])["calibration"]
+    assert few["threshold"] is None
+    assert "4 held-out good images can promise false-positive rates from 20 %" in few["reason"]
+    none = run(tmp_path / "none", "calibration.fraction=0.1")["calibration"]
+    assert "19 are needed" in none["reason"]
+    assert run(tmp_path / "off", "calibration.fraction=0")["calibration"] is None

@@ -13,12 +13,13 @@ LAYERS = (
     {"models", "metrics", "mesh", "optim", "logs", "losses", "config", "checkpoint", "visualize"},
     {"data", "weights", "anomaly_map"},
     {"methods"},
-    {"state", "train", "scoring", "evaluate", "aggregate", "calibrate"},
+    {"state", "train", "scoring", "evaluate", "workdir", "compare", "aggregate", "calibrate"},
 )
 # Everything else (main, report, predict, bench ...) is a program: it may import anything, and only
 # another program may import it.
 ISOLATED = {"models"}  # import only themselves
-MAY_PRINT = {"main.py", "convert.py", "report.py", "bench.py", "bench_metrics.py", "predict.py"}
+MAY_PRINT = {"main.py", "convert.py", "compare.py", "report.py", "bench.py", "bench_metrics.py"}
+MAY_PRINT |= {"predict.py"}
 
 
 def sources(package: str) -> list[pathlib.Path]:

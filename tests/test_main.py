@@ -9,20 +9,6 @@ import pytest
 from mmrjax import main
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_raw, tmp_path_factory, tiny_fields):
-    """One complete run of both methods with two seeds."""
-    home = tmp_path_factory.mktemp("finished")
-    args = [
-        "--config=configs/folder.py",
-        f"--workdir={home / 'run'}",
-        *tiny_fields(tiny_raw, home / "records"),
-        "--config.train.seeds=1,2",
-    ]
-    assert main.main(args) == 0
-    return home / "run", args
-
-
 def test_a_run_leaves_everything_the_report_needs(finished):
     workdir, _ = finished
     run = workdir / "mmr" / "parts" / "seed1"

@@ -10,7 +10,7 @@ from mmrjax import main, report_words
 from mmrjax.data import records as records_lib
 
 # Otherwise as in test_main.py, so that its compiled programs serve here too.
-FIELDS = ("train.seeds=1", "eval.save_maps=true")
+FIELDS = ("train.seeds=1", "eval.save_maps=true", "calibration.fraction=0.5")
 METHODS = {"mmr": "checkpoints", "patchcore": "fitted"}
 
 
@@ -68,10 +68,11 @@ def column(workdir, method, name):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_permuted_test_labels_leave_weights_maps_scores_and_scale_byte_for_byte(runs, method):
+def test_permuted_test_labels_leave_weights_maps_scores_and_thresholds_byte_for_byte(runs, method):
     true, permuted = (folder(workdir, method) for workdir in runs)
     assert saved(true / METHODS[method]) == saved(permuted / METHODS[method])
-    assert (true / "maps/maps.npy").read_bytes() == (permuted / "maps/maps.npy").read_bytes()
+    for name in ("maps/maps.npy", "calibration.json"):
+        assert (true / name).read_bytes() == (permuted / name).read_bytes()
     # repr() of float32 as Python floats: equal text is equal bits.
     assert column(runs[0], method, "score") == column(runs[1], method, "score")
     scales = [read(path / "maps/gallery.json")["scale"] for path in (true, permuted)]
@@ -142,6 +143,36 @@ def test_the_papers_own_weights_are_no_departure():
 def test_random_and_other_weights_are_said_plainly(role, changes, said):
     (text,) = report_words.departures({**PAPER, role: PAPER[role] | changes})
     assert all(part in text for part in said.split(".*"))
+
+
+CONVERTED = {  # by mmrjax.convert from the paper's files
+    "teacher": TEACHER
+    | {
+        "source": "wrn.safetensors",
+        "sha256": "1" * 64,
+        "converted_from": {name: TEACHER[name] for name in ("source", "sha256")},
+    },
+    "student": {
+        "init": "vit.safetensors",
+        "source": "vit.safetensors",
+        "sha256": "2" * 64,
+        "converted_from": {name: STUDENT[name] for name in ("source", "sha256")},
+    },
+}
+
+
+def test_a_converted_copy_of_the_papers_weights_is_no_departure():
+    assert report_words.departures(CONVERTED) == []
+    line = report_words.protocol(CONVERTED)["teacher"]
+    assert "wrn.safetensors (converted from wide_resnet50_2-95faca4d.pth), sha256 111" in line
+
+
+@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"source": "resnet.pth"}])
+def test_a_converted_copy_of_other_weights_is_one(change):
+    teacher = CONVERTED["teacher"]
+    other = {**teacher, "converted_from": teacher["converted_from"] | change}
+    (text,) = report_words.departures({**CONVERTED, "teacher": other})
+    assert "has weights other than the paper's" in text
 
 
 def test_the_protocol_names_the_weights_files_with_their_hashes():

@@ -89,3 +89,10 @@ def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
     with logs.TrainLog(path, start=1, stop=2, steps_per_epoch=2, batch=4):
         pass
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0]
+
+
+def test_the_time_of_a_lost_log_is_unknown_and_damaged_lines_do_not_count(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert logs.seconds(path, 4) is None
+    path.write_text('{"step": 0, "images_per_second": 2.0}\n{"step": 1, "imagfs": 2.0}\n[3]\n')
+    assert logs.seconds(path, 4) == 2.0

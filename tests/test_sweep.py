@@ -1,7 +1,10 @@
 """Sweeps: rows as ordinary runs, the comparison beside the paper's numbers, the paper's tables."""
 
+import importlib.util
 import json
 import textwrap
+import urllib.error
+import urllib.request
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +57,21 @@ def test_rows_that_cannot_work_are_refused_before_any_is_run(tiny_config, tmp_pa
     config = with_rows(tiny_config, ("good", ("train.epochs=9",), ""), *rows)
     with pytest.raises(ValueError, match=message):
         sweep.run(config, tmp_path, lambda *_: pytest.fail("a row was run"))
+
+
+@pytest.mark.parametrize("override", ["teacher.weights=imagenet", "student.init=gone.npz"])
+def test_missing_weights_are_told_before_any_row_is_run(
+    override, tiny_config, tmp_path, monkeypatch
+):
+    def refuse(url, *args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("MMRJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)  # torch
+    rows = (("good", ("train.epochs=9",), ""), ("late", (override,), ""))
+    with pytest.raises(FileNotFoundError, match=r"resnet18-f37072fd\.pth is not|file at gone\.npz"):
+        sweep.run(with_rows(tiny_config, *rows), tmp_path, lambda *_: pytest.fail("a row was run"))
 
 
 def test_rows_cannot_be_given_on_the_command_line():
@@ -128,19 +146,29 @@ def test_every_switch_of_section_6_builds_and_gives_its_layers_a_loss(name):
     """Traced, not compiled: that would take minutes."""
     config = aebad_ablation.get_config(name)
     config_lib.override(config, SMALL)
+    for row in sweep.plan(config):
+        assert loss_terms(row.config) == set(row.config.student.layers), row.label
+
+
+@pytest.mark.parametrize("layers", [(1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3)])
+def test_any_subset_of_the_layers_can_be_reconstructed(layers):
+    config = config_lib.load("configs/aebad_ablation.py", SMALL)
+    config.student.layers = layers
+    assert loss_terms(config) == set(layers)
+
+
+def loss_terms(config) -> set[int]:
+    """The layers of which the traced loss of a configuration has a term."""
     image, key = jnp.zeros((2, 224, 224, 3)), jax.random.key(0)
     batch = {"image": image, "weight": jnp.ones(2), "keys": jax.random.split(key)}
-    for row in sweep.plan(config):
-        method = methods.create("mmr", row.config)
-        variables = jax.eval_shape(method.student.init, key, image)
-        frozen = {"teacher": jax.eval_shape(method.teacher.init, key, image)}
-
-        def loss(variables, frozen, method=method):
-            return method.loss(variables, frozen, batch, key, {})
-
-        value, (_, logs) = jax.eval_shape(loss, variables, frozen)
-        assert value.shape == ()
-        assert set(logs) == {f"loss_layer{n}" for n in row.config.student.layers}, row.label
+    method = methods.create("mmr", config)
+    variables = jax.eval_shape(method.student.init, key, image)
+    frozen = {"teacher": jax.eval_shape(method.teacher.init, key, image)}
+    value, (_, logs) = jax.eval_shape(
+        lambda variables, frozen: method.loss(variables, frozen, batch, key, {}), variables, frozen
+    )
+    assert value.shape == ()
+    return {int(name.removeprefix("loss_layer")) for name in logs}
 
 
 # --- running it

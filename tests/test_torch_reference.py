@@ -98,6 +98,11 @@ def test_student_refuses_a_state_with_a_missing_tensor():
         student.load_state_dict(state, strict=True)
 
 
+def test_a_teacher_is_not_taken_for_a_student():
+    with pytest.raises(ValueError, match=r"state_reduced_resnet18.* holds no MMR student, but bn1"):
+        mmr.load_student(GOLDEN / "teacher" / "state_reduced_resnet18.safetensors")
+
+
 @pytest.mark.parametrize(("width", "grid"), [(48, 14), (48, 4), (768, 14)])
 def test_position_table_equals_the_official_one(width, grid):
     expected = golden("student/outputs.npz")[f"sincos_D{width}_G{grid}"]
@@ -345,6 +350,20 @@ def test_training_lowers_the_loss_and_moves_only_the_student():
 
 
 # --- programs
+
+
+def test_photograph_is_turned_as_its_camera_noted(tmp_path):
+    """As mmrjax's records are; the pixel rows of this one run from the bottom to the top."""
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:8] = 255
+    for orientation, name in ((1, "upright"), (3, "turned")):
+        exif = Image.Exif()
+        exif[274] = orientation
+        stored = pixels if orientation == 1 else pixels[::-1, ::-1]
+        Image.fromarray(stored).save(tmp_path / f"{name}.png", exif=exif)
+    upright, turned = (mmr.load_image(tmp_path / f"{n}.png", 32) for n in ("upright", "turned"))
+    assert torch.equal(upright, turned)
+    assert float(upright[0, 0, 0, 0]) > float(upright[0, 0, -1, 0])
 
 
 def test_image_is_squashed_to_256_and_cropped_in_the_centre(tmp_path):

@@ -16,14 +16,17 @@ import tensorflow_datasets as tfds
 
 from data_builders import common, files
 
-_FOLDERS = {"s": "AeBAD_S", "v": "AeBAD_V"}
-
 
 class Builder(common.RecordBuilder):
-    """Two configs: `s` with pixel masks, `v` with frames of videos and image labels only."""
+    """Two configs: `s` with pixel masks, `v` with frames of videos and image labels only.
+
+    Each works without the other.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
-    CATEGORIES = tuple(_FOLDERS)
+    FOLDERS: ClassVar[Mapping[str, str]] = {"s": "AeBAD_S", "v": "AeBAD_V"}
+    CATEGORIES = tuple(FOLDERS)
+    MUST_HOLD = "train/good"
     EXPECTED: ClassVar[Mapping[str, Mapping[str, int]]] = {
         "s": {
             "train good": 521,
@@ -54,12 +57,6 @@ class Builder(common.RecordBuilder):
         "AeBAD_V/test."
     )
 
-    @classmethod
-    def category_folders(cls, root: pathlib.Path) -> dict[str, pathlib.Path]:
-        """The parts of AeBAD that are there; each works without the other."""
-        folders = {category: root / name for category, name in _FOLDERS.items()}
-        return {c: folder for c, folder in folders.items() if (folder / "train" / "good").is_dir()}
-
     def count_key(self, split: str, record: common.Example) -> str:
         """Counts by domain and label."""
         return " ".join(filter(None, (split, record["domain"], record["label"])))
@@ -69,7 +66,7 @@ class Builder(common.RecordBuilder):
     ) -> Iterator[tuple[str, common.Example]]:
         """Yields the published split of one part."""
         part = _blades if category == "s" else _videos
-        for split, example in part(raw_dir / _FOLDERS[category]):
+        for split, example in part(raw_dir / self.FOLDERS[category]):
             yield split, {"id": example["image"].relative_to(raw_dir).as_posix(), **example}
 
 

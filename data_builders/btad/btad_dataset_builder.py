@@ -4,8 +4,7 @@ Images and masks mix .bmp and .png, so a mask is found by its stem: that of 000.
 """
 
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
@@ -21,15 +20,8 @@ class Builder(common.RecordBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     CATEGORIES = tuple(COUNTS)
-    EXPECTED: ClassVar[Mapping[str, Mapping[str, int]]] = {
-        category: {
-            "train good": train,
-            "test good": good,
-            "test anomaly": anomaly,
-            "defective with mask": anomaly,
-        }
-        for category, (train, good, anomaly) in COUNTS.items()
-    }
+    MUST_HOLD = "train/ok"
+    EXPECTED = common.published_counts(COUNTS)
     DOWNLOAD = download.Archive(
         "https://avires.dimi.uniud.it/papers/btad/btad.zip",
         "461c9387e515bfed41ecaae07c50cf6b10def647b36c9e31d239ab2736b10d2a",
@@ -40,12 +32,6 @@ class Builder(common.RecordBuilder):
         "so that the folder holds 01/train/ok, 01/test/ok, 01/test/ko, 01/ground_truth/ko, and so "
         "on for 02 and 03."
     )
-
-    @classmethod
-    def category_folders(cls, root: pathlib.Path) -> dict[str, pathlib.Path]:
-        """The products whose folder has good images to train on."""
-        folders = {category: root / category for category in cls.CATEGORIES}
-        return {c: folder for c, folder in folders.items() if (folder / "train" / "ok").is_dir()}
 
     def examples(
         self, raw_dir: pathlib.Path, category: str

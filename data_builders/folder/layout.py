@@ -48,7 +48,7 @@ def read_layout(root: pathlib.Path) -> tuple[list[Item], str]:
     Raises:
       ValueError: the directory does not say which images are good, or a mask is ambiguous.
     """
-    pictures, masks = _tell_masks_apart(root)
+    pictures, masks = tell_masks_apart(root)
     wrapper = _wrapper(pictures.values())
     items, layout = _place_in_splits(
         [Item(path, place[len(wrapper) :]) for path, place in pictures.items()]
@@ -81,7 +81,7 @@ def hold_out(paths: Iterable[pathlib.PurePath], root: pathlib.PurePath) -> set[p
     return set(ranked[:count])
 
 
-def _tell_masks_apart(root: pathlib.Path) -> tuple[Places, Places]:
+def tell_masks_apart(root: pathlib.Path) -> tuple[Places, Places]:
     """Returns the pictures and the masks; a folder of masks does not count among the folders."""
     pictures: Places = {}
     masks: Places = {}

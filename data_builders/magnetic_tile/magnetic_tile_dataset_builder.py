@@ -25,7 +25,9 @@ class Builder(common.RecordBuilder):
     """One category, `tile`: 578 good images to train on, 374 good and 392 defective to test."""
 
     VERSION = tfds.core.Version("1.0.0")
-    CATEGORIES = ("tile",)
+    FOLDERS: ClassVar[Mapping[str, str]] = {"tile": "."}
+    CATEGORIES = tuple(FOLDERS)
+    MUST_HOLD = f"{GOOD_FOLDER}/Imgs"
     EXPECTED: ClassVar[Mapping[str, Mapping[str, int]]] = {
         "tile": {
             "train good": 578,
@@ -43,11 +45,6 @@ class Builder(common.RecordBuilder):
         "name) and give its folder: it holds MT_Free/Imgs, MT_Crack/Imgs ..., each with "
         "exp<e>_num_<n>.jpg and a mask of the same name ending in .png."
     )
-
-    @classmethod
-    def category_folders(cls, root: pathlib.Path) -> dict[str, pathlib.Path]:
-        """The category is there if the folder of good images is."""
-        return {"tile": root} if (root / GOOD_FOLDER / "Imgs").is_dir() else {}
 
     def count_key(self, split: str, record: common.Example) -> str:
         """Counts by type of defect."""

@@ -1,8 +1,7 @@
 """MVTec AD: 15 categories, each `train/good`, `test/<type>` and `ground_truth/<type>`."""
 
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
@@ -33,26 +32,13 @@ class Builder(common.RecordBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     CATEGORIES = tuple(PUBLISHED_COUNTS)
-    EXPECTED: ClassVar[Mapping[str, Mapping[str, int]]] = {
-        category: {
-            "train good": train,
-            "test good": good,
-            "test anomaly": anomaly,
-            "defective with mask": anomaly,
-        }
-        for category, (train, good, anomaly) in PUBLISHED_COUNTS.items()
-    }
+    MUST_HOLD = "train/good"
+    EXPECTED = common.published_counts(PUBLISHED_COUNTS)
     HOW_TO_GET = (
         "Get the archive from https://www.mvtec.com/company/research/datasets/mvtec-ad and unpack "
         "it so that the folder holds bottle/train/good, bottle/test/<type>, "
         "bottle/ground_truth/<type>, and so on for the other categories."
     )
-
-    @classmethod
-    def category_folders(cls, root: pathlib.Path) -> dict[str, pathlib.Path]:
-        """The categories whose folder has good images to train on."""
-        folders = {category: root / category for category in cls.CATEGORIES}
-        return {c: folder for c, folder in folders.items() if (folder / "train" / "good").is_dir()}
 
     def examples(
         self, raw_dir: pathlib.Path, category: str

@@ -18,7 +18,6 @@ import tensorflow_datasets as tfds
 
 from data_builders import common, files, images
 
-FOLDERS = {"i": "Type-I RSDDs dataset", "ii": "Type-II RSDDs dataset"}
 MARGIN = 2  # px; the masks are JPEG files, whose edges are not exact
 
 _IMAGES, _MASKS = "Rail surface images", "GroundTruth"
@@ -28,7 +27,12 @@ class Builder(common.RecordBuilder):
     """Two configs: `i` (67 strips) and `ii` (128 strips)."""
 
     VERSION = tfds.core.Version("1.0.0")
+    FOLDERS: ClassVar[Mapping[str, str]] = {
+        "i": "Type-I RSDDs dataset",
+        "ii": "Type-II RSDDs dataset",
+    }
     CATEGORIES = tuple(FOLDERS)
+    MUST_HOLD = _IMAGES
     EXPECTED: ClassVar[Mapping[str, Mapping[str, int]]] = {
         "i": {"train strips": 46, "test strips": 21},
         "ii": {"train strips": 89, "test strips": 39},
@@ -39,17 +43,11 @@ class Builder(common.RecordBuilder):
         "dataset' and 'Type-II RSDDs dataset', each with 'Rail surface images' and 'GroundTruth'."
     )
 
-    @classmethod
-    def category_folders(cls, root: pathlib.Path) -> dict[str, pathlib.Path]:
-        """The types whose folder has images."""
-        folders = {category: root / name for category, name in FOLDERS.items()}
-        return {c: folder for c, folder in folders.items() if (folder / _IMAGES).is_dir()}
-
     def file_examples(
         self, raw_dir: pathlib.Path, category: str
     ) -> Iterator[tuple[str, common.Example]]:
         """Yields whole strips; 70 % of them, drawn by seed 0, train."""
-        folder = raw_dir / FOLDERS[category]
+        folder = raw_dir / self.FOLDERS[category]
         strips = files.list_images(folder / _IMAGES)
         drawn = np.random.default_rng(0).permutation(len(strips))
         train = set(drawn[: len(strips) * 7 // 10].tolist())
@@ -68,8 +66,7 @@ class Builder(common.RecordBuilder):
         """Yields the tiles of each strip, from top to bottom; `id` ends with the first row."""
         for split, strip in self.file_examples(raw_dir, category):
             pixels = images.read_rgb(strip["image"])
-            mask = self.binarise(images.read_grey(strip["mask"]))
-            common.check_mask_size(mask, pixels.shape[:2], strip["id"])
+            mask = self.read_mask(strip["mask"], strip["image"], pixels.shape[:2], strip["id"])
             near = cv2.dilate(mask.astype(np.uint8), np.ones((2 * MARGIN + 1,) * 2, np.uint8))
             for rows in tile_rows(*mask.shape):
                 yield (

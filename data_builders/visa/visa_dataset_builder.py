@@ -6,8 +6,7 @@
 import csv
 import hashlib
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -39,15 +38,8 @@ class Builder(common.RecordBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     CATEGORIES = tuple(PUBLISHED_COUNTS)
-    EXPECTED: ClassVar[Mapping[str, Mapping[str, int]]] = {
-        category: {
-            "train good": train,
-            "test good": good,
-            "test anomaly": 100,
-            "defective with mask": 100,
-        }
-        for category, (train, good) in PUBLISHED_COUNTS.items()
-    }
+    MUST_HOLD = "Data/Images/Normal"
+    EXPECTED = common.published_counts({c: (*n, 100) for c, n in PUBLISHED_COUNTS.items()})
     DOWNLOAD = download.Archive(
         "https://amazon-visual-anomaly.s3.us-west-2.amazonaws.com/VisA_20220922.tar",
         "2eb8690c803ab37de0324772964100169ec8ba1fa3f7e94291c9ca673f40f362",
@@ -57,12 +49,6 @@ class Builder(common.RecordBuilder):
         f"Run `python -m data_builders.build visa --download`, or get {DOWNLOAD.url} and unpack it "
         f"so that the folder holds candle/Data/Images/Normal and {SPLIT_FILE}."
     )
-
-    @classmethod
-    def category_folders(cls, root: pathlib.Path) -> dict[str, pathlib.Path]:
-        """The objects whose folder has normal images."""
-        folders = {category: root / category for category in cls.CATEGORIES}
-        return {c: f for c, f in folders.items() if (f / "Data" / "Images" / "Normal").is_dir()}
 
     @classmethod
     def fingerprint(cls, root: pathlib.Path | None, category: str) -> str:

@@ -137,10 +137,30 @@ def _resample(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Arra
     return to_grey_levels(x)
 
 
+def random_window(
+    key: jax.Array, size: jax.Array, window_hw: tuple[int, int], resize_hw: tuple[int, int]
+) -> jax.Array:
+    """A window anywhere in an image, of the scale at which tiles see it.
+
+    Args:
+      key: PRNG key.
+      size: int [2], (height, width) of the image.
+      window_hw: (height, width) of a tile.
+      resize_hw: size of the whole image when it is tiled.
+
+    Returns:
+      int32 [4]: top, left, height, width in pixels of the image.
+    """
+    share = jnp.asarray(window_hw, jnp.float32) / jnp.asarray(resize_hw, jnp.float32)
+    window = jnp.clip(jnp.round(size * share).astype(jnp.int32), 1, size)
+    corner = jax.random.randint(key, (2,), 0, size - window + 1)
+    return jnp.concatenate([corner, window])
+
+
 def augment(
     key: jax.Array,
     image: jax.Array,
-    size: jax.Array,
+    window: jax.Array,
     size_hw: tuple[int, int],
     scale: tuple[float, float],
     ratio: tuple[float, float],
@@ -151,7 +171,7 @@ def augment(
     Args:
       key: the example's key for this step.
       image: uint8 [h, w, 3] on the canvas.
-      size: int [2], the image's own (height, width).
+      window: int [4], top, left, height, width of what is seen; normally the whole image.
       size_hw: output size.
       scale: see `random_box`.
       ratio: see `random_box`.
@@ -161,7 +181,9 @@ def augment(
       float32 [*size_hw, 3] in [0, 1].
     """
     key_box, key_flip = jax.random.split(key)
-    out = crop_resize(image, random_box(key_box, size, scale, ratio), size_hw)
+    box = random_box(key_box, window[2:], scale, ratio)
+    box = box + jnp.concatenate([window[:2], jnp.zeros(2, jnp.int32)])
+    out = crop_resize(image, box, size_hw)
     if flip:
         out = jnp.where(jax.random.bernoulli(key_flip), out[:, ::-1], out)
     return out / 255.0

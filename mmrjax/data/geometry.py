@@ -1,4 +1,8 @@
-"""Evaluation geometry on the host: Pillow's resize (as torchvision's), then a centre crop."""
+"""Evaluation geometry on the host: Pillow's resize (as torchvision's), then a centre crop.
+
+Or, tiled, no crop but overlapping windows that cover the resized image. And the way back: where a
+map's values lie in the image.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -20,12 +24,37 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How evaluation looks at an image: `resize` and centre crop to `size`, both (h, w) in px."""
+    """How evaluation looks at an image: `resize` and centre crop to `size`, both (h, w) in px.
+
+    With an `overlap` in px it looks at all of it instead, through windows of `size` (tiling).
+    """
 
     resize: Size
     size: Size
     interpolation: str = "bilinear"
     mask_mode: str = "standard"
+    overlap: int | None = None
+
+    @property
+    def frame(self) -> Size:
+        """(h, w) of an image and a map: the crop, or all that the windows cover."""
+        return self.size if self.overlap is None else self.resize
+
+    def corners(self) -> list[tuple[int, int]]:
+        """(top, left) of each window in the frame; the last ones end at its border."""
+        axes = [
+            _starts(whole, size, self.overlap or 0)
+            for whole, size in zip(self.frame, self.size, strict=True)
+        ]
+        return [(top, left) for top in axes[0] for left in axes[1]]
+
+    def to_image(self, point: tuple[float, float], size: Size) -> tuple[float, float]:
+        """A point (y, x) of the frame in an image of `size`; pixels are squares of side 1."""
+        offsets = _crop_corner(self.resize, self.frame)
+        return tuple(
+            (at + offset) * whole / resized
+            for at, offset, whole, resized in zip(point, offsets, size, self.resize, strict=True)
+        )
 
     @classmethod
     def of(cls, config: ConfigDict, evaluation: bool = False) -> "View":
@@ -36,6 +65,7 @@ class View:
             tuple(config.data.image_size),
             config.data.interpolation,
             config.eval.metrics_mode,
+            config.data.tile_overlap if config.data.tiling else None,
         )
 
 
@@ -52,13 +82,13 @@ def batches(
     """
     for start in range(0, len(indices), batch_size):
         rows = indices[start : start + batch_size]
-        images = np.zeros((batch_size, *view.size, 3), np.uint8)
-        masks = np.zeros((batch_size, *view.size), bool)
+        images = np.zeros((batch_size, *view.frame, 3), np.uint8)
+        masks = np.zeros((batch_size, *view.frame), bool)
         for row, i in enumerate(rows):
             if own is not None and not own[row]:
                 continue
-            images[row] = view_image(records.image(i), view.resize, view.size, view.interpolation)
-            masks[row] = view_mask(records.mask(i), view.resize, view.size, view.mask_mode)
+            images[row] = view_image(records.image(i), view.resize, view.frame, view.interpolation)
+            masks[row] = view_mask(records.mask(i), view.resize, view.frame, view.mask_mode)
         yield images, masks, len(rows)
 
 
@@ -100,7 +130,43 @@ def view_mask(mask: np.ndarray, resize: Size, size: Size, mode: str) -> np.ndarr
     return view > 127
 
 
+def unview_map(view_map: np.ndarray, view: View, size: Size) -> np.ndarray:
+    """A map in the pixels of its image, bilinear.
+
+    Args:
+      view_map: float32 [*view.frame].
+      view: how the image was looked at.
+      size: (height, width) of the image.
+
+    Returns:
+      float32 [*size]; NaN where the view's crop left the image out.
+    """
+    out = view_map
+    corner = _crop_corner(view.resize, view.frame)
+    for axis, (n, whole, resized, first) in enumerate(
+        zip(view.frame, size, view.resize, corner, strict=True)
+    ):
+        at = (np.arange(whole) + 0.5) * resized / whole - 0.5 - first  # in pixels of the frame
+        inside = (at >= -0.5) & (at <= n - 0.5)
+        at = np.clip(at, 0, n - 1)
+        low = np.floor(at).astype(int)
+        high = np.minimum(low + 1, n - 1)
+        shape = (-1, 1) if axis == 0 else (1, -1)
+        share = np.where(inside, at - low, np.nan).astype(np.float32).reshape(shape)
+        out = np.take(out, low, axis) * (1 - share) + np.take(out, high, axis) * share
+    return out
+
+
+def _starts(whole: int, size: int, overlap: int) -> list[int]:
+    """Where windows of `size` begin that cover `whole` and overlap by `overlap` or more."""
+    return [*range(0, whole - size, size - overlap), whole - size]
+
+
 def _centre_crop(array: np.ndarray, size: Size) -> np.ndarray:
-    # Python's round, as torchvision: 256 -> 224 starts at 16.
-    top, left = (round((n - s) / 2) for n, s in zip(array.shape, size, strict=False))
+    top, left = _crop_corner(array.shape[:2], size)
     return array[top : top + size[0], left : left + size[1]]
+
+
+def _crop_corner(whole: Size, size: Size) -> tuple[int, int]:
+    # Python's round, as torchvision: 256 -> 224 starts at 16.
+    return tuple(round((n - s) / 2) for n, s in zip(whole, size, strict=True))

@@ -12,6 +12,9 @@ import numpy as np
 from mmrjax.data import records as records_lib
 from mmrjax.data.records import GOOD, Records
 
+MIN_HELD_OUT = 4  # groups; they promise a false-positive rate of 20 %
+HOLD_OUT = 0xCA11  # the draw of held-out groups, apart from what else a seed draws
+
 
 def select(
     records: Records, protocol: str, shots: int = 0, seed: int = 0
@@ -34,7 +37,9 @@ def select(
     train, test = np.flatnonzero(in_train & good), np.flatnonzero(~in_train)
     where = f"{records.dataset}/{records.category}"
     if not len(train):
-        raise ValueError(f"{where}: no good image to train on among {len(records)} records")
+        raise ValueError(
+            f"{where}: no good image to train on among {len(records)} records; add some"
+        )
     if protocol == "image_split":
         drawn = np.random.default_rng(0).permutation(np.flatnonzero(good))
         train, good_test = np.sort(drawn[: len(train)]), drawn[len(train) :]
@@ -49,8 +54,32 @@ def select(
             )
         train = np.sort(np.random.default_rng(seed).permutation(train)[:shots])
     if not len(test):
-        raise ValueError(f"{where}: no test image among {len(records)} records")
+        raise ValueError(f"{where}: no test image among {len(records)} records; add some")
     return train, test
+
+
+def hold_out(
+    records: Records, train: np.ndarray, fraction: float, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keeps good images from training, to calibrate a threshold with.
+
+    Args:
+      records: of a category.
+      train: indices of the training images, all good.
+      fraction: share of their groups; 0 holds nothing out.
+      seed: of the draw.
+
+    Returns:
+      (train, held out), each sorted. Groups stay together. Fewer than MIN_HELD_OUT groups promise
+      nothing that is of use: then none is held out.
+    """
+    groups = np.unique(records.table["group"][train])
+    count = int(fraction * len(groups))
+    if count < MIN_HELD_OUT:
+        return train, train[:0]
+    drawn = np.random.default_rng((seed, HOLD_OUT)).permutation(groups)[:count]
+    is_held_out = np.isin(records.table["group"][train], drawn)
+    return train[~is_held_out], train[is_held_out]
 
 
 def units(parts: Iterable[Records], protocol: str) -> Iterator[Records]:

@@ -1,4 +1,7 @@
-"""Pretrained weights: `load_teacher` and `init_student` are all that methods need."""
+"""Pretrained weights: `load_teacher` and `init_student` are all that methods need.
+
+`teacher_file` and `student_file` find (or fetch) the same files without reading them.
+"""
 
 import pathlib
 
@@ -10,11 +13,66 @@ from absl import logging
 from mmrjax.models import resnet
 from mmrjax.weights import layouts, source, storage, torch_names
 
-LOCAL = "unknown: a local file"
 RANDOM_TEACHER = (
     "THE TEACHER IS RANDOM: %s has never seen an image. Scores show that the program runs, not "
-    "what the method can do; set --config.teacher.weights=imagenet or to a file."
+    "what the method can do; use --config.teacher.name=fdsl18 --config.teacher.weights=embedded, "
+    "or --config.teacher.weights=imagenet, or a file."
 )
+WITHOUT_DOWNLOAD = (
+    "without a download there is --config.teacher.name=fdsl18 --config.teacher.weights=embedded"
+)
+
+
+def teacher_file(name: str, weights: str) -> pathlib.Path | None:
+    """Where a teacher's weights lie, fetched when they are published ones; None of random ones.
+
+    Arguments as in `load_teacher`.
+
+    Raises:
+      FileNotFoundError, ValueError: no such architecture or file.
+    """
+    resnet.architecture(name)
+    if weights == "random":
+        return None
+    for word, known in (("embedded", source.EMBEDDED), ("imagenet", source.IMAGENET)):
+        if weights == word and name not in known:
+            raise ValueError(
+                f"teacher.weights={word!r} exists for teacher.name in {sorted(known)}, not {name!r}"
+            )
+    if weights == "embedded":
+        return source.EMBEDDED[name]
+    if weights == "imagenet":
+        try:
+            return source.published_file(source.IMAGENET[name])
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{e}; {WITHOUT_DOWNLOAD}") from e
+    return _local("teacher.weights", weights, "'embedded', 'imagenet' or 'random'")
+
+
+def student_file(init: str, size: str) -> pathlib.Path | None:
+    """Where a student's initial weights lie, as `teacher_file`; None from scratch.
+
+    Arguments and errors as in `init_student`.
+    """
+    if init == "scratch":
+        return None
+    if init != "mae":
+        return _local("student.init", init, "'mae' or 'scratch'")
+    if size not in source.MAE:
+        raise ValueError(
+            f"student.init='mae' has published weights for student.size in "
+            f"{sorted(source.MAE)}, not {size!r}; use 'scratch' or a file"
+        )
+    return source.published_file(source.MAE[size])
+
+
+def _local(field: str, value: str, words: str) -> pathlib.Path:
+    path = pathlib.Path(value).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{field}={value!r}: no weights file at {path}; expected a file, {words}"
+        )
+    return path
 
 
 def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
@@ -22,7 +80,8 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
 
     Args:
       name: an architecture of `models.resnet.ARCHITECTURES`.
-      weights: "imagenet" (the published file, from cache or URL), "random", or a file.
+      weights: "embedded" (the file in this package), "imagenet" (the published file, from cache or
+        URL), "random", or a file.
       seed: of the random weights.
 
     Returns:
@@ -32,22 +91,25 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
       FileNotFoundError, ValueError: a missing, damaged or unfitting file.
     """
     arch = resnet.architecture(name)
-    if weights == "random":
+    path = teacher_file(name, weights)
+    if path is None:
         logging.warning(RANDOM_TEACHER, name)
         facts = {"name": name, "source": f"random, seed {seed}", "sha256": None, "licence": None}
         return _random_teacher(arch, seed), {**facts, "random": True}
-    if weights == "imagenet":
-        path, licence = source.published_file(source.IMAGENET[name]), source.IMAGENET_LICENCE
-    else:
-        path, licence = pathlib.Path(weights).expanduser(), LOCAL
     try:
         state, header = storage.read_any(path)
         variables = torch_names.teacher_from_torch(state, arch)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"teacher.weights={weights!r}: {e}; expected a file, 'imagenet' or 'random'"
+        ) from e
     except ValueError as e:
         raise ValueError(f"teacher.weights={weights!r} for teacher.name={name!r}: {e}") from e
-    licence = header.get("licence", licence)
+    digest = source.sha256(path)
+    licence = storage.licence(header, source.licence(digest))
     logging.info("teacher %s from %s; licence: %s", name, path, licence)
-    facts = {"name": name, "source": path.name, "sha256": source.sha256(path), "licence": licence}
+    facts = {"name": name, "source": path.name, "sha256": digest, "licence": licence}
+    facts |= storage.origin(header)
     is_random = header.get("random") == "true"  # exported from a run with a random teacher
     if is_random:
         logging.warning(RANDOM_TEACHER, name)
@@ -88,23 +150,20 @@ def init_student(
     Raises:
       FileNotFoundError, ValueError: a missing, damaged or unfitting file.
     """
-    if init == "scratch":
+    path = student_file(init, size)
+    if path is None:
         return variables, {"init": "scratch", "source": None, "sha256": None, "licence": None}
-    if init == "mae":
-        if size not in source.MAE:
-            raise ValueError(
-                f"student.init='mae' has published weights for student.size in "
-                f"{sorted(source.MAE)}, not {size!r}; use 'scratch' or a file"
-            )
-        path, licence = source.published_file(source.MAE[size]), source.MAE_LICENCE
-    else:
-        path, licence = pathlib.Path(init).expanduser(), LOCAL
     try:
         state, header = storage.read_any(path)
         new, report = torch_names.merge_student(jax.device_get(variables), state, grid)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"student.init={init!r}: {e}; expected a file, 'mae' or 'scratch'"
+        ) from e
     except ValueError as e:
         raise ValueError(f"student.init={init!r}: {e}") from e
-    licence = header.get("licence", licence)
+    is_mae = init == "mae" or torch_names.is_mae(state)
+    licence = storage.licence(header, source.MAE_LICENCE if is_mae else source.LOCAL)
     logging.info(
         "student from %s: %d tensors used, %d unused, missing %s; licence: %s",
         path,
@@ -117,4 +176,5 @@ def init_student(
         how = "was resized (bicubic)" if table == "encoder_table" else "is drawn anew"
         logging.warning("positions/%s is of another image size: it %s", table, how)
     facts = {"init": init, "source": path.name, "sha256": source.sha256(path), "licence": licence}
+    facts |= storage.origin(header)
     return jax.tree.map(jnp.asarray, new), {**facts, "position_tables_replaced": report["replaced"]}

@@ -56,7 +56,7 @@ def from_torch(state: Mapping[str, np.ndarray], names: Iterable[Name], what: str
     """Builds float32 variables from a state dict; what no row names is ignored.
 
     Raises:
-      ValueError: naming the tensors that `state` lacks.
+      ValueError: naming the tensors that `state` lacks, or a block unlike the first one.
     """
     numbers = {m[1] for m in map(re.compile(r"blocks\.(\d+)\.").match, state) if m}
     rows = [
@@ -69,6 +69,10 @@ def from_torch(state: Mapping[str, np.ndarray], names: Iterable[Name], what: str
     flat = {}
     for keys, path, layout in rows:
         parts = [_move(_TO_JAX, layout, key, np.asarray(state[key], np.float32)) for key in keys]
+        for key, part in zip(keys, parts, strict=True):
+            if part.shape != parts[0].shape:
+                given, first = np.shape(state[key]), np.shape(state[keys[0]])
+                raise ValueError(f"not {what}: {key} has shape {given}, {keys[0]} has {first}")
         stacked = keys[0].startswith("blocks.")
         flat[path] = np.ascontiguousarray(np.stack(parts) if stacked else parts[0])
     return unflatten(flat)

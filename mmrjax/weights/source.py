@@ -2,7 +2,8 @@
 
 A file is checked against the hash that its publisher gives (torchvision: the 8 hex digits in the
 name). Formats: .safetensors and .npz natively; .pth through torch (extra `torch`) with
-weights_only=True. Nothing is ever unpickled.
+weights_only=True. Nothing is ever unpickled. Text beside the tensors ("facts", see storage.py) lies
+in the header of a .safetensors file and in the metadata of a .pth file's state dict.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 import safetensors
@@ -26,8 +28,11 @@ from absl import logging
 
 IMAGENET_LICENCE = "BSD-3-Clause code; ImageNet terms of access apply to the weights"
 MAE_LICENCE = "CC BY-NC 4.0 (non-commercial)"
+LOCAL = "unknown: a local file"
 
-
+# Where facts lie in the `_metadata` of a state dict: PyTorch keeps the versions of modules there,
+# each under its module's name, and load_state_dict asks for no other.
+TORCH_FACTS = "mmrjax"
 MOST_UNPACKED = 100  # times the size of an .npz file: weights hardly compress
 # What safetensors and NumPy raise on damaged or foreign files (TypeError: a bare .npy array;
 # AttributeError: a number format that NumPy does not have).
@@ -80,6 +85,9 @@ MAE = {
     "base": _mae("visualize/mae_visualize_vit_base.pth"),
     "large": _mae("visualize/mae_visualize_vit_large.pth"),
 }
+
+# Trained on procedural images alone (scripts/pretrain_teacher.py, docs/fdsl18.md), Apache-2.0.
+EMBEDDED = {"fdsl18": pathlib.Path(__file__).with_name("fdsl18.safetensors")}
 
 
 def cache_dir() -> pathlib.Path:
@@ -138,11 +146,25 @@ def sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def licence(digest: str) -> str:
+    """The licence of a file with this sha256: of a published one, else that it is unknown."""
+    known = [p.licence for p in IMAGENET.values() if digest.startswith(p.sha256_prefix)]
+    return known[0] if known else LOCAL
+
+
 def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads a state dict as NumPy arrays; half precision becomes float32.
+    """The state dict alone of `read`."""
+    return read(path)[0]
+
+
+def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads a state dict as NumPy arrays, and the text beside it; half precision becomes float32.
 
     Args:
       path: .safetensors, .npz, .pth or .pt. A nested "model" or "state_dict" entry is unwrapped.
+
+    Returns:
+      (state dict, facts); no facts but in files that somebody gave some.
 
     Raises:
       FileNotFoundError: no such file.
@@ -153,16 +175,27 @@ def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"no weights file at {path}")
     try:
         if path.suffix == ".safetensors":
-            return _single(safetensors.numpy.load_file(path))
+            return _single(safetensors.numpy.load_file(path)), header(path)
         if path.suffix == ".npz":
             _check_unpacked_size(path)
             with np.load(path, allow_pickle=False) as archive:
-                return _single(dict(archive))
+                return _single(dict(archive)), {}
     except DAMAGE as e:
         raise ValueError(f"{path} is not a whole {path.suffix} file: {e}") from e
     if path.suffix in (".pth", ".pt"):
         return _read_torch(path)
     raise ValueError(f"{path}: unknown suffix; known are .safetensors, .npz, .pth and .pt")
+
+
+def header(path: pathlib.Path) -> dict[str, str]:
+    """The text in the header of a .safetensors file; {} of any other file."""
+    if pathlib.Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return file.metadata() or {}
+    except DAMAGE:
+        return {}
 
 
 def _check_unpacked_size(path: pathlib.Path) -> None:
@@ -181,7 +214,7 @@ def _single(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k: v.astype(np.float32) if v.dtype.name in half else v for k, v in state.items()}
 
 
-def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         import torch
     except ImportError as e:
@@ -201,11 +234,21 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()
     ):
         raise ValueError(f"{path} holds no flat dict of tensors")
+    facts = _torch_facts(state)
     state = {k: v.detach() for k, v in state.items()}
     try:
-        return {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in state.items()}
+        state = {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in state.items()}
     except (TypeError, RuntimeError) as e:  # sparse, quantised or meta tensors
         raise ValueError(f"{path} holds no flat dict of plain tensors: {_reason(e)}") from e
+    return state, facts
+
+
+def _torch_facts(state: Mapping) -> dict[str, str]:
+    """The text that `storage.write_torch` put beside the tensors; {} where there is none."""
+    metadata = getattr(state, "_metadata", None)
+    facts = metadata.get(TORCH_FACTS) if isinstance(metadata, Mapping) else None
+    facts = facts if isinstance(facts, Mapping) else {}
+    return {k: v for k, v in facts.items() if isinstance(k, str) and isinstance(v, str)}
 
 
 def _reason(error: Exception) -> str:

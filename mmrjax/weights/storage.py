@@ -7,6 +7,8 @@ dicts, .safetensors or .pth. A file appears whole or not at all.
 
 import io
 import pathlib
+from collections import OrderedDict
+from collections.abc import Mapping
 
 import numpy as np
 import safetensors
@@ -42,7 +44,7 @@ def read(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
       FileNotFoundError: no such file.
       ValueError: not a whole file, or not one of ours.
     """
-    flat, facts = source.read_state(path), header(path)
+    flat, facts = source.read(path)
     if facts.get("format") != FORMAT or facts.get("kind") not in KINDS or "arch" not in facts:
         raise ValueError(f"{path} is not a weights file of mmrjax")
     parents = {parent for name in flat for parent in _parents(name)}
@@ -56,31 +58,36 @@ def _parents(name: str) -> list[str]:
     return ["/".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def header(path: pathlib.Path) -> dict[str, str]:
-    """The text in the header of a .safetensors file; {} of any other file."""
-    if pathlib.Path(path).suffix != ".safetensors":
-        return {}
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            return file.metadata() or {}
-    except source.DAMAGE:
-        return {}
-
-
 def is_ours(path: pathlib.Path) -> bool:
     """Whether a file is in our format."""
-    return header(path).get("format") == FORMAT
+    return source.header(path).get("format") == FORMAT
+
+
+def licence(facts: Mapping[str, str], otherwise: str) -> str:
+    """What a file states; `otherwise` of files from elsewhere, unknown of those that left a run."""
+    return facts.get("licence", source.LOCAL if facts.get("kind") in KINDS else otherwise)
+
+
+def origin(facts: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """{"converted_from": {"source": name, "sha256"}} of a file of ours; {} of any other.
+
+    A file of PyTorch's may say so too, but there the tensors may have changed since.
+    """
+    name, digest = facts.get("converted_from"), facts.get("converted_from_sha256")
+    if facts.get("format") != FORMAT or not (name and digest):
+        return {}
+    return {"converted_from": {"source": name, "sha256": digest}}
 
 
 def read_any(path: pathlib.Path) -> tuple[State, dict[str, str]]:
-    """The state dict with PyTorch's names in a file of any format, and the facts in its header.
+    """The state dict with PyTorch's names in a file of any format, and the facts beside it.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: a damaged or unknown file.
     """
     if not is_ours(path):
-        return source.read_state(path), header(path)
+        return source.read(path)
     variables, facts = read(path)
     if facts["kind"] == "teacher":
         arch = resnet.architecture(facts["arch"])
@@ -94,7 +101,8 @@ def write_torch(path: pathlib.Path, state: State, facts: dict[str, str], wrapper
     """Writes a state dict for PyTorch.
 
     Args:
-      path: .safetensors, with `facts` in its header, or .pth or .pt, which hold tensors alone.
+      path: .safetensors, with `facts` in its header; or .pth or .pt, with them in the `_metadata`
+        of the state dict, which torch.load(weights_only=True) reads and load_state_dict ignores.
       state: from one of the functions of `torch_names`.
       facts: text.
       wrapper: the entry of a .pth file that holds the state dict, such as "model"; "" for none.
@@ -113,7 +121,8 @@ def write_torch(path: pathlib.Path, state: State, facts: dict[str, str], wrapper
         raise ValueError(
             f"{path} is a PyTorch file: pip install torch, or write .safetensors"
         ) from e
-    tensors = {key: torch.tensor(value) for key, value in state.items()}
+    tensors = OrderedDict((key, torch.tensor(value)) for key, value in state.items())
+    tensors._metadata = {source.TORCH_FACTS: facts}
     content = io.BytesIO()
     torch.save({wrapper: tensors} if wrapper else tensors, content)
     files.write_bytes(path, content.getvalue())

@@ -5,13 +5,14 @@ encoder is a timm ViT, as MAE's), the teacher's torchvision's. Position tables k
 come with; `merge_student` resizes them to the image size of the student that it fills.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
-from mmrjax.models import resnet
+from mmrjax.models import positions, resnet
 from mmrjax.weights import layouts, tables
 from mmrjax.weights.layouts import Name, State
 
@@ -136,6 +137,22 @@ def encoder_part(state: State) -> State:
     It drops every key that contains "decoder", and the key "mask_token".
     """
     return {key: value for key, value in state.items() if not _NOT_ENCODER.match(key)}
+
+
+def is_mae(state: State) -> bool:
+    """Whether a ViT is MAE's: it has a decoder and mask token, or MAE's fixed position table.
+
+    The ViTs of timm's authors learn their table; the MAE weights that its hub also offers keep it.
+    Never true of a whole MMR student.
+    """
+    if MASK_TOKEN in state or "mask_token" in state:
+        return MASK_TOKEN not in state
+    table = state.get("pos_embed")
+    if table is None or table.ndim != 3 or table.shape[2] % 4:
+        return False
+    side = math.isqrt(max(table.shape[1] - 1, 0))
+    fixed = positions.sincos_2d(table.shape[2], (side, side))
+    return table[0].shape == fixed.shape and np.allclose(table[0], fixed, atol=1e-3)
 
 
 def _student_views(variables: dict) -> State:

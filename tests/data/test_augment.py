@@ -219,7 +219,10 @@ def augmented(key, image):
     """(plain, with flips, box) of one example; together, since compiling takes most of the time."""
     size = jnp.asarray(SIZE)
     plain, flipped = (
-        augment.augment(key, image, size, OUT, SCALE, RATIO, flip) for flip in (False, True)
+        augment.augment(
+            key, image, jnp.concatenate([jnp.zeros(2, jnp.int32), size]), OUT, SCALE, RATIO, flip
+        )
+        for flip in (False, True)
     )
     return plain, flipped, augment.random_box(jax.random.split(key)[0], size, SCALE, RATIO)
 
@@ -268,3 +271,23 @@ def test_what_fills_the_canvas_around_an_image_does_not_matter(case):
     other[:, SIZE[0] :] = 77
     other[:, :, SIZE[1] :] = 200
     np.testing.assert_array_equal(augmented(keys, other)[1], flipped)
+
+
+def test_a_window_lies_anywhere_in_the_image_and_has_the_scale_of_a_tile():
+    size, keys = np.int32([90, 200]), jax.random.split(jax.random.key(0), 500)
+    draw = jax.vmap(lambda key: augment.random_window(key, size, (32, 64), (96, 256)))
+    top, left, height, width = np.asarray(draw(keys)).T
+    assert set(height) == {30}
+    assert set(width) == {50}
+    assert (top.min(), top.max()) == (0, 60)
+    assert (left.min(), left.max()) == (0, 150)
+
+
+def test_a_box_in_a_window_stays_in_it():
+    image = np.zeros((60, 80, 3), np.uint8)
+    image[20:50, 30:70] = 200  # the window
+    draw = lambda key: augment.augment(  # noqa: E731
+        key, image, np.int32([20, 30, 30, 40]), (16, 16), (0.3, 1.0), (0.7, 1.4), True
+    )
+    out = jax.vmap(draw)(jax.random.split(jax.random.key(1), 50))
+    np.testing.assert_allclose(out, 200 / 255, atol=1e-6)

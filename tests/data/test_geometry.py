@@ -1,6 +1,7 @@
 """Evaluation geometry: Pillow's pixels, torchvision's crop, and what each mask rule leaves over."""
 
 import io
+import itertools
 import types
 
 import numpy as np
@@ -214,6 +215,7 @@ def test_batches_of_records_equal_the_views_of_their_images_and_masks(built):
 
 def config(**evaluation):
     data = {"resize": (256, 240), "image_size": (224, 208), "interpolation": "lanczos"}
+    data |= {"tiling": False, "tile_overlap": 32}
     return ConfigDict({"data": data, "eval": {"resize": (), "metrics_mode": "mmr", **evaluation}})
 
 
@@ -224,3 +226,48 @@ def test_view_of_a_config_and_the_evaluation_view_that_overrides_it():
     other = config(resize=(300, 300))
     assert geometry.View.of(other) == plain  # memory banks are fitted on the training view
     assert geometry.View.of(other, evaluation=True).resize == (300, 300)
+
+
+@pytest.mark.parametrize(
+    ("frame", "size", "overlap"),
+    [((64, 64), (64, 64), 8), ((100, 70), (32, 48), 0), ((97, 128), (40, 32), 17)],
+)
+def test_windows_cover_the_frame_and_overlap_as_asked(frame, size, overlap):
+    view = geometry.View(frame, size, overlap=overlap)
+    assert view.frame == frame
+    seen = np.zeros(frame, int)
+    for top, left in view.corners():
+        assert top + size[0] <= frame[0]
+        assert left + size[1] <= frame[1]
+        seen[top : top + size[0], left : left + size[1]] += 1
+    assert seen.min() >= 1
+    for axis in (0, 1):
+        starts = sorted({corner[axis] for corner in view.corners()})
+        assert all(b - a <= size[axis] - overlap for a, b in itertools.pairwise(starts))
+
+
+@pytest.mark.parametrize("shape", [(90, 120), (40, 30), (33, 257)])
+@pytest.mark.parametrize("size", [(48, 48), (40, 32)])
+def test_a_map_returns_to_the_pixels_it_was_made_from(shape, size):
+    """A map that is a coordinate comes back as that coordinate, up to the rim of the frame."""
+    view = geometry.View((48, 48), size)
+    top, left = (round((48 - n) / 2) for n in size)
+    y = (np.arange(size[0]) + 0.5 + top) * shape[0] / 48  # where a pixel of the frame lies
+    x = (np.arange(size[1]) + 0.5 + left) * shape[1] / 48
+    for axis, ramp in ((0, y[:, None] + 0 * x), (1, x + 0 * y[:, None])):
+        got = geometry.unview_map(ramp.astype(np.float32), view, shape)
+        assert (got.shape, got.dtype) == (shape, np.float32)
+        want = np.arange(shape[axis]) + 0.5
+        want = np.broadcast_to(want[:, None] if axis == 0 else want, shape)
+        inside = np.isfinite(got)
+        half = shape[axis] / 48 / 2  # outside the centres of the outer pixels there is no slope
+        assert np.abs(got - want)[inside].max() <= half + 1e-3
+        inner = inside & (want > ramp.min()) & (want < ramp.max())
+        np.testing.assert_allclose(got[inner], want[inner], atol=2e-4 * shape[axis])
+        rows = (
+            np.abs(np.arange(shape[0]) + 0.5 - shape[0] / 2) <= shape[0] * size[0] / 48 / 2 + 1e-9
+        )
+        columns = (
+            np.abs(np.arange(shape[1]) + 0.5 - shape[1] / 2) <= shape[1] * size[1] / 48 / 2 + 1e-9
+        )
+        np.testing.assert_array_equal(inside, rows[:, None] & columns)

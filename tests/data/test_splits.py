@@ -196,3 +196,26 @@ def test_joined_digest_follows_each_part():
     changed = dataclasses.replace(second, digest="changed")
     digests = {records_lib.join([first, part]).digest for part in (second, changed)}
     assert len(digests) == 2
+
+
+def test_held_out_groups_stay_together_and_are_not_trained_on():
+    rows = [("train", GOOD, f"part{i // 3}") for i in range(90)] + [("test", GOOD, "z")]
+    records = make_records(rows)
+    train, _ = splits.select(records, "one_class")
+    kept, held_out = splits.hold_out(records, train, 0.2, seed=3)
+    groups = records.table["group"]
+    assert len(set(groups[held_out])) == 6
+    assert not set(groups[held_out]) & set(groups[kept])
+    np.testing.assert_array_equal(np.sort(np.concatenate([kept, held_out])), train)
+    again = splits.hold_out(records, train, 0.2, seed=3)[1]
+    np.testing.assert_array_equal(held_out, again)
+    assert set(splits.hold_out(records, train, 0.2, seed=4)[1]) != set(held_out)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_without_a_fraction_or_with_few_images_all_are_trained_on(fraction):
+    records = make_records()  # twelve: three of them would promise nothing
+    train, _ = splits.select(records, "one_class")
+    kept, held_out = splits.hold_out(records, train, fraction)
+    np.testing.assert_array_equal(kept, train)
+    assert len(held_out) == 0

@@ -1,5 +1,6 @@
 """What the base class refuses, fills in and counts; shown with a data set that a program draws."""
 
+import os
 import pathlib
 
 import cv2
@@ -163,3 +164,22 @@ def test_masks_are_read_by_the_usual_rule_above_127(toy, tmp_path):
     )
     mask = toy(good(), bad(mask=path))["test"]["b"]["mask"][0, :, 0]
     assert mask[::2].tolist() == [0, 0, 0, 255, 255]
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/nowhere.png"), os.mkfifo])
+def test_a_link_to_nothing_or_a_pipe_is_named_and_never_read(tmp_path, make):
+    make(tmp_path / "odd.png")
+    with pytest.raises(ValueError, match=r"odd\.png: a link to nothing, or no ordinary file"):
+        files.list_images(tmp_path)
+
+
+def test_a_name_that_is_no_text_is_named(toy):
+    name = os.fsdecode(b"\xff.png")
+    with pytest.raises(ValueError, match=r"'\\udcff\.png': the name is no UTF-8 text; rename"):
+        toy(good(name))
+
+
+def test_a_file_in_place_of_the_records_folder_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"data_dir=.*notes\.txt is a file; name another folder"):
+        build.build("demo_parts", None, tmp_path / "notes.txt" / "records")

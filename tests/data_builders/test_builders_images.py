@@ -57,15 +57,66 @@ def test_pixels_come_back_as_they_went_in(rgb):
     assert size_hw == (20, 30)
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg"])
-def test_rotation_noted_in_exif_is_carried_out(rgb, kind):
+def with_orientation(pixels: np.ndarray, kind: str, orientation: int) -> bytes:
+    """An image file whose EXIF says how to turn it."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise
-    data = encode(rgb, kind, exif=exif)
+    exif[0x0112] = orientation
+    return encode(pixels, kind, **({"quality": 100} if kind == "jpeg" else {}), exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff"])
+def test_rotation_noted_in_exif_is_carried_out(rgb, tmp_path, kind, orientation):
+    data = with_orientation(rgb, kind, orientation)
     kept, size_hw = images.encode_image(data, "x")
-    assert size_hw == (30, 20)
-    upright = np.rot90(decode_plainly(data), k=-1).astype(int)
-    assert np.abs(decode_plainly(kept) - upright).mean() < 2  # JPEG colour conversion may differ
+    turned = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert size_hw == turned.shape[:2] == ((30, 20) if orientation in (5, 6, 7, 8) else (20, 30))
+    np.testing.assert_array_equal(decode_plainly(kept), turned)
+    (tmp_path / "x").write_bytes(data)
+    np.testing.assert_array_equal(images.read_grey(tmp_path / "x"), turned.max(axis=-1))
+
+
+def test_damaged_exif_does_not_matter(rgb):
+    data = with_orientation(rgb, "jpeg", 6)
+    place = data.index(b"Exif") + 6
+    damaged = data[:place] + b"XX" + data[place + 2 :]
+    assert images.encode_image(damaged, "x") == (damaged, (20, 30))
+
+
+def shown_mask(tmp_path, orientation, mask, own=1):
+    """`mask`, in a file with the orientation `own`, as that of a photograph [20, 30]."""
+    stored = np.uint8(mask) * 255
+    (tmp_path / "m.png").write_bytes(
+        with_orientation(stored, "png", own) if own > 1 else encode(stored, "png")
+    )
+    read = images.read_grey(tmp_path / "m.png") > 0
+    size_hw = (30, 20) if orientation > 4 else (20, 30)
+    return images.mask_as_shown(read, tmp_path / "m.png", orientation, size_hw, "a.jpg")
+
+
+def test_mask_of_a_turned_photograph_is_turned_if_its_size_is_that_of_the_stored_pixels(tmp_path):
+    mask = np.zeros((20, 30), bool)
+    mask[2, 5:9] = True
+    upright = np.rot90(mask, -1)
+    np.testing.assert_array_equal(shown_mask(tmp_path, 6, mask), upright)
+    np.testing.assert_array_equal(shown_mask(tmp_path, 6, upright), upright)
+    np.testing.assert_array_equal(shown_mask(tmp_path, 6, mask, own=6), upright)
+    np.testing.assert_array_equal(shown_mask(tmp_path, 3, mask, own=3), np.rot90(mask, 2))
+    assert shown_mask(tmp_path, 6, mask[:9]).shape == (9, 30)  # fits nothing: for the caller
+
+
+def test_mask_that_fits_before_and_after_the_turn_is_refused_unless_both_are_equal(tmp_path):
+    mask = np.zeros((20, 30), bool)
+    assert not shown_mask(tmp_path, 3, mask).any()
+    mask[2, 5:9] = True
+    with pytest.raises(
+        ValueError,
+        match=r"a\.jpg: its EXIF flag turns it \(orientation 3\).*m\.png.*without the flag",
+    ):
+        shown_mask(tmp_path, 3, mask)
+    np.testing.assert_array_equal(
+        shown_mask(tmp_path, 3, mask | mask[::-1, ::-1]), mask | mask[::-1, ::-1]
+    )
 
 
 @pytest.mark.parametrize(("full_scale", "expected"), [(65535, 16), (4095, 255)])
@@ -193,3 +244,11 @@ def test_limit_that_is_no_number_is_refused(rgb, monkeypatch, text):
 def test_rgb_pixels_are_read_upright_in_order(rgb, tmp_path):
     (tmp_path / "a.png").write_bytes(encode(rgb, "png"))
     np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.png"), rgb)
+
+
+def test_a_format_whose_size_cannot_be_read_beforehand_is_refused():
+    ok, data = cv2.imencode(".hdr", np.full((8, 9, 3), 0.5, np.float32))
+    assert ok
+    assert cv2.imdecode(data, cv2.IMREAD_UNCHANGED) is not None  # OpenCV alone would read it
+    with pytest.raises(ValueError, match=r"photo\.png: the image is damaged \(.*no known image"):
+        images.decode(data.tobytes(), cv2.IMREAD_COLOR, "photo.png")

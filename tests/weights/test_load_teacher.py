@@ -100,6 +100,22 @@ def test_teacher_from_a_file_is_that_teacher_and_not_random(random_teacher, teac
     assert facts["licence"] == "unknown: a local file"
 
 
+def test_only_a_file_of_ours_is_believed_about_where_its_weights_are_from(
+    tmp_path, random_teacher, teacher_file
+):
+    """A state dict of PyTorch's may have been trained on, and saved with the same text."""
+    known = {"source": "wide.pth", "sha256": "ab"}
+    about = {"converted_from": "wide.pth", "converted_from_sha256": "ab"}
+    about |= {"kind": "teacher", "arch": "resnet18"}
+    storage.write(tmp_path / "ours.safetensors", random_teacher[0], about)
+    _, facts = weights.load_teacher("resnet18", str(tmp_path / "ours.safetensors"))
+    assert facts["converted_from"] == known
+    state = source.read_state(teacher_file)
+    storage.write_torch(tmp_path / "theirs.safetensors", state, about)
+    _, facts = weights.load_teacher("resnet18", str(tmp_path / "theirs.safetensors"))
+    assert "converted_from" not in facts
+
+
 @pytest.mark.parametrize("name", ["resnet34", "resnet50"])
 def test_file_of_another_architecture_is_refused_with_its_tensors(teacher_file, name):
     wanted = rf"mine.safetensors' for teacher.name='{name}': weights of another arch.*missing: la"
@@ -131,8 +147,10 @@ def test_imagenet_teacher_comes_from_the_cache_with_its_licence(
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / entry.filename).write_bytes(teacher_file.read_bytes())
     _, facts = weights.load_teacher("resnet18", "imagenet")
-    assert facts["licence"] == source.IMAGENET_LICENCE
+    assert facts["licence"] == "terms"
     assert facts["random"] is False
+    _, facts = weights.load_teacher("resnet18", str(teacher_file))  # the same file by its path
+    assert facts["licence"] == "terms"
 
 
 def test_real_resnet18_loads_and_sees(shared):
@@ -217,6 +235,22 @@ def test_mae_file_fills_the_encoder_only(tmp_path, fresh, official):
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
 
 
+@pytest.mark.parametrize("sign", ["mask_token", "fixed table", ""])
+def test_a_mae_file_given_by_its_path_has_maes_licence(tmp_path, fresh, official, sign):
+    vit = {k: v for k, v in official.items() if not k.startswith(("simfp", "decoder"))}
+    vit["pos_embed"] = np.random.default_rng(0).normal(size=(1, 17, 48)).astype(np.float32)
+    if sign == "mask_token":
+        vit[sign] = np.zeros((1, 1, 8), np.float32)
+    if sign == "fixed table":
+        vit["pos_embed"] = positions.sincos_2d(48, (14, 14))[None].astype(np.float16)
+    _, facts = weights.init_student(fresh, save(tmp_path, vit), "")
+    assert facts["licence"] == (source.MAE_LICENCE if sign else source.LOCAL)
+    # What left a run of ours has the fixed table of a student from scratch.
+    storage.write_torch(tmp_path / "left.safetensors", vit, {"kind": "encoder", "arch": "48,3,3"})
+    _, facts = weights.init_student(fresh, str(tmp_path / "left.safetensors"), "")
+    assert facts["licence"] == source.LOCAL
+
+
 def test_whole_student_file_replaces_everything(tmp_path, fresh, official):
     variables, _ = weights.init_student(fresh, save(tmp_path, official), "")
     got = torch_names.student_to_torch(jax.device_get(variables))
@@ -269,3 +303,22 @@ def test_converted_encoder_starts_a_student_as_the_file_it_came_from(
     assert (facts["licence"], facts["source"]) == ("free", "ours.safetensors")
     assert facts["position_tables_replaced"] == ["encoder_table"]
     assert "positions/encoder_table is of another image size: it was resized" in caplog.text
+
+
+# --- the embedded teacher
+
+
+def test_embedded_teacher_is_small_licensed_and_not_random():
+    path = source.EMBEDDED["fdsl18"]
+    assert path.stat().st_size <= 4_000_000
+    variables, facts = weights.load_teacher("fdsl18", "embedded")
+    assert facts["licence"].startswith("Apache-2.0")
+    assert facts["source"] == "fdsl18.safetensors"
+    assert not facts["random"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize(("name", "word"), [("resnet18", "embedded"), ("fdsl18", "imagenet")])
+def test_words_for_weights_that_do_not_exist_list_the_architectures(name, word):
+    with pytest.raises(ValueError, match=rf"{word}.*exists for teacher.name in .*not '{name}'"):
+        weights.load_teacher(name, word)

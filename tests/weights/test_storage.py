@@ -1,5 +1,6 @@
 """Our weights files: what is written is what is read, by name, value and fact."""
 
+import collections
 import sys
 
 import jax.numpy as jnp
@@ -41,17 +42,37 @@ def test_unknown_kind_of_content_is_refused(tmp_path):
         storage.read_any(tmp_path / "x.safetensors")
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("wrapper", ["", "model"])
-def test_pth_files_hold_tensors_alone(tmp_path, wrapper):
+def test_pth_files_hold_tensors_and_facts_that_pytorch_does_not_see(tmp_path, wrapper):
     torch = pytest.importorskip("torch", reason="the torch extra is not installed")
-    values = np.arange(3, dtype=np.float32)
-    values.setflags(write=False)  # as arrays from a device are
-    storage.write_torch(tmp_path / "x.pth", {"a": values}, FACTS, wrapper)
+    model = torch.nn.BatchNorm2d(3)  # whose state dict depends on the version in its metadata
+    names = ("weight", "bias", "running_mean", "running_var")
+    values = {name: np.arange(3, dtype=np.float32) + i for i, name in enumerate(names)}
+    values["weight"].setflags(write=False)  # as arrays from a device are
+    storage.write_torch(tmp_path / "x.pth", values, FACTS, wrapper)
     content = torch.load(tmp_path / "x.pth", weights_only=True)
     content = content[wrapper] if wrapper else content
-    assert content.keys() == {"a"}
-    np.testing.assert_array_equal(source.read_state(tmp_path / "x.pth")["a"], values)
+    assert list(content) == list(names)
+    model.load_state_dict(content, strict=True)
+    np.testing.assert_array_equal(model.running_var, values["running_var"])
+    state, facts = source.read(tmp_path / "x.pth")
+    np.testing.assert_array_equal(state["weight"], values["weight"])
+    assert facts == FACTS
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "metadata", ["text", {"": {"version": 1}}, {"mmrjax": "x"}, {"mmrjax": {"random": 1, 2: "x"}}]
+)
+def test_what_others_keep_beside_their_tensors_is_no_fact(tmp_path, metadata):
+    torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+    state = collections.OrderedDict(a=torch.ones(2))
+    state._metadata = metadata
+    torch.save(state, tmp_path / "x.pth")
+    state, facts = source.read(tmp_path / "x.pth")
+    assert (state.keys(), facts) == ({"a"}, {})
 
 
 def test_without_torch_a_pth_file_is_refused(tmp_path, monkeypatch):

@@ -109,6 +109,13 @@ def test_missing_student_tensor_is_named(student, key):
         torch_names.student_from_torch(state)
 
 
+def test_a_block_of_another_shape_is_named_with_both(student):
+    odd = {**student[0], "blocks.2.mlp.fc1.weight": np.zeros((96, 48), np.float32)}
+    wanted = r"blocks.2.mlp.fc1.weight has shape \(96, 48\), blocks.0.* has \(192, 48\)"
+    with pytest.raises(ValueError, match=wanted):
+        torch_names.student_from_torch(odd)
+
+
 def test_unneeded_pyramid_stages_may_be_missing(student):
     state = {k: v for k, v in student[0].items() if is_of_layer(k, (2, 3))}
     assert torch_names.student_from_torch(state, (2, 3))["params"]["fpn"]

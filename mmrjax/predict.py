@@ -1,0 +1,245 @@
+"""Scores images or a video: python -m mmrjax.predict --workdir=<run> --input=… --output=<dir>.
+
+Reads an image, a folder (with all its sub-folders), a quoted glob or a video. Writes into --output
+
+    scores.csv, scores.jsonl   path, score, threshold, verdict, p-value, boxes (x y w h in px)
+    overlays/, heat/           pictures on one fixed colour scale, the same for every image
+    maps/                      with --raw_maps=npy|tiff: float32 at the image's own size
+    <video>_overlay.mp4        of a video (see video.py); its scores have a row per frame
+
+A verdict needs a threshold (see calibrate.py). `--recalibrate=<folder>` takes it from other good
+images, such as of a new domain; `--target_fpr` chooses another false-positive rate. Files that
+cannot be read are listed and skipped; the exit status is then 3.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import glob
+import io
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from data_builders import files as image_folders
+from data_builders.folder import layout
+from mmrjax import calibrate, files, logs, video, visualize
+from mmrjax import detector as detector_lib
+
+SOME_UNREADABLE = 3  # exit status
+COLUMNS = ("path", "score", "threshold", "verdict", "p_value", "boxes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    logs.setup()
+    arguments = parse(argv)
+    try:
+        detector = detector_lib.load(arguments.workdir)
+        detector.full_scale = arguments.full_scale
+        detector = choose_threshold(detector, arguments)
+        if arguments.input is None:
+            return 0
+        if video.is_video(arguments.input):
+            rows, unreadable = video.run(detector, pathlib.Path(arguments.input), arguments.output)
+        else:
+            rows, unreadable = score_images(detector, arguments)
+    except (ValueError, RuntimeError, OSError) as e:
+        if os.environ.get("MMRJAX_TRACEBACK"):
+            raise
+        print(f"error: {files.explain(e)}", file=sys.stderr)
+        return 1
+    write_scores(arguments.output, rows)
+    print(summary(detector, rows, arguments.output))
+    for line in unreadable:
+        print(f"skipped: {line}", file=sys.stderr)
+    return SOME_UNREADABLE if unreadable else 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line; argparse ends the program when it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmrjax.predict",
+        description="Scores images or a video with a trained run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of a run")
+    parser.add_argument("--input", help="an image, a folder, a quoted glob or a video")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to write into")
+    parser.add_argument("--raw_maps", choices=("npy", "tiff"), help="also write float32 maps")
+    parser.add_argument("--no_pictures", action="store_true", help="only scores")
+    parser.add_argument("--target_fpr", type=float, help="false-positive rate of the threshold")
+    parser.add_argument("--recalibrate", help="good images that the threshold is taken from")
+    parser.add_argument("--calibration", type=pathlib.Path, help="a calibration.json to use")
+    parser.add_argument("--full_scale", type=int, default=0, help="white of 16-bit images")
+    arguments = parser.parse_args(argv)
+    if arguments.input is None and arguments.recalibrate is None:
+        parser.error("--input is missing")
+    return arguments
+
+
+def choose_threshold(
+    detector: detector_lib.Detector, arguments: argparse.Namespace
+) -> detector_lib.Detector:
+    """The detector with the threshold that the command line asks for.
+
+    Raises:
+      ValueError: no threshold is possible that was asked for, with the reason.
+    """
+    if arguments.calibration is not None:
+        calibration = calibrate.read(arguments.calibration)
+        if calibration is None:
+            raise FileNotFoundError(f"--calibration={arguments.calibration}: no such file")
+        detector = detector.with_calibration(calibration)
+    if arguments.recalibrate is not None:
+        paths, _ = find_images(arguments.recalibrate)
+        detector = detector.recalibrated(paths, f"good images of {arguments.recalibrate}")
+        detector.calibration.write(arguments.output / "calibration.json")
+    if arguments.target_fpr is not None:
+        return detector.with_target(arguments.target_fpr)
+    asked = arguments.recalibrate is not None or arguments.calibration is not None
+    if asked:
+        return detector.with_target(detector.target_fpr)  # raises where that is not possible
+    if detector.thresholds[2]:
+        logging.warning("scores only, no verdicts: %s", detector.thresholds[2])
+    return detector
+
+
+def find_images(given: str) -> tuple[list[pathlib.Path], pathlib.Path]:
+    """The image files that an argument means, sorted, and the folder their names begin at.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    path = pathlib.Path(given)
+    if path.is_dir():
+        pictures, masks = layout.tell_masks_apart(path)
+        found, root = list(pictures), path
+        if masks:
+            logging.info("%d masks in %s are left out", len(masks), path)
+    elif path.is_file():
+        found, root = [path], path.parent
+    else:
+        found = sorted(pathlib.Path(p) for p in glob.glob(given, recursive=True))
+        found = [p for p in found if p.is_file() and image_folders.is_image(p.name)]
+        root = pathlib.Path(os.path.commonpath([p.parent for p in found])) if found else path
+    if not found:
+        raise FileNotFoundError(
+            f"--input={given}: no image there; expected a file, a folder or a quoted glob of "
+            f"{', '.join(image_folders.images.SUFFIXES)}, or a video of {', '.join(video.SUFFIXES)}"
+        )
+    return found, root
+
+
+def readable(
+    paths: Sequence[pathlib.Path], full_scale: int, unreadable: list[str]
+) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
+    """Yields (path, image) of each file; what cannot be read is added to `unreadable`."""
+
+    def read(path: pathlib.Path):
+        try:
+            return path, detector_lib.read_image(path, full_scale)
+        except ValueError as e:
+            return path, e
+
+    with concurrent.futures.ThreadPoolExecutor(detector_lib.THREADS) as pool:
+        for path, image in detector_lib.ahead(read, paths, pool):
+            if isinstance(image, ValueError):
+                unreadable.append(str(image))
+            else:
+                yield path, image
+
+
+def score_images(
+    detector: detector_lib.Detector, arguments: argparse.Namespace
+) -> tuple[list[dict], list[str]]:
+    """Scores all images and writes their pictures: (a row per image, a line per unreadable one)."""
+    paths, root = find_images(arguments.input)
+    rows, unreadable = [], []
+    if detector.scale is None:
+        logging.warning("no pictures: the run was never evaluated, so it has no colour scale")
+    items = readable(logs.progress(paths, "scoring"), detector.full_scale, unreadable)
+    for path, image, found in detector.stream(items):
+        name = path.relative_to(root)
+        rows.append({"path": name.as_posix(), **facts(found)})
+        if detector.scale and not arguments.no_pictures:
+            write_pictures(arguments.output, name, image, found, detector.scale)
+        if arguments.raw_maps:
+            write_map(arguments.output / "maps" / name, found.map, arguments.raw_maps)
+    if not rows:
+        raise ValueError(f"none of {len(paths)} files could be read; the first: {unreadable[0]}")
+    return rows, unreadable
+
+
+def facts(found: detector_lib.Prediction) -> dict:
+    """A prediction as a row of scores.jsonl."""
+    verdicts = {None: "", False: "good", True: "anomaly"}
+    boxes = found.boxes and [[box.x, box.y, box.width, box.height] for box in found.boxes]
+    return {
+        "score": found.score,
+        "threshold": found.threshold,
+        "verdict": verdicts[found.is_anomaly],
+        "p_value": found.p_value,
+        "boxes": boxes,
+    }
+
+
+def write_pictures(
+    output: pathlib.Path,
+    name: pathlib.PurePath,
+    image: np.ndarray,
+    found: detector_lib.Prediction,
+    scale: tuple[float, float],
+) -> None:
+    """The overlay with its boxes, and the bare heat map."""
+    own = np.nan_to_num(found.map, nan=-np.inf)
+    overlay = visualize.draw_boxes(visualize.heat_overlay(image, own, scale), found.boxes or ())
+    colour, _ = visualize.colour_and_opacity(visualize.scale_position(own, scale))
+    for folder, picture in (("overlays", overlay), ("heat", colour)):
+        visualize.write_png((output / folder / name).with_name(f"{name.name}.png"), picture)
+
+
+def write_map(path: pathlib.Path, anomaly_map: np.ndarray, kind: str) -> None:
+    """A float32 map [h, w] as .npy or as a one-channel TIFF."""
+    buffer = io.BytesIO()
+    if kind == "npy":
+        np.save(buffer, anomaly_map)
+    else:
+        Image.fromarray(anomaly_map).save(buffer, "TIFF")
+    files.write_bytes(path.with_name(f"{path.name}.{kind}"), buffer.getvalue())
+
+
+def write_scores(output: pathlib.Path, rows: Sequence[dict]) -> None:
+    """scores.csv and scores.jsonl; the columns of a row are those of the first."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(rows[0])
+    for row in rows:
+        cells = dict(row)
+        cells["boxes"] = "; ".join(" ".join(map(str, box)) for box in row["boxes"] or ())
+        writer.writerow(["" if cell is None else cell for cell in cells.values()])
+    files.write_text(output / "scores.csv", out.getvalue())
+    files.write_text(output / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def summary(detector: detector_lib.Detector, rows: Sequence[dict], output: pathlib.Path) -> str:
+    """What was done, in a line or two."""
+    line = f"{len(rows)} scored"
+    if detector.thresholds[0] is not None:
+        flagged = sum(row["verdict"] == "anomaly" for row in rows)
+        line += (
+            f", {flagged} anomalous (score above {detector.thresholds[0]:.6g}, which good parts "
+            f"like the {len(detector.calibration.ids)} held-out ones exceed at a rate of at most "
+            f"{100 * detector.target_fpr:.3g} %)"
+        )
+    return f"{line}\nwrote {output}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

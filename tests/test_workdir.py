@@ -1,0 +1,74 @@
+"""What a work directory holds decides whether a call may go on with it, and what is finished."""
+
+import json
+
+import pytest
+
+from mmrjax import aggregate, evaluate, workdir
+from mmrjax import config as config_lib
+
+
+@pytest.fixture
+def config():
+    return config_lib.load("configs/folder.py")
+
+
+@pytest.fixture
+def run(tmp_path, config):
+    """A run that has a checkpoint and a whole evaluation."""
+    folder = tmp_path / "mmr" / "parts" / "seed1"
+    workdir.settle(config, "mmr", folder, "abc", "train")
+    (folder / "checkpoints" / "6").mkdir(parents=True)
+    (folder / "maps").mkdir()
+    for name in evaluate.FILES:
+        (folder / name).write_text("{}")
+    results = {"facts": {"eval": evaluate.eval_fields(config)}}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+@pytest.mark.parametrize("name", evaluate.FILES)
+def test_an_evaluation_that_lacks_a_file_is_not_finished(run, config, name):
+    assert workdir.is_finished(run, config)
+    (run / name).unlink()
+    assert not workdir.is_finished(run, config)
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_a_trained_run_that_lost_its_configuration_is_refused(run, config, mode, content):
+    (run / "config.json").unlink()
+    if content is not None:
+        (run / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"seed1/config\.json is absent or damaged.*put it back"):
+        workdir.settle(config, "mmr", run, "abc", mode)
+
+
+def test_a_run_without_checkpoints_may_change_its_mind(run, config):
+    (run / "checkpoints" / "6").rmdir()
+    config.train.epochs = 5
+    workdir.settle(config, "mmr", run, "abc", "train")
+    assert json.loads((run / "config.json").read_text())["train"]["epochs"] == 5
+
+
+def test_a_copy_that_somebody_made_of_a_run_is_none(run, tmp_path):
+    (run.with_name("seed1_old")).mkdir()
+    (run.with_name("seed1_old") / "config.json").write_text("{}")
+    assert workdir.trained_runs(tmp_path) == [("mmr", "parts", 1)]
+
+
+@pytest.mark.parametrize("inside", ["", "deeper/run"])
+def test_a_file_in_place_of_the_work_directory_is_named(tmp_path, config, inside):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"--workdir=.*notes\.txt is a file; name another folder"):
+        workdir.check(config, tmp_path / "notes.txt" / inside)
+
+
+@pytest.mark.parametrize("name", ["results.json", "scores.csv"])
+def test_damaged_results_of_another_run_are_named_with_what_to_do(run, tmp_path, name):
+    results = {"method": "mmr", "dataset": "folder", "category": "parts", "seed": 1}
+    results["metrics"] = {"folder/parts": {}}
+    (run / "results.json").write_text(json.dumps({**results, "facts": {"notes": []}}))
+    (run / name).write_text("{\n1\n")
+    with pytest.raises(ValueError, match=rf"seed1/{name} is absent or damaged .*; delete it"):
+        aggregate.aggregate(tmp_path, "", "")
