@@ -162,8 +162,9 @@ def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.Trai
     Clocks and signals are the processes' own, what follows from them is not.
     """
     config, data = run.config, run.feed(start)
+    rate_field = run.method.own.get("optim.learning_rate", "optim.learning_rate")
     log = logs.TrainLog(
-        run.folder / LOG, start, total, data.steps_per_epoch, config.train.batch_size
+        run.folder / LOG, start, total, data.steps_per_epoch, config.train.batch_size, rate_field
     )
     rates = optim.learning_rates(config.optim, config.train.epochs)
     step, last_save = start, time.monotonic()
@@ -180,8 +181,9 @@ def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.Trai
                 log.flush()  # raises on a loss that is not finite: such a state is not saved
             if save:
                 if not state_lib.is_finite(state):  # the last update shows in no loss yet
+                    remedy = logs.remedy(rate_field)
                     raise FloatingPointError(
-                        f"a parameter is not finite after step {step - 1}; {logs.REMEDY}"
+                        f"a parameter is not finite after step {step - 1}; {remedy}"
                     )
                 checkpoints.save(step, state)
                 last_save = time.monotonic()

@@ -302,7 +302,10 @@ def test_misspelled_fields_name_the_nearest(wrong, right):
 
 @pytest.mark.parametrize(
     ("wrong", "listed"),
-    [("ckpt.zzzzzzzzz", "ckpt.every_seconds, ckpt.keep"), ("zzzzzzzzz", "ckpt, data, eval")],
+    [
+        ("ckpt.zzzzzzzzz", "ckpt.every_seconds, ckpt.keep"),
+        ("zzzzzzzzz", "aminet, calibration, ckpt, data"),
+    ],
 )
 def test_fields_like_no_other_list_the_known(wrong, listed):
     with pytest.raises(ValueError, match=rf"no such field; known: {listed}"):
@@ -440,7 +443,7 @@ def test_flatten_sorts_by_name():
         ("x = 1\ndef get_config(:\n", r"line 2: invalid syntax"),
         ("import nothing_there\n", r"line 1: ModuleNotFoundError: No module named 'nothing_there'"),
         ("def get_config():\n    return 1 / 0\n", r"line 2: ZeroDivisionError"),
-        ("def get_config():\n    return 5\n", r"get_config\(\) lacks ckpt.every_seconds, .*common"),
+        ("def get_config():\n    return 5\n", r"get_config\(\) lacks aminet.augment, .*common"),
         ("def get_config():\n    raise ValueError('no blade')\n", r"^no blade$"),
     ],
 )

@@ -1,4 +1,4 @@
-"""AMI-Net's two networks: golden values, parameters of the full size, tokens, norms."""
+"""AMI-Net's two networks: stored values of an independent PyTorch transcription, size, tokens."""
 
 import functools
 
@@ -18,7 +18,7 @@ SMALL = aminet.AMINet(
 
 @pytest.fixture(scope="module")
 def golden(golden_dir):
-    """(inputs, outputs, parameters) of the official code."""
+    """(inputs, outputs, parameters) of an independent PyTorch transcription."""
     folder = golden_dir / "aminet"
     state = source.read_state(folder / "state.safetensors")
     return np.load(folder / "inputs.npz"), np.load(folder / "outputs.npz"), from_official(state)
@@ -68,7 +68,7 @@ def golden_patches(inputs) -> jax.Array:
 # --- golden values
 
 
-def test_training_pass_equals_the_official_code(golden, agree):
+def test_training_pass_equals_an_independent_transcription(golden, agree):
     inputs, want, params = golden
     noise = jnp.asarray(inputs["noise_cluster"]), jnp.asarray(inputs["noise_inpaint"])
     visible = jnp.asarray(want["train__visible"])
@@ -78,7 +78,7 @@ def test_training_pass_equals_the_official_code(golden, agree):
     agree("AMI-Net, cluster centres in training", centres, want["train__centres"], 5e-5)
 
 
-def test_position_code_is_that_of_the_official_code(golden_dir):
+def test_position_code_is_that_of_an_independent_transcription(golden_dir):
     state = source.read_state(golden_dir / "aminet" / "state.safetensors")
     table = positions.sincos_2d(24, (4, 4))[1:]  # without the row of a class token
     np.testing.assert_array_equal(table, state["pos_embed"][0])
