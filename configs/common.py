@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
     train.batch_size = 16
     train.steps_per_call = 0  # steps per dispatch; 0 = 1 on CPU, up to an epoch elsewhere
     train.fsdp = 1  # devices that share one copy of a large student's parameters and moments
-    train.augment = "rrc_flip"  # rrc_flip | rrc | none (the view of evaluation)
+    train.augment = "rrc_flip"  # rrc_flip | rrc | none (the evaluation view; a window if tiling)
     train.crop_scale = (0.7, 1.0)  # share of the image's area
     train.crop_ratio = (3 / 4, 4 / 3)  # width / height
     train.compute_dtype = "auto"  # float32 | bfloat16 | auto (bfloat16 on accelerators)

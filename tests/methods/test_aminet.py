@@ -13,7 +13,6 @@ from mmrjax import config as config_lib
 from mmrjax import logs, methods
 from mmrjax.methods import aminet
 
-
 total_loss = jax.jit(aminet.total_loss, static_argnames="squared")
 distances_of = jax.jit(aminet.distances, static_argnames="squared")
 adaptive_visible = jax.jit(aminet.adaptive_visible)
