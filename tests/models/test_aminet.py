@@ -109,6 +109,7 @@ def test_full_size_has_the_parameters_of_the_official_model():
     assert sum(full_size(train_mask_token=False).values()) == 129_890_560
 
 
+@pytest.mark.slow
 def test_initial_values_follow_the_official_distributions():
     model = aminet.AMINet((2, 2), 1024, 64, 2, 1, clusters=64)
     patches, visible = jnp.zeros((1, 4, 1024)), jnp.ones((1, 4), bool)
@@ -133,6 +134,7 @@ def test_initial_values_follow_the_official_distributions():
 # --- tokens
 
 
+@pytest.mark.slow
 def test_hidden_patches_reach_no_prediction_and_visible_ones_do(golden):
     inputs, want, params = golden
     visible = jnp.asarray(want["train__visible"])
@@ -185,6 +187,7 @@ def test_jitter_of_scale_0_is_none(golden):
     np.testing.assert_allclose(with_noise, without, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_norms_have_torchs_epsilon():
     """Blocks switched off, tokens of variance 1e-5: the last norms give 1 / sqrt(2), not 0.95."""
     model = aminet.AMINet((1, 1), 8, 8, 2, 1, clusters=2)
