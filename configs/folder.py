@@ -4,8 +4,9 @@ python -m mmrjax.main --config=configs/folder.py --workdir=runs/mine --config.da
 
 Understood layouts: MVTec's (train/good, test/<type>, ground_truth/<type>); good/ beside folders of
 defects, masks in ground_truth/ or masks/ or beside the images; or one flat folder of good images.
-Without a split, every fifth good image is kept for testing. Expected score: yours to find out; the
-report says how sure it is.
+Without a split, every fifth good image is kept for testing. A tenth of the training images is held
+out for the threshold, if that is four or more (calibration.fraction). Expected score: yours to find
+out; the report says how sure it is.
 
 Sized for a CPU: a ResNet-18 teacher and a small student from scratch. With a GPU, the paper's
 models are --config.teacher.name=wide_resnet50_2 --config.student.size=base --config.student.depth=0

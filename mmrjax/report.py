@@ -3,14 +3,18 @@
     python -m mmrjax.report --workdir=<dir>     renders both again, without JAX, records or weights
 
 report.html is one self-contained page: pictures are data URIs, charts are inline SVG, and a content
-security policy forbids every request. Reading (report_files.py), numbers (report_tables.py),
-wording (report_words.py), drawing (charts.py) and layout (templates/) are apart; `page` joins them
-to the dict that both templates see. evaluate.py calls `write_report` at the end of a run.
+security policy forbids every request and every script but templates/report.js, by its hash.
+
+Reading (report_files.py), numbers (report_tables.py, report_threshold.py), wording
+(report_words.py), drawing (charts.py) and layout (templates/) are apart; `page` joins them to the
+dict that both templates see. main.py calls `write_report` at the end of a run.
 
 A run that lacks a file is reported without the part that needs it, and the report says so.
 """
 
 import argparse
+import base64
+import hashlib
 import itertools
 import json
 import math
@@ -19,9 +23,18 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import jinja2
+import markupsafe
 import numpy as np
 
-from mmrjax import charts, files, report_files, report_sweep, report_tables, report_words
+from mmrjax import (
+    charts,
+    files,
+    report_files,
+    report_sweep,
+    report_tables,
+    report_threshold,
+    report_words,
+)
 
 CATEGORY_BYTES = 2_400_000  # all embedded pictures of one category, as base64
 PAGE_BYTES = 24_000_000  # and of all categories together
@@ -84,8 +97,12 @@ def page(aggregate: dict, runs: Sequence[report_files.Run]) -> dict:
         }
         for index, method in enumerate(aggregate["methods"])
     ]
+    script = (pathlib.Path(__file__).parent / "templates" / "report.js").read_text("utf-8")
+    digest = hashlib.sha256(script.encode()).digest()
     return {
         "aggregate": aggregate,
+        "script": markupsafe.Markup(script),  # ours, and the only one that the page lets run
+        "script_hash": base64.b64encode(digest).decode(),
         "title": aggregate.get("title") or aggregate.get("dataset") or "mmrjax",
         "seeds": sorted({run.seed for run in runs}),
         "keys": keys,
@@ -218,6 +235,7 @@ def _category(key: str, runs: Sequence[report_files.Run], n_categories: int) -> 
                 **_curve_charts(first, title),
                 "histogram": _histogram(first, title),
                 "gallery": _gallery(first, size, quality),
+                "threshold": report_threshold.panel(first, title),
             }
         )
     return {"key": key, "title": report_tables.short_key(key), "methods": methods}
@@ -304,11 +322,13 @@ def _gallery(run: report_files.Run, size: int, quality: int) -> dict | None:
     """Gallery items by kind, their pictures embedded."""
     if not run.gallery.get("items"):
         return None
-    groups = []
+    groups, panel = [], report_threshold.panel(run, "")
+    threshold = None if panel is None else json.loads(panel["data"])["threshold"]
     for kind, (title, explanation) in KIND_TITLES.items():
         items = [
             item
             | {
+                "outcome": _outcome(item, threshold),
                 "pictures": [
                     (
                         name,
@@ -317,13 +337,27 @@ def _gallery(run: report_files.Run, size: int, quality: int) -> dict | None:
                         report_files.picture_link(run, item, name),
                     )
                     for name, caption in (("image", "picture"), ("truth", "truth"), ("heat", "map"))
-                ]
+                ],
             }
             for item in run.gallery["items"]
             if item["kind"] == kind
         ]
         groups.append({"title": title, "explanation": explanation, "figures": items})
-    return {"bar": charts.colour_bar(run.gallery["scale"]), "groups": groups}
+    choices = {
+        "domain": sorted({item["domain"] for item in run.gallery["items"]} - {""}),
+        "defect": sorted({item["defect"] for item in run.gallery["items"]} - {""}),
+        "outcome": ["found", "missed", "false alarm", "passed"] if run.scores else [],
+    }
+    bar = charts.colour_bar(run.gallery["scale"])
+    return {"bar": bar, "groups": groups, "choices": choices, "run": run.path}
+
+
+def _outcome(item: Mapping, threshold: float | None) -> str:
+    """What becomes of an image at the threshold, in a word or two."""
+    if threshold is None:
+        return ""
+    words = ("passed", "false alarm") if item["label"] == "good" else ("missed", "found")
+    return words[item["score"] > threshold]
 
 
 def _markdown(text: object) -> str:

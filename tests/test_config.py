@@ -458,3 +458,8 @@ def test_a_configuration_that_is_no_python_file_is_refused(tmp_path):
     (tmp_path / "mine.bin").write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match=r"mine\.bin: expected a Python file, ending in \.py"):
         config_lib.load(str(tmp_path / "mine.bin"))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("demo", "folder")])
+def test_published_protocols_train_on_every_good_image(name):
+    assert config_lib.load(f"configs/{name}.py").calibration.fraction == 0

@@ -18,8 +18,16 @@ LAYERS = (
 # Everything else (main, report, predict, bench ...) is a program: it may import anything, and only
 # another program may import it.
 ISOLATED = {"models"}  # import only themselves
-MAY_PRINT = {"main.py", "convert.py", "compare.py", "report.py", "bench.py", "bench_metrics.py"}
-MAY_PRINT |= {"predict.py"}
+MAY_PRINT = {
+    "main.py",
+    "convert.py",
+    "compare.py",
+    "report.py",
+    "bench.py",
+    "bench_metrics.py",
+    "predict.py",
+    "export.py",
+}
 
 
 def sources(package: str) -> list[pathlib.Path]:

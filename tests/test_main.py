@@ -108,6 +108,20 @@ def test_other_training_fields_are_refused_by_name(finished, capsys):
     assert (workdir / "mmr/parts/seed1/results.json").read_bytes() == before
 
 
+def test_a_run_older_than_thresholds_has_trained_on_every_good_image(finished, tmp_path):
+    """Its held-out images would be trained ones: refused, or evaluated without a threshold."""
+    config, _ = main.parse(finished[1])
+    stored = json.loads((finished[0] / "mmr/parts/seed1/config.json").read_text())
+    del stored["calibration"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    digest = stored["data_digest"]
+    with pytest.raises(ValueError, match=r"calibration\.fraction: was 0\.0, is 0\.5"):
+        main.settle_config(config, "mmr", tmp_path, digest, "train")
+    settled = main.settle_config(config, "mmr", tmp_path, digest, "evaluate")
+    assert settled.calibration.fraction == 0
+
+
 BAD_INPUT = {
     "misspelled field": (["--config.train.epoch=3"], "train.epochs"),
     "wrong type": (["--config.train.epochs=many"], "expected int"),

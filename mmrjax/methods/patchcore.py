@@ -122,7 +122,7 @@ def _resize(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 def nearest_squared_distance(queries: jax.Array, bank: jax.Array) -> jax.Array:
     """The minimum over rows m of |q - m|^2 for every query, [n, d] x [m, d] -> [n], float32."""
-    best = jnp.full(len(queries), jnp.inf)
+    best = jnp.full(queries.shape[0], jnp.inf)  # not len: it may be symbolic in an export
     for start in range(0, len(bank), BANK_ROWS_PER_CHUNK):
         rows = bank[start : start + BANK_ROWS_PER_CHUNK]
         products = jnp.matmul(queries, rows.T, precision=EXACT)

@@ -1,0 +1,59 @@
+"""An exported scorer runs without this package, for any batch, and says what the model says."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from jax import export as jax_export
+
+from mmrjax import detector as detector_lib
+from mmrjax import export
+from mmrjax.data import geometry
+
+pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers: pip install '.[export]'")
+
+ALONE = """
+import sys, jax, numpy as np
+images = np.load(sys.argv[2])
+found = jax.export.deserialize(open(sys.argv[1], "rb").read()).call(images)
+np.savez(sys.argv[3], **found)
+assert not any(name.startswith(("mmrjax", "flax")) for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("method", ["mmr", "patchcore"])
+def test_the_file_alone_gives_the_scores_of_the_run(method, finished, tiny_raw, tmp_path, capsys):
+    run, path = finished[0] / method / "parts" / "seed1", tmp_path / "scorer.jax"
+    arguments = [f"--workdir={run}", f"--output={path}", f"--images={tiny_raw / 'bad'}"]
+    assert export.main(arguments) == 0
+    assert "loaded again" in capsys.readouterr().out
+    pictures = sorted((tiny_raw / "bad").glob("0?.png"))[:3]
+    detector = detector_lib.load(run)
+    images = np.stack(
+        [
+            geometry.view_image(detector_lib.read_image(p), (64, 64), (64, 64), "bilinear")
+            for p in pictures
+        ]
+    )
+    np.save(tmp_path / "in.npy", images)
+    command = [sys.executable, "-c", ALONE, path, tmp_path / "in.npy", tmp_path / "out.npz"]
+    subprocess.run(list(map(str, command)), check=True, cwd=tmp_path)
+    found = np.load(tmp_path / "out.npz")
+    expected = detector.predict(pictures)
+    for i, one in enumerate(expected):
+        assert found["score"][i] == pytest.approx(one.score, rel=1e-4, abs=1e-5)
+        np.testing.assert_allclose(found["map"][i], one.view_map, atol=1e-5 * max(1, one.score))
+        assert found["is_anomaly"][i] == one.is_anomaly
+    about = json.loads((tmp_path / "scorer.jax.json").read_text())
+    assert about["threshold"] == expected[0].threshold
+    assert about["calibration"]["promised_fpr"] <= 0.2
+    assert jax_export.deserialize(path.read_bytes()).platforms == export.PLATFORMS
+
+
+def test_a_file_that_differs_is_not_declared_good(finished, tmp_path, monkeypatch, capsys):
+    run = finished[0] / "patchcore" / "parts" / "seed1"
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    assert export.main([f"--workdir={run}", f"--output={tmp_path / 'scorer.jax'}"]) == 1
+    assert "differs from the model" in capsys.readouterr().err
