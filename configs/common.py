@@ -1,7 +1,8 @@
 """Every field of an mmrjax configuration, with the values of the MMR paper's official code.
 
 Not run by itself: each data set's file calls `get_config` here and changes what differs. Sources:
-arXiv 2304.02216 and its official code (MMR), arXiv 2106.08265 and its official code (PatchCore).
+arXiv 2304.02216 and its official code (MMR), arXiv 2106.08265 and its official code (PatchCore),
+IEEE TASE 2024 and luow23/AMI-Net (AMI-Net).
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +14,7 @@ def get_config() -> ConfigDict:
     config.title = ""
 
     config.method = ConfigDict()
-    config.method.names = ("mmr",)  # any of mmr, patchcore; each is trained and compared
+    config.method.names = ("mmr",)  # any of mmr, patchcore, aminet; all are trained and compared
 
     config.data = data = ConfigDict()
     data.name = ""  # a builder of data_builders
@@ -61,6 +62,29 @@ def get_config() -> ConfigDict:
     patchcore.start_points = 10
     patchcore.score = "smoothed"  # smoothed (maximum of the map) | patch (maximum of raw patches)
 
+    config.aminet = aminet = ConfigDict()  # values of its official code; the paper's where noted
+    aminet.layers = (1, 2, 3)
+    aminet.pool = 3  # cells averaged in each direction; 1 = none, as in the paper
+    aminet.patch = 4  # side of a token in cells of 4 px (K)
+    aminet.width = 768
+    aminet.heads = 12
+    aminet.depth = 8  # blocks of the inpainting network (N_i)
+    aminet.cluster_depth = 1  # blocks that make the cluster centres (N_s)
+    aminet.clusters = 8  # P
+    aminet.boundary = 0.5  # deviations beyond a cluster's mean that hide a token (lambda)
+    aminet.squared = False  # True: the length in the distance squared, as Eq. 12 prints
+    aminet.jitter = 20.0  # noise on tokens in training, the paper's AMI-Net with ‡; 0 = without
+    aminet.train_mask_token = True  # paper: stays 0
+    aminet.score = "std"  # of an image: std | max of its map
+    # AMI-Net reads these and ignores the fields of the same name in the groups train and optim:
+    aminet.epochs = 300  # paper: 200
+    aminet.batch_size = 8  # one model on all categories: 16; few shots: 1
+    aminet.augment = "none"
+    aminet.learning_rate = 1e-4  # paper: 1e-3
+    aminet.weight_decay = 0.01  # torch's default, on every parameter
+    aminet.warmup = 0.0
+    aminet.drops = ()
+
     config.calibration = ConfigDict()
     config.calibration.fraction = 0.0  # of the good training images, held out for the threshold
     config.calibration.target_fpr = 0.05  # share of good parts that may be called defective
@@ -71,7 +95,7 @@ def get_config() -> ConfigDict:
     train.batch_size = 16
     train.steps_per_call = 0  # steps per dispatch; 0 = 1 on CPU, up to an epoch elsewhere
     train.fsdp = 1  # devices that share one copy of a large student's parameters and moments
-    train.augment = "rrc_flip"  # rrc_flip | rrc | none
+    train.augment = "rrc_flip"  # rrc_flip | rrc | none (the evaluation view; a window if tiling)
     train.crop_scale = (0.7, 1.0)  # share of the image's area
     train.crop_ratio = (3 / 4, 4 / 3)  # width / height
     train.compute_dtype = "auto"  # float32 | bfloat16 | auto (bfloat16 on accelerators)

@@ -24,6 +24,10 @@ def get_config():
     config.student.size = "tiny"
     config.student.depth = 4
     config.student.init = "scratch"
+    config.aminet.width = 192
+    config.aminet.heads = 3
+    config.aminet.depth = 4
+    config.aminet.epochs = 20
     config.patchcore.layers = (1, 2, 3)  # a grid of 64 x 64, for small defects
     config.patchcore.width = 384
     config.patchcore.coreset = 0.002

@@ -29,5 +29,9 @@ def get_config():
     config.student.size = "tiny"
     config.student.depth = 6
     config.student.init = "scratch"
+    config.aminet.width = 192
+    config.aminet.heads = 3
+    config.aminet.depth = 6
+    config.aminet.epochs = 100
     config.train.epochs = 100
     return config

@@ -31,5 +31,9 @@ def get_config(variant: str = "full"):
     config.student.size = "tiny"
     config.student.depth = 6
     config.student.init = "scratch"
+    config.aminet.width = 192
+    config.aminet.heads = 3
+    config.aminet.depth = 6
+    config.aminet.epochs = 40
     config.train.epochs = 40
     return config

@@ -20,7 +20,7 @@ PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
 
 # Types of the entries of tuples that are empty by default.
-TUPLES = {"data.categories": str, "eval.resize": int}
+TUPLES = {"data.categories": str, "eval.resize": int, "aminet.drops": float}
 # Smallest and largest value of a field, or of every entry of a tuple.
 RANGES = (
     ("optim.warmup", 0.0, 1.0),  # shares of train.epochs, not epochs
@@ -31,6 +31,19 @@ RANGES = (
     ("student.layers", 1, 3),
     ("patchcore.layers", 1, 3),
     ("patchcore.coreset", 1e-6, 1.0),  # a share, not percent
+    ("aminet.layers", 1, 3),
+    ("aminet.pool", 1, 1 << 10),
+    ("aminet.patch", 1, 1 << 10),
+    ("aminet.width", 4, 1 << 20),
+    ("aminet.heads", 1, 1 << 10),
+    ("aminet.depth", 1, 1 << 10),
+    ("aminet.cluster_depth", 1, 1 << 10),
+    ("aminet.clusters", 2, 1 << 20),  # the spread of a single centre is 0 / 0
+    ("aminet.boundary", -1e9, 1e9),  # a large one hides nothing
+    ("aminet.jitter", 0.0, 1e6),
+    ("aminet.learning_rate", 0.0, 10.0),
+    ("aminet.warmup", 0.0, 1.0),
+    ("aminet.drops", 0.0, 1.0),
     ("train.crop_scale", 1e-3, 1.0),
     ("train.crop_ratio", 1e-2, 1e2),
     ("calibration.fraction", 0.0, 0.9),
@@ -222,6 +235,8 @@ def validate(config: ConfigDict) -> None:
         "data.feed": ("auto", "resident", "stream"),
         "student.mask_form": ("drop", "pixel"),
         "train.augment": ("rrc_flip", "rrc", "none"),
+        "aminet.augment": ("rrc_flip", "rrc", "none"),
+        "aminet.score": ("std", "max"),
         "train.compute_dtype": ("auto", "float32", "bfloat16"),
         "eval.metrics_mode": ("standard", "mmr"),
         "eval.pixel_metrics": ("auto", "exact", "streaming"),
@@ -232,7 +247,8 @@ def validate(config: ConfigDict) -> None:
     for name, known in choices.items():
         if flat[name] not in known:
             raise ValueError(f"--config.{name}={flat[name]}: choose one of {', '.join(known)}")
-    for name in ("train.epochs", "train.batch_size", "eval.batch_size", "ckpt.keep"):
+    batches = ("train.batch_size", "aminet.batch_size", "eval.batch_size")
+    for name in ("train.epochs", "aminet.epochs", *batches, "ckpt.keep"):
         if flat[name] < 1:
             raise ValueError(f"--config.{name}={flat[name]}: must be at least 1")
     for name, low, high in RANGES:
@@ -242,7 +258,10 @@ def validate(config: ConfigDict) -> None:
     for name, length in (("train.crop_scale", 2), ("train.crop_ratio", 2)):
         if len(flat[name]) != length or flat[name][0] > flat[name][1]:
             raise ValueError(f"--config.{name}={flat[name]}: expected smallest,largest")
-    for name in ("student.layers", "patchcore.layers", "train.seeds", "method.names"):
+    if flat["aminet.pool"] % 2 == 0:
+        raise ValueError(f"--config.aminet.pool={flat['aminet.pool']}: must be odd, as 1 or 3")
+    layers = ("student.layers", "patchcore.layers", "aminet.layers")
+    for name in (*layers, "train.seeds", "method.names"):
         if not flat[name] or len(set(flat[name])) < len(flat[name]):
             raise ValueError(f"--config.{name}={flat[name]}: give one or more different values")
     for name in ("data.image_size", "data.resize", "eval.resize"):

@@ -16,7 +16,6 @@ from mmrjax import files, processes
 
 LINE_SECONDS = 15.0  # between plain lines when there is no terminal
 FLUSH_SECONDS = 1.0  # between fetches of the losses from the device
-REMEDY = "lower optim.learning_rate or use train.compute_dtype=float32, in another --workdir"
 # By whole folders: an environment may lie in a clone that is called mmrjax.
 _ROOT = pathlib.Path(__file__).parent.parent
 OURS = tuple(str(_ROOT / name) + os.sep for name in ("mmrjax", "data_builders", "scripts"))
@@ -76,14 +75,28 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
         yield item
 
 
+def remedy(rate_field: str) -> str:
+    """What to do about a loss or a parameter that is not finite."""
+    return f"lower {rate_field} or use train.compute_dtype=float32, in another --workdir"
+
+
 class TrainLog:
     """Losses of a training run: fetched in groups, written to metrics.jsonl, shown as progress.
 
     Every process fetches them, and so notices a loss that is not finite; the first one writes.
     """
 
-    def __init__(self, path: pathlib.Path, start: int, stop: int, steps_per_epoch: int, batch: int):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        start: int,
+        stop: int,
+        steps_per_epoch: int,
+        batch: int,
+        rate_field: str = "optim.learning_rate",
+    ):
         """Opens `path`, drops what it holds from step `start` on, and starts the clock."""
+        self._remedy = remedy(rate_field)
         processes.first(lambda: _keep_until(path, start))
         self._file = (path if processes.is_first() else pathlib.Path(os.devnull)).open("a")
         self._stop, self._steps_per_epoch, self._batch = stop, steps_per_epoch, batch
@@ -128,7 +141,7 @@ class TrainLog:
                     self._file.flush()
                     raise FloatingPointError(
                         f"the loss is {line['loss']} at step {line['step']} (steps {first} to "
-                        f"{first + done - 1} were checked together); {REMEDY}"
+                        f"{first + done - 1} were checked together); {self._remedy}"
                     )
         self._file.flush()
         self._step = first + done

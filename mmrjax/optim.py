@@ -1,4 +1,6 @@
-"""AdamW and the learning-rate schedule of the official MMR code."""
+"""AdamW, and the learning-rate schedule of the official MMR code."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +33,20 @@ def decay_mask(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
-def optimiser(optim: ConfigDict, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
-    """AdamW whose learning rate is constant within an epoch; step 0 is the first update."""
+def optimiser(
+    optim: ConfigDict,
+    epochs: int,
+    steps_per_epoch: int,
+    decayed: Callable[[dict], dict] | None = decay_mask,
+) -> optax.GradientTransformation:
+    """AdamW whose learning rate is constant within an epoch; step 0 is the first update.
+
+    Args:
+      optim: config.optim.
+      epochs: of the whole run.
+      steps_per_epoch: updates with one learning rate.
+      decayed: parameters -> which of them weight decay applies to; None: to all.
+    """
     rates = jnp.asarray(learning_rates(optim, epochs))
 
     def schedule(step: jax.Array) -> jax.Array:
@@ -44,5 +58,5 @@ def optimiser(optim: ConfigDict, epochs: int, steps_per_epoch: int) -> optax.Gra
         b2=optim.beta2,
         eps=optim.epsilon,
         weight_decay=optim.weight_decay,
-        mask=decay_mask,
+        mask=decayed,
     )

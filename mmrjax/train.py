@@ -106,8 +106,10 @@ def train(
     """
     mesh = mesh_lib.make_mesh(fsdp=config.train.fsdp)
     method = methods.create(name, config)
+    config = method.config
     if method.trains:
-        mesh_lib.check_divisible("train.batch_size", config.train.batch_size, mesh)
+        field = method.own.get("train.batch_size", "train.batch_size")
+        mesh_lib.check_divisible(field, config.train.batch_size, mesh)
     mesh_lib.check_divisible("eval.batch_size", config.eval.batch_size, mesh)
     if method.dtype == jnp.float32:  # also on accelerators, whose default is less
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -160,8 +162,9 @@ def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.Trai
     Clocks and signals are the processes' own, what follows from them is not.
     """
     config, data = run.config, run.feed(start)
+    rate_field = run.method.own.get("optim.learning_rate", "optim.learning_rate")
     log = logs.TrainLog(
-        run.folder / LOG, start, total, data.steps_per_epoch, config.train.batch_size
+        run.folder / LOG, start, total, data.steps_per_epoch, config.train.batch_size, rate_field
     )
     rates = optim.learning_rates(config.optim, config.train.epochs)
     step, last_save = start, time.monotonic()
@@ -178,8 +181,9 @@ def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.Trai
                 log.flush()  # raises on a loss that is not finite: such a state is not saved
             if save:
                 if not state_lib.is_finite(state):  # the last update shows in no loss yet
+                    remedy = logs.remedy(rate_field)
                     raise FloatingPointError(
-                        f"a parameter is not finite after step {step - 1}; {logs.REMEDY}"
+                        f"a parameter is not finite after step {step - 1}; {remedy}"
                     )
                 checkpoints.save(step, state)
                 last_save = time.monotonic()
@@ -217,7 +221,8 @@ def _fit_stage(run: Run, variables: dict, key: jax.Array) -> tuple[dict, bool]:
 def make_augment(config: ConfigDict) -> state_lib.Augment:
     """The training augmentation that `config.train` describes: (key, image, size) -> image."""
     train, kind = config.train, config.train.augment
-    size_hw = tuple(config.data.image_size)
+    view = geometry.View.of(config)
+    size_hw = view.size
     scale, ratio = tuple(train.crop_scale), tuple(train.crop_ratio)
     resize = tuple(config.data.resize) if config.data.tiling else None
 
@@ -227,7 +232,9 @@ def make_augment(config: ConfigDict) -> state_lib.Augment:
             key, key_window = jax.random.split(key)
             window = augment.random_window(key_window, size, size_hw, resize)
         if kind == "none":
-            return augment.crop_resize(image, window, size_hw) / 255.0
+            if resize:
+                return augment.crop_resize(image, window, size_hw) / 255.0
+            return augment.view(image, size, view.resize, size_hw, view.interpolation) / 255.0
         flip = kind == "rrc_flip"
         return augment.augment(key, image, window, size_hw, scale, ratio, flip)
 

@@ -143,6 +143,7 @@ def _differing(before: dict, config: ConfigDict, name: str) -> dict:
     """{field: value `before`} of what shapes the training of a method and is not as in `config`."""
     own = methods.METHODS[name].fields
     others = {field for method in methods.METHODS.values() for field in method.fields} - {*own}
+    others |= {*methods.METHODS[name].own}
     before.setdefault("calibration.fraction", 0.0)  # older runs trained on every good image
     differing = {}
     for field, value in config_lib.flatten(config).items():

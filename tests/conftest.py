@@ -101,6 +101,11 @@ TINY_MODEL = (
     "patchcore.width=32",
     "patchcore.coreset=0.2",
     "patchcore.projection=16",
+    "aminet.width=24",
+    "aminet.heads=3",
+    "aminet.depth=2",
+    "aminet.clusters=3",
+    "aminet.epochs=2",
 )
 
 

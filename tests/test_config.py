@@ -304,7 +304,7 @@ def test_misspelled_fields_name_the_nearest(wrong, right):
     ("wrong", "listed"),
     [
         ("ckpt.zzzzzzzzz", "ckpt.every_seconds, ckpt.keep"),
-        ("zzzzzzzzz", "calibration, ckpt, data, eval"),
+        ("zzzzzzzzz", "aminet, calibration, ckpt, data"),
     ],
 )
 def test_fields_like_no_other_list_the_known(wrong, listed):
@@ -443,7 +443,7 @@ def test_flatten_sorts_by_name():
         ("x = 1\ndef get_config(:\n", r"line 2: invalid syntax"),
         ("import nothing_there\n", r"line 1: ModuleNotFoundError: No module named 'nothing_there'"),
         ("def get_config():\n    return 1 / 0\n", r"line 2: ZeroDivisionError"),
-        ("def get_config():\n    return 5\n", r"get_config\(\) lacks ckpt.every_seconds, .*common"),
+        ("def get_config():\n    return 5\n", r"get_config\(\) lacks aminet.augment, .*common"),
         ("def get_config():\n    raise ValueError('no blade')\n", r"^no blade$"),
     ],
 )

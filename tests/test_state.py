@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
 from mmrjax import methods, optim, state, train
+from mmrjax.data import geometry
 
 STEPS = {}  # one compiled step per number of devices and schedule, shared by the tests
 
@@ -139,3 +141,14 @@ def test_padding_rows_do_not_touch_the_update(config):
     first, logs_a = step(first, frozen, resident, chunk, jax.random.key(7))
     second, logs_b = step(second, frozen, resident, other, jax.random.key(7))
     assert float(logs_a["loss"][0]) == pytest.approx(float(logs_b["loss"][0]), abs=1e-6)
+
+
+def test_training_without_augmentation_sees_what_evaluation_sees():
+    fields = ("train.augment=none", "data.resize=40,48", "data.image_size=32,32")
+    config = config_lib.load("configs/folder.py", [*fields, "data.interpolation=lanczos"])
+    image = np.random.default_rng(0).integers(0, 256, (60, 70, 3), dtype=np.uint8)
+    canvas = np.zeros((64, 80, 3), np.uint8)
+    canvas[:60, :70] = image
+    got = jax.jit(train.make_augment(config))(jax.random.key(0), canvas, np.array([60, 70]))
+    want = geometry.view_image(image, (40, 48), (32, 32), "lanczos")
+    assert np.abs(255 * got - want.astype(float)).max() < 1.01

@@ -2,7 +2,8 @@
 
 The crop box is drawn as torchvision draws it, and pixels are within one grey level of Pillow's
 antialiased bicubic resize: two small matrix products per image whose weights are clipped to the
-crop box. Spec: arXiv 2304.02216's official code; torchvision's RandomResizedCrop.
+crop box. Spec: arXiv 2304.02216's official code; torchvision's RandomResizedCrop. For methods that
+train without augmentation, `view` gives the pixels that evaluation sees.
 """
 
 import jax
@@ -10,6 +11,21 @@ import jax.numpy as jnp
 
 TRIES = 10  # torchvision draws at most ten boxes before it falls back to a centred one
 BICUBIC_A = -0.5  # Pillow's kernel
+
+
+def _bicubic(x: jax.Array) -> jax.Array:
+    a = BICUBIC_A
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
+
+
+# Pillow's kernels at distance x >= 0, in pixels of the coarser of the two grids.
+KERNELS = {
+    "bilinear": lambda x: jnp.maximum(1 - x, 0.0),
+    "bicubic": _bicubic,
+    "lanczos": lambda x: jnp.where(x < 3, jnp.sinc(x) * jnp.sinc(x / 3), 0.0),
+}
 
 
 def random_box(
@@ -53,18 +69,16 @@ def random_box(
     return jnp.stack([offset(key_top, h - box_h), offset(key_left, w - box_w), box_h, box_w])
 
 
-def _weights(canvas: int, n_out: int, start: jax.Array, length: jax.Array) -> jax.Array:
-    """Pillow's antialiased bicubic taps for [start, start + length) -> n_out; [n_out, canvas]."""
+def _weights(
+    canvas: int, n_out: int, start: jax.Array | int, length: jax.Array, kernel: str = "bicubic"
+) -> jax.Array:
+    """Pillow's antialiased taps for [start, start + length) -> n_out; [n_out, canvas]."""
     length = length.astype(jnp.float32)
     scale = length / n_out
     centre = (jnp.arange(n_out) + 0.5) * scale
     pixel = jnp.arange(canvas) - start
     x = jnp.abs(pixel[None] + 0.5 - centre[:, None]) / jnp.maximum(scale, 1.0)
-    a = BICUBIC_A
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    weight = jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
-    weight = jnp.where((pixel >= 0) & (pixel < length), weight, 0.0)
+    weight = jnp.where((pixel >= 0) & (pixel < length), KERNELS[kernel](x), 0.0)
     return weight / weight.sum(axis=1, keepdims=True)
 
 
@@ -82,6 +96,37 @@ def crop_resize(image: jax.Array, box: jax.Array, size_hw: tuple[int, int]) -> j
     h, w, _ = image.shape
     rows = _weights(h, size_hw[0], box[0], box[2])
     columns = _weights(w, size_hw[1], box[1], box[3])
+    return _resample(image, rows, columns)
+
+
+def view(
+    image: jax.Array,
+    size: jax.Array,
+    resize: tuple[int, int],
+    size_hw: tuple[int, int],
+    interpolation: str,
+) -> jax.Array:
+    """What evaluation sees of an image (`geometry.view_image`), within one grey level.
+
+    Args:
+      image: uint8 [h, w, 3] on the canvas.
+      size: int [2], the image's own (height, width).
+      resize: the whole image is resized to this, (height, width) in px.
+      size_hw: of the centre crop, at most `resize`.
+      interpolation: a key of KERNELS.
+
+    Returns:
+      float32 [*size_hw, 3], whole numbers in [0, 255].
+    """
+    axes = []
+    for canvas, length, n, kept in zip(image.shape, size, resize, size_hw, strict=False):
+        first = round((n - kept) / 2)  # Python's round, as torchvision's centre crop
+        axes.append(_weights(canvas, n, 0, length, interpolation)[first : first + kept])
+    return _resample(image, *axes)
+
+
+def _resample(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Applies the taps of both axes, horizontal pass first; float32, whole grey levels."""
     exact = jax.lax.Precision.HIGHEST
 
     def to_grey_levels(x: jax.Array) -> jax.Array:

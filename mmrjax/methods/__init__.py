@@ -2,9 +2,10 @@
 
 from ml_collections import ConfigDict
 
-from mmrjax.methods import base, mmr, patchcore
+from mmrjax.methods import aminet, base, mmr, patchcore
 
 METHODS: dict[str, type[base.Method]] = {
+    "aminet": aminet.AMINet,
     "mmr": mmr.MMR,
     "patchcore": patchcore.PatchCore,
 }

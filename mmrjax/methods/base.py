@@ -4,7 +4,8 @@ A new method is one file with a subclass of `Method`, one line in `METHODS`, one
 of the parametrised contract test. The loop, evaluation and report serve all methods alike.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,28 @@ class Method:
     """
 
     name: str
-    fields: tuple[str, ...] = ()  # configuration that no other method reads, by prefix
+    fields: tuple[str, ...] = ()  # configuration that not every method reads, by prefix
+    # Shared fields in whose place the method has its own, such as {"train.epochs": "x.epochs"}.
+    own: ClassVar[Mapping[str, str]] = {}
     trains = True  # has a gradient stage
     fits = False  # has a `fit` after it
     update = None  # (state, frozen, batch, key, progress) -> (state, logs); None: see state.update
 
     def __init__(self, config: ConfigDict):
         """Builds modules; no arrays yet."""
-        self.config = config
+        self.config = self.configured(config)
         self.dtype = compute_dtype(config.train.compute_dtype)
+
+    @classmethod
+    def configured(cls, config: ConfigDict) -> ConfigDict:
+        """The configuration as this method trains by it: its `own` fields in the shared places."""
+        if not cls.own:
+            return config
+        config = config.copy_and_resolve_references()
+        for shared, own in cls.own.items():
+            group, field = own.split(".")
+            config.update_from_flattened_dict({shared: config[group][field]})
+        return config
 
     def load_frozen(self) -> tuple[dict, dict]:
         """Loads what is never trained: ({name: variables}, facts for results.json)."""

@@ -1,4 +1,4 @@
-"""Fixed position tables of the student: 2-D sine-cosine codes, and torch's bicubic resize of them.
+"""Fixed position tables: 2-D sine-cosine codes, and torch's bicubic resize of them.
 
 Facts: arXiv 2304.02216's official code takes both from MAE (Apache-2.0 / CC BY-NC respectively);
 only the formula is used here.
@@ -21,7 +21,7 @@ def sincos_2d(width: int, grid_hw: tuple[int, int]) -> np.ndarray:
       float32 [1 + h * w, width], computed in float64.
     """
     if width % 4:
-        raise ValueError(f"student width={width} must be divisible by 4; try {width // 4 * 4}")
+        raise ValueError(f"width={width} must be divisible by 4; try {width // 4 * 4}")
     omega = 1.0 / 10000.0 ** (np.arange(width // 4) / (width / 4))
 
     def code(position: np.ndarray) -> np.ndarray:

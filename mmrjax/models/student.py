@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmrjax.models import fpn, masking, positions, vit
+from mmrjax.models import fpn, masking, patches, positions, vit
 
 # The position table of the encoder is that of a 224 px image at every image size (official code).
 ENCODER_GRID = (14, 14)
@@ -56,17 +56,17 @@ class MaskedStudent(nn.Module):
         if (grid[0] * self.patch, grid[1] * self.patch) != (h, w):
             raise ValueError(f"image size {(h, w)} must be a multiple of the patch {self.patch}")
         encoder_table, decoder_table = self._position_tables(grid)
-        patches = _patchify(images, self.patch)  # [b, n, p * p * 3]
-        n = patches.shape[1]
+        pixels = patches.patchify(images, self.patch)  # [b, n, p * p * 3]
+        n = pixels.shape[1]
         table = jnp.broadcast_to(encoder_table[None, 1:], (b, n, self.width))
         if noise is not None:
             kept = masking.kept_tokens(n, mask_ratio)
             ids_shuffle, ids_restore = masking.shuffle(noise)
             # Dropped patches leave before the embedding: they cost nothing and cannot leak.
-            patches = masking.take_tokens(patches, ids_shuffle[:, :kept])
+            pixels = masking.take_tokens(pixels, ids_shuffle[:, :kept])
             table = masking.take_tokens(table, ids_shuffle[:, :kept])
         token_init = nn.initializers.normal(0.02)
-        tokens = self._embed(patches) + table.astype(self.dtype)  # [b, k, d]
+        tokens = self._embed(pixels) + table.astype(self.dtype)  # [b, k, d]
         cls_token = self.param("cls_token", token_init, (1, 1, self.width))
         first = jnp.broadcast_to(cls_token + encoder_table[0], (b, 1, self.width))
         tokens = jnp.concatenate([first.astype(self.dtype), tokens], axis=1)
@@ -92,16 +92,9 @@ class MaskedStudent(nn.Module):
         decoder = self.variable("positions", "decoder_table", lambda: jnp.asarray(fresh))
         return encoder.value, decoder.value
 
-    def _embed(self, patches: jax.Array) -> jax.Array:
+    def _embed(self, pixels: jax.Array) -> jax.Array:
         """The patch convolution as a matrix product: [b, k, p * p * 3] -> [b, k, d]."""
-        fan_in = patches.shape[-1]
+        fan_in = pixels.shape[-1]
         kernel = self.param("patch_kernel", vit.xavier, (fan_in, self.width))
         bias = self.param("patch_bias", fpn.uniform(fan_in**-0.5), (self.width,))
-        return patches.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
-
-
-def _patchify(images: jax.Array, patch: int) -> jax.Array:
-    """Cuts [b, h, w, 3] into row-major patches [b, n, p * p * 3] (pixel rows first)."""
-    b, h, w, c = images.shape
-    x = images.reshape(b, h // patch, patch, w // patch, patch, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
+        return pixels.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)

@@ -1,6 +1,7 @@
 """Vision transformer encoder over an arbitrary set of tokens (Dosovitskiy et al. 2021).
 
-Pre-norm blocks with exact GELU and LayerNorm epsilon 1e-6, as in MAE's ViT, which MMR starts from.
+Pre-norm blocks with exact GELU and, by default, LayerNorm epsilon 1e-6, as in MAE's ViT, which MMR
+starts from.
 The blocks share one stacked parameter layout ([depth, ...] leaves) and run under a scan, so that
 compile time does not grow with depth; `unroll` trades that for fewer kernel boundaries.
 """
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 xavier = nn.initializers.xavier_uniform()
 
 
-def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-    """LayerNorm with torch's two-pass variance in float32 and the epsilon of MAE and ViTDet."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+EPSILON = 1e-6  # of MAE's and ViTDet's norms; torch's own default is 1e-5
+
+
+def layer_norm(dtype: jnp.dtype, name: str, epsilon: float = EPSILON) -> nn.LayerNorm:
+    """LayerNorm with torch's two-pass variance in float32."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -46,15 +50,16 @@ class Block(nn.Module):
 
     heads: int
     mlp_ratio: int
+    epsilon: float
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
         """[b, n, d] -> [b, n, d], in the form that a scan wants."""
         d = x.shape[-1]
-        y = layer_norm(self.dtype, "norm1")(x)
+        y = layer_norm(self.dtype, "norm1", self.epsilon)(x)
         x = x + Attention(self.heads, self.dtype, name="attn")(y)
-        y = layer_norm(self.dtype, "norm2")(x)
+        y = layer_norm(self.dtype, "norm2", self.epsilon)(x)
         y = nn.Dense(self.mlp_ratio * d, dtype=self.dtype, kernel_init=xavier, name="fc1")(y)
         y = nn.Dense(d, dtype=self.dtype, kernel_init=xavier, name="fc2")(gelu(y))
         return x + y, None
@@ -66,6 +71,7 @@ class Encoder(nn.Module):
     depth: int
     heads: int
     mlp_ratio: int = 4
+    epsilon: float = EPSILON
     unroll: int = 1
     dtype: jnp.dtype = jnp.float32
 
@@ -73,7 +79,7 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, n, d] -> [b, n, d]."""
         if x.shape[-1] % self.heads:
-            raise ValueError(f"student width={x.shape[-1]} must be divisible by heads={self.heads}")
+            raise ValueError(f"width={x.shape[-1]} must be divisible by heads={self.heads}")
         blocks = nn.scan(
             Block,
             variable_axes={"params": 0},
@@ -82,5 +88,5 @@ class Encoder(nn.Module):
             length=self.depth,
             unroll=self.unroll,
         )
-        x, _ = blocks(self.heads, self.mlp_ratio, self.dtype, name="blocks")(x, None)
-        return layer_norm(self.dtype, "norm")(x)
+        x, _ = blocks(self.heads, self.mlp_ratio, self.epsilon, self.dtype, name="blocks")(x, None)
+        return layer_norm(self.dtype, "norm", self.epsilon)(x)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmrjax.data import augment
+from mmrjax.data import augment, geometry
 
 SCALE, RATIO = (0.7, 1.0), (3 / 4, 4 / 3)
 
@@ -105,6 +105,26 @@ def test_pixels_outside_the_box_never_leak_in(box, size_hw):
         canvas[top : top + h, left : left + w] = image[top : top + h, left : left + w]
         results.append(np.asarray(crop_resize(canvas, jnp.asarray(box), size_hw)))
     np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("interpolation", sorted(augment.KERNELS))
+@pytest.mark.parametrize(
+    ("native", "resize", "size_hw"),
+    [
+        ((90, 120), (40, 40), (32, 32)),  # shrunk, then cropped
+        ((41, 30), (64, 48), (64, 48)),  # enlarged, not cropped
+        ((100, 130), (37, 140), (32, 33)),  # offsets 2.5 and 53.5; fills the canvas
+    ],
+)
+def test_view_is_that_of_evaluation_within_one_grey_level(interpolation, native, resize, size_hw):
+    image = noise(native)
+    canvas = np.full((100, 130, 3), 255, np.uint8)
+    canvas[: native[0], : native[1]] = image
+    see = jax.jit(augment.view, static_argnums=(2, 3, 4))
+    got = np.asarray(see(canvas, jnp.asarray(native), resize, size_hw, interpolation))
+    want = geometry.view_image(image, resize, size_hw, interpolation).astype(float)
+    assert np.abs(got - want).max() <= 1
+    assert np.abs(got - want).mean() < 0.05  # bilinear sums lie on exact halves now and then
 
 
 # --- random_box

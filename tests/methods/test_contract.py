@@ -1,5 +1,7 @@
 """Every method keeps the contract of methods/base.py; so do two toys that no real method covers."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
 from mmrjax import methods, state
 from mmrjax.methods import base
@@ -29,7 +32,7 @@ def fitted(request, tiny_config, images):
 
 def test_prediction_has_the_promised_shapes_types_and_names(fitted, images):
     method, variables, frozen, _ = fitted
-    result = method.predict(variables, frozen, jnp.asarray(images) / 255.0)
+    result = jax.jit(method.predict)(variables, frozen, jnp.asarray(images) / 255.0)
     assert result["map"].shape == (8, 64, 64)
     assert result["score"].shape == (8,)
     assert result["map"].dtype == result["score"].dtype == jnp.float32
@@ -64,9 +67,8 @@ def test_loss_is_a_scalar_and_its_gradient_reaches_every_parameter(fitted, image
             {**variables, "params": params}, frozen, batch, jax.random.key(3), progress
         )
 
-    (value, (collections, logs)), gradients = jax.value_and_grad(loss, has_aux=True)(
-        variables["params"]
-    )
+    slope = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, (collections, logs)), gradients = slope(variables["params"])
     assert value.shape == ()
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
     assert all(leaf.shape == () for leaf in jax.tree.leaves(logs))
@@ -123,6 +125,33 @@ class OwnUpdateToy(BatchNormToy):
     def update(self, current, frozen, batch, key, progress):
         params = jax.tree.map(lambda x: x - 0.5, current.params)
         return current.replace(step=current.step + 1, params=params), {"loss": jnp.float32(1.5)}
+
+
+class OwnFieldsToy(BatchNormToy):
+    """Brings epochs and a learning rate of its own."""
+
+    own: ClassVar = {"train.epochs": "aminet.epochs", "optim.warmup": "aminet.warmup"}
+
+
+def test_a_method_trains_by_its_own_fields_and_leaves_the_shared_ones_alone(tiny_config):
+    method = OwnFieldsToy(tiny_config)
+    assert method.config.train.epochs == tiny_config.aminet.epochs != tiny_config.train.epochs
+    assert method.config.optim.warmup == tiny_config.aminet.warmup
+    assert method.config.train.batch_size == tiny_config.train.batch_size
+    assert tiny_config.train.epochs == 4
+    assert BatchNormToy(tiny_config).config is tiny_config
+
+
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+def test_fields_that_a_method_names_exist_and_its_own_have_the_type_of_the_shared(
+    name, tiny_config
+):
+    flat = config_lib.flatten(tiny_config)
+    method = methods.METHODS[name]
+    for prefix in method.fields:
+        assert any(field.startswith(prefix) for field in flat), prefix
+    for shared, own in method.own.items():
+        assert type(flat[shared]) is type(flat[own]), own
 
 
 def one_step(method):
