@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from mmrjax import main
+from mmrjax import main, workdir
 
 
 def test_a_run_leaves_everything_the_report_needs(finished):
@@ -117,8 +117,8 @@ def test_a_run_older_than_thresholds_has_trained_on_every_good_image(finished, t
     (tmp_path / "checkpoints" / "8").mkdir(parents=True)
     digest = stored["data_digest"]
     with pytest.raises(ValueError, match=r"calibration\.fraction: was 0\.0, is 0\.5"):
-        main.settle_config(config, "mmr", tmp_path, digest, "train")
-    settled = main.settle_config(config, "mmr", tmp_path, digest, "evaluate")
+        workdir.settle(config, "mmr", tmp_path, digest, "train")
+    settled = workdir.settle(config, "mmr", tmp_path, digest, "evaluate")
     assert settled.calibration.fraction == 0
 
 
@@ -127,7 +127,7 @@ BAD_INPUT = {
     "wrong type": (["--config.train.epochs=many"], "expected int"),
     "stray argument": (["stray"], "unknown argument 'stray'"),
     "unknown flag": (["--wrkdir=x"], "unknown argument"),
-    "unknown method": (["--config.method.names=mmx"], "known: ['mmr', 'patchcore']"),
+    "unknown method": (["--config.method.names=mmx"], "known: ['aminet', 'mmr', 'patchcore']"),
     "missing folder": (["--config.data.raw_dir={tmp}/nowhere"], "nowhere"),
     "indivisible batch": (["--config.train.batch_size=12"], "divisible by 8 devices; try 8 or 16"),
     "missing weights": (["--config.teacher.weights={tmp}/no.safetensors"], "no weights file"),
