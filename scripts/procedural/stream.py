@@ -59,7 +59,7 @@ def batches(
 
 def _draw(path: pathlib.Path, seed: int, batch: int, episodes: int, views: int) -> Batch:
     cv2.setNumThreads(1)
-    sheets = np.load(path, mmap_mode="r")
+    sheets = np.load(path, mmap_mode="r", allow_pickle=False)
     first = batch * episodes
     drawn = [
         scenes.episode(np.random.default_rng([seed, i]), sheets, views)
