@@ -17,7 +17,7 @@ def get_config():
     config.title = "Demo: procedural blades"
     config.method.names = ("mmr", "patchcore")
     config.data.name = "demo_parts"
-    config.data.image_size = (256, 256)  # as drawn: a tenth of the defects are under 10 px
+    config.data.image_size = (256, 256)  # as drawn: a fifth of the defects are under 10 px
     config.data.resize = (256, 256)
     config.data.reference_domain = "same"
     config.calibration.fraction = 0.1

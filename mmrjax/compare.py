@@ -151,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _seed_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    found = sorted(folder.glob("seed*"))
+    # A copy that somebody has called seed54_old is none.
+    found = [p for p in sorted(folder.glob("seed*")) if p.name.removeprefix("seed").isdecimal()]
     if not found:
         raise FileNotFoundError(
             f"no runs in {folder}; expected <workdir>/<method>/<category> with folders seed<k>"
