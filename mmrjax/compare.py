@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmrjax import files, metrics
+from mmrjax import command_line, files, metrics
 
 
 class OtherImages(ValueError):
@@ -137,15 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("first", "second"):
         parser.add_argument(name, type=pathlib.Path, help="<workdir>/<method>/<category>")
     arguments = parser.parse_args(argv)
-    try:
-        first, second = (
-            read(_seed_folders(folder)) for folder in (arguments.first, arguments.second)
-        )
-        text = table(first, second)
-    except (OSError, ValueError) as e:
-        print(f"error: {files.explain(e)}", file=sys.stderr)
-        return 1
-    print(text)
+    return command_line.run(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    first, second = (read(_seed_folders(folder)) for folder in (arguments.first, arguments.second))
+    print(table(first, second))
     print(f"seeds: {len(first.values)} and {len(second.values)}; images: {len(first.images)}")
     return 0
 

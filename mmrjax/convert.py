@@ -9,7 +9,6 @@ of weights/torch_names.py.
 """
 
 import argparse
-import os
 import pathlib
 import re
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mmrjax import restore
+from mmrjax import command_line, restore
 from mmrjax.data import geometry
 from mmrjax.methods import mmr
 from mmrjax.models import resnet
@@ -54,18 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     # Nothing is computed, and a training may hold the accelerator.
     jax.config.update("jax_platforms", "cpu")
-    try:
-        if arguments.output.exists():
-            raise ValueError(
-                f"--output={arguments.output} exists; choose another name or delete it"
-            )
-        convert = from_torch if arguments.verb == "from-torch" else to_torch
-        lines = convert(arguments.kind, arguments.arch, arguments.input, arguments.output)
-    except (ValueError, RuntimeError, OSError) as e:
-        if os.environ.get("MMRJAX_TRACEBACK"):
-            raise
-        print(f"error: {e}; nothing was written", file=sys.stderr)
-        return 1
+    return command_line.run(lambda: _run(arguments), "; nothing was written")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.output.exists():
+        raise ValueError(f"--output={arguments.output} exists; choose another name or delete it")
+    convert = from_torch if arguments.verb == "from-torch" else to_torch
+    lines = convert(arguments.kind, arguments.arch, arguments.input, arguments.output)
     print("\n".join([*lines, f"wrote {arguments.output}"]))
     return 0
 

@@ -28,9 +28,11 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # before the name: after a power cut there is no empty file
         os.replace(part, path)
-    except OSError as e:
+    except BaseException as e:  # Ctrl-C too
         part.unlink(missing_ok=True)
-        raise OSError(e.errno, e.strerror, str(path)) from e  # the system's own names no file
+        if isinstance(e, OSError):  # the system's own names no file
+            raise OSError(e.errno, e.strerror, str(path)) from e
+        raise
 
 
 def read_json(path: pathlib.Path) -> dict | None:

@@ -29,7 +29,7 @@ from PIL import Image
 
 from data_builders import files as image_folders
 from data_builders.folder import layout
-from mmrjax import calibrate, files, logs, video, visualize
+from mmrjax import calibrate, command_line, files, logs, video, visualize
 from mmrjax import detector as detector_lib
 
 SOME_UNREADABLE = 3  # exit status
@@ -40,21 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     logs.setup()
     arguments = parse(argv)
-    try:
-        detector = detector_lib.load(arguments.workdir)
-        detector.full_scale = arguments.full_scale
-        detector = choose_threshold(detector, arguments)
-        if arguments.input is None:
-            return 0
-        if video.is_video(arguments.input):
-            rows, unreadable = video.run(detector, pathlib.Path(arguments.input), arguments.output)
-        else:
-            rows, unreadable = score_images(detector, arguments)
-    except (ValueError, RuntimeError, OSError) as e:
-        if os.environ.get("MMRJAX_TRACEBACK"):
-            raise
-        print(f"error: {files.explain(e)}", file=sys.stderr)
-        return 1
+    return command_line.run(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    detector = detector_lib.load(arguments.workdir)
+    detector.full_scale = arguments.full_scale
+    detector = choose_threshold(detector, arguments)
+    if arguments.input is None:
+        return 0
+    if video.is_video(arguments.input):
+        rows, unreadable = video.run(detector, pathlib.Path(arguments.input), arguments.output)
+    else:
+        rows, unreadable = score_images(detector, arguments)
     write_scores(arguments.output, rows)
     print(summary(detector, rows, arguments.output))
     for line in unreadable:

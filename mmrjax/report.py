@@ -28,6 +28,7 @@ import numpy as np
 
 from mmrjax import (
     charts,
+    command_line,
     files,
     report_files,
     report_sweep,
@@ -383,12 +384,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mmrjax.report", description=main.__doc__)
     parser.add_argument("--workdir", required=True, help="folder with results.json and its runs")
     options = parser.parse_args(arguments)
-    try:
+
+    def render() -> int:
         print(write_report(options.workdir))
-    except (FileNotFoundError, ValueError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return command_line.run(render)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,9 @@ def _differing(before: dict, config: ConfigDict, name: str) -> dict:
 def is_finished(folder: pathlib.Path, config: ConfigDict) -> bool:
     """Whether all files of an evaluation with the present fields are there."""
     results = files.read_json(folder / "results.json") or {}
-    if not all((folder / name).is_file() for name in evaluate.FILES):
+    needed = [*evaluate.FILES]
+    if (results.get("calibration") or {}).get("images"):  # a threshold was drawn from that many
+        needed.append(evaluate.CALIBRATION)
+    if not all((folder / name).is_file() for name in needed):
         return False
     return results.get("facts", {}).get("eval") == evaluate.eval_fields(config)

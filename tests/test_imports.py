@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What each part of mmrjax may import from mmrjax, besides itself: everything in a lower row.
 LAYERS = (
     {"files", "memory", "processes"},
-    {"models", "metrics", "mesh", "optim", "logs", "losses", "config", "checkpoint", "visualize"},
+    {"models", "metrics", "mesh", "optim", "logs", "losses", "config", "checkpoint", "visualize"}
+    | {"command_line"},
     {"data", "weights", "anomaly_map"},
     {"methods"},
     {"state", "train", "scoring", "evaluate", "workdir", "compare", "aggregate", "calibrate"},
@@ -20,6 +21,7 @@ LAYERS = (
 ISOLATED = {"models"}  # import only themselves
 MAY_PRINT = {
     "main.py",
+    "command_line.py",
     "convert.py",
     "compare.py",
     "report.py",

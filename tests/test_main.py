@@ -54,6 +54,14 @@ def test_repeating_the_command_redoes_nothing(finished):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def test_a_lost_calibration_is_made_again(finished):
+    file = finished[0] / "patchcore/parts/seed1/calibration.json"
+    before = file.read_bytes()
+    file.unlink()
+    assert main.main(finished[1]) == 0
+    assert file.read_bytes() == before
+
+
 def test_an_added_seed_trains_only_itself(finished):
     workdir, args = finished
     before = (workdir / "patchcore/parts/seed1/results.json").stat().st_mtime_ns

@@ -34,6 +34,20 @@ def test_an_evaluation_that_lacks_a_file_is_not_finished(run, config, name):
     assert not workdir.is_finished(run, config)
 
 
+@pytest.mark.parametrize(("calibration", "needed"), [
+    (None, False),  # nothing held out
+    ({"threshold": None, "reason": "too few good images"}, False),
+    ({"threshold": 0.5, "images": 24}, True),
+    ({"threshold": None, "images": 5, "reason": "that needs 19"}, True),  # serves other rates
+])  # fmt: skip
+def test_a_lost_calibration_is_made_again_where_there_was_one(run, config, calibration, needed):
+    results = {"facts": {"eval": evaluate.eval_fields(config)}, "calibration": calibration}
+    (run / "results.json").write_text(json.dumps(results))
+    assert workdir.is_finished(run, config) != needed
+    (run / evaluate.CALIBRATION).write_text("{}")
+    assert workdir.is_finished(run, config)
+
+
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
 @pytest.mark.parametrize("content", [None, "{", "[1]"])
 def test_a_trained_run_that_lost_its_configuration_is_refused(run, config, mode, content):

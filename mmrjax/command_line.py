@@ -1,0 +1,33 @@
+"""How a command ends: its exit status, and one line on standard error instead of a traceback.
+
+For the programs that read or write files beside a training (main.py has more to say: signals,
+several processes). MMRJAX_TRACEBACK=1 shows where an error was raised.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+from mmrjax import files
+
+INTERRUPTED = 130  # as shells say of a program that Ctrl-C has ended
+
+
+def run(program: Callable[[], int], ending: str = "") -> int:
+    """The exit status of `program`.
+
+    Args:
+      program: returns its status; ValueError, RuntimeError and OSError that it raises are errors
+        of what was given, whose words are for a person; others are ours and stay as they are.
+      ending: of the line, such as what an error means for the files; begins with its own comma.
+    """
+    try:
+        return program()
+    except KeyboardInterrupt:
+        print(f"interrupted{ending}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, RuntimeError, OSError) as e:
+        if os.environ.get("MMRJAX_TRACEBACK"):
+            raise
+        print(f"error: {files.explain(e)}{ending}", file=sys.stderr)
+        return 1
