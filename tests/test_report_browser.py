@@ -154,3 +154,24 @@ def test_a_phone_sees_the_page_without_scrolling_sideways(browser, finished):
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert wide <= 390
+
+
+def test_paper_holds_the_whole_command_and_nothing_to_click(browser, page):
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    browser.execute_cdp_cmd(  # the printed width of A4
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 720, "height": 1000, "deviceScaleFactor": 1, "mobile": False},
+    )
+    try:
+        cut, shown = browser.execute_script(
+            "const all = (css) => [...document.querySelectorAll(css)];"
+            "const seen = (e) => e.getClientRects().length > 0;"
+            "return [all('pre, .scroll').filter(e => seen(e) && e.scrollWidth > e.clientWidth + 1)"
+            "          .map(e => e.textContent.slice(0, 60)),"
+            "        all('nav, .slide, .filters, .config').filter(seen).length]"
+        )
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert cut == []
+    assert shown == 0
