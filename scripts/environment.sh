@@ -1,8 +1,9 @@
+# shellcheck shell=bash
 # Sourced by scripts/demo and scripts/test: a Python environment with this package in it.
 # Uses the active virtual environment, or makes .venv beside pyproject.toml.
 # Usage: . scripts/environment.sh [extra]
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$root"
+cd "$root" || return
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     if [ ! -x .venv/bin/python ]; then
         python=""
@@ -19,12 +20,13 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         echo "making a virtual environment in $root/.venv"
         "$python" -m venv .venv
     fi
+    # shellcheck disable=SC1091
     . .venv/bin/activate
 fi
 # Once per environment and change of pyproject.toml: the next call also works without a network.
 stamp="$(python -c 'import sys; print(sys.prefix)')/.mmrjax-${1:-base}"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$(cksum pyproject.toml) $root" ]; then
-    echo "installing mmrjax${1:+ with the extra '$1'} (a minute or two)"
+    echo "installing mmrjax${1:+ with the extra $1} (a minute or two)"
     python -m pip install --quiet --disable-pip-version-check --editable ".${1:+[$1]}"
     echo "$(cksum pyproject.toml) $root" >"$stamp"
 fi
