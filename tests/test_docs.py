@@ -1,4 +1,4 @@
-"""What docs/parity.md claims: its tests and config fields exist, and every quirk has its row."""
+"""What the documents claim: links lead somewhere, lists are whole, what parity.md names exists."""
 
 import ast
 import pathlib
@@ -7,7 +7,9 @@ import re
 import pytest
 
 from configs import common
+from data_builders import build
 from mmrjax import config as config_lib
+from mmrjax.weights import source
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "parity.md").read_text()
@@ -48,3 +50,35 @@ def test_every_quirk_has_a_row_that_names_its_test():
         assert official, number
         assert ours.startswith(("replicated", "departed")), number
         assert "`tests/" in tests, number
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_within_the_repository_leads_somewhere(path):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", path.read_text()):
+        file = path.parent / target if target else path
+        assert file.is_file(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            assert anchor in {title.lower().replace(" ", "-") for title in titles}, anchor
+
+
+def test_every_document_is_named_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert [path.name for path in DOCUMENTS[1:] if path.name not in readme] == []
+
+
+def test_every_data_set_and_every_published_weight_has_its_licence():
+    weights, data = (ROOT / "docs/licences.md").read_text().split("## Data sets")
+    text = re.sub(r"\W", "", data).lower()
+    names = {name: name for name in build.BUILDERS} | {"folder": "yourownfolder"}
+    names |= {"mvtec_ad": "mvtecad", "magnetic_tile": "magnetictiles"}
+    assert [n for n in names.values() if n.replace("_", "") not in text.replace("_", "")] == []
+    numbers = set(re.findall(r"\d+(?:-2)?", weights))
+    for name in source.IMAGENET:
+        assert re.search(r"\d+(_2)?$", name)[0].replace("_", "-") in numbers, name
+    for name in (*source.EMBEDDED, "MAE ViT-B", "ViT-L"):
+        assert name in weights
+    assert set(source.MAE) == {"base", "large"}
