@@ -106,10 +106,10 @@ install() {
     do_or_show git -C "$root" archive --format=tar.gz --output="$archive" HEAD &&
         do_or_show "${queue[@]}" scp "$archive" "$TPU_NAME:mmrjax.tar.gz" "${everywhere[@]}" &&
         do_or_show "${queue[@]}" ssh "$TPU_NAME" "${everywhere[@]}" --command="set -e
-rm -rf mmrjax && mkdir mmrjax && tar -xzf mmrjax.tar.gz -C mmrjax
+rm -rf mmrjax-source && mkdir mmrjax-source && tar -xzf mmrjax.tar.gz -C mmrjax-source
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.12 mmrjax-env
-python3 -m uv pip install --quiet --python mmrjax-env/bin/python './mmrjax[tpu]'"
+python3 -m uv pip install --quiet --python mmrjax-env/bin/python './mmrjax-source[tpu]'"
 }
 
 run() {

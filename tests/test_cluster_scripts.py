@@ -106,7 +106,7 @@ def test_dry_run_of_a_pod_slice_prints_every_command_and_runs_none(call, gcloud,
         "\\ mmrjax.main\\ --distributed\\ --config=configs/demo.py\\ --workdir=/mnt/my\\\\\\ runs",
     ]
     assert lines[4].startswith(f"{QUEUE} ssh mmr --zone=here --node=all --worker=all $'--command=")
-    assert "./mmrjax[tpu]" in lines[4]
+    assert "./mmrjax-source[tpu]" in lines[4]
     assert not (tmp_path / "calls").exists()
 
 
