@@ -87,7 +87,6 @@ RUN_BY = {
     "test_the_command_prints_json",
     r"python scripts/pretrain_teacher.py .*": "tests/test_pretrain_teacher.py::"
     "test_script_writes_a_teacher_that_loads",
-    r"python -m pytest .*": ".ci/run",
 }
 NOT_RUN = {
     r"scripts/demo\b.*": "a quarter of an hour; its program runs small in tests/test_notebook.py",
@@ -96,6 +95,7 @@ NOT_RUN = {
     r"python -m mmrjax.main .*configs/(magnetic_tile|tile_ablation).py(:\w+)? .*": "hours, and the "
     "real tiles; the loop is that of every other data set, the builder has tests of its own",
     r"python -m mmrjax.bench( .*)?": "minutes, and a number that only a quiet machine gives",
+    r"python -m pytest --differences .*": "prints a table; the same tests run without the option",
     r"python scripts/campaign.py .*": "a quarter of an hour; tests/test_resume.py runs a short one",
 }
 
@@ -115,7 +115,6 @@ class Shown:
 def plain(text: str) -> str:
     """On one line, without comments; placeholders have a name that a shell can read."""
     text = re.sub(r"<[^<>]*>|…|\.\.\.", PLACEHOLDER, " ".join(text.split()))
-    text = text.replace(f"{PLACEHOLDER}|", "")
     return re.sub(r"\s+#\s.*$", "", text)
 
 
@@ -177,8 +176,8 @@ SHOWN = sorted(
 IDS = [f"{shown.where}: {shown.text[:90]}" for shown in SHOWN]
 
 
-# What is shown without its arguments names a program, no call of it.
 def is_name(words: list[str]) -> bool:
+    """What is shown without its arguments names a program, no call of it."""
     return words[:2] == ["python", "-m"] and len(words) == 3
 
 
@@ -223,11 +222,20 @@ def check_main(argv: list[str]) -> None:
     config_lib.validate(config)
 
 
+def program_of(name: str):
+    """The module behind `python -m`; skips where it needs torch and there is none."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name != "torch":
+            raise
+        pytest.skip(f"{name} needs the extra `torch`")
+
+
 def script(path: str):
-    pytest.importorskip("torch") if "torch" in path else None
-    folder = str(ROOT / "scripts")
+    """A file of scripts/ as a module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
+        patch.syspath_prepend(str(ROOT / "scripts"))
         spec = importlib.util.spec_from_file_location(f"shown_{pathlib.Path(path).stem}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -248,7 +256,7 @@ def check_python(words: list[str]) -> None:
     elif words[2] == "mmrjax.main":
         check_main(words[3:])
     else:
-        parsed = parse_alone(importlib.import_module(words[2]).main, words[3:])
+        parsed = parse_alone(program_of(words[2]).main, words[3:])
         if words[2].startswith("data_builders.") and parsed.name != "NAME":
             assert parsed.name in build.BUILDERS
 
@@ -334,11 +342,8 @@ def test_what_runs_it_exists(named):
 @pytest.mark.parametrize("path", FIELD_SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_every_field_that_is_named_exists_and_takes_the_value(path):
     text = path.read_text()
-    # Not what code builds: f"--config.{field}", and not --config.<group>.<field>.
-    for name, value in re.findall(
-        r"--config\.(\w+\.\w+)(?:=([^\s`\"'\\);]+[^\s`\"'\\);.,]))?", text
-    ):
-        known = config_lib.flatten(config_lib.load("configs/common.py", []))
+    known = config_lib.flatten(config_lib.load("configs/common.py", []))
+    for name, value in FIELD.findall(text):
         if name == "group.field":  # what a message calls any of them
             continue
         assert name in known, f"{path.name} names --config.{name}"
