@@ -34,6 +34,7 @@ from mmrjax import (
     report_sweep,
     report_tables,
     sweep,
+    trackers,
     train,
 )
 from mmrjax import config as config_lib
@@ -55,6 +56,7 @@ def _run(argv: Sequence[str]) -> int:
     try:
         config, arguments = parse(argv)
         config_lib.validate(config)
+        trackers.check(config.log.trackers)
         _use_compile_cache()
         if arguments.distributed:
             processes.initialize(
@@ -199,7 +201,9 @@ def run_one(
     )
     if folder != run:  # another view: the report there shows the same training
         processes.first(lambda: _copy_training(run, folder))
-    evaluate.evaluate(trained, records, test_rows, config, seed, folder, held_out)
+    results = evaluate.evaluate(trained, records, test_rows, config, seed, folder, held_out)
+    if folder == run:
+        processes.first(lambda: trackers.tell_results(config, run, results))
 
 
 def _settle(config, name, records, run, folder, mode) -> tuple[ConfigDict, bool]:
