@@ -196,9 +196,13 @@ def run_one(
         return
     train_rows, test_rows = splits.select(records, config.data.protocol, config.data.shots, seed)
     train_rows, held_out = splits.hold_out(records, train_rows, config.calibration.fraction, seed)
+    note = splits.few(records, train_rows)
+    if note:
+        logging.warning("%s/%s: %s", records.dataset, records.category, note)
     trained = train.train(
         config, name, records, train_rows, seed, run, evaluate_only=mode == "evaluate"
     )
+    trained.facts["notes"] = [note] if note else []
     if folder != run:  # another view: the report there shows the same training
         processes.first(lambda: _copy_training(run, folder))
     results = evaluate.evaluate(trained, records, test_rows, config, seed, folder, held_out)
