@@ -169,6 +169,7 @@ def description(detector: detector_lib.Detector, is_onnx: bool) -> dict:
         "as": "Pillow before 13: antialiased, columns first",
         "then": "centre crop" if view.overlap is None else f"windows, {view.overlap} px overlap",
         "overlap": view.overlap,
+        "score_is_peak": detector.trained.method.score_is_peak,
         "threshold": threshold,
         "no_threshold_because": reason or None,
         "calibration": calibration and calibration.report(detector.target_fpr),

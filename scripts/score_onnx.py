@@ -44,7 +44,7 @@ def corners(about: dict) -> list[tuple[int, int]]:
 
 
 def score(session: onnxruntime.InferenceSession, pixels: np.ndarray, about: dict):
-    """(score, map [h, w]) of an image; of windows the largest score and the mean map."""
+    """(score, map [h, w]) of an image; of windows the mean map, its peak or the largest score."""
     if about["overlap"] is None:
         found = session.run(["score", "map"], {"images": pixels[None]})
         return float(found[0][0]), found[1][0]
@@ -56,7 +56,8 @@ def score(session: onnxruntime.InferenceSession, pixels: np.ndarray, about: dict
         total[top : top + h, left : left + w] += maps[0]
         seen[top : top + h, left : left + w] += 1
         best = max(best, float(scores[0]))
-    return best, total / seen
+    whole = total / seen
+    return float(whole.max()) if about["score_is_peak"] else best, whole
 
 
 def main() -> None:
