@@ -130,6 +130,9 @@ def get_config() -> ConfigDict:
     config.report = ConfigDict()
     config.report.gallery = 24  # pictures per run
 
+    config.log = ConfigDict()
+    config.log.trackers = ()  # beside metrics.jsonl: any of tensorboard, wandb, mlflow
+
     config.ckpt = ConfigDict()
     config.ckpt.every_seconds = 60.0
     config.ckpt.keep = 2

@@ -25,6 +25,7 @@ BUILDERS: dict[str, str] = {
         "aebad",
         "btad",
         "demo_parts",
+        "demo_trays",
         "folder",
         "kolektor_sdd2",
         "magnetic_tile",

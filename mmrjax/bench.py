@@ -1,15 +1,15 @@
 """Training speed of the real step, next to a PyTorch twin: python -m mmrjax.bench --vs=torch.
 
 Measures images per second of the jitted training step (augmentation from uint8, teacher, student,
-AdamW) on textured random images in memory; with --vs=torch also scripts/torch_reference.py, which
+AdamW) on textured random images in memory; with --vs=torch also torch_reference.py, which
 gets images that are augmented and normalised already. Both run in processes of their own, in
 A-B-B-A order, so that drift of the machine cancels; the ratio is of the medians.
 """
 
 import argparse
+import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -23,7 +23,6 @@ from mmrjax import memory, methods, train
 from mmrjax import mesh as mesh_lib
 from mmrjax import state as state_lib
 
-TWIN = pathlib.Path(__file__).resolve().parent.parent / "scripts" / "torch_reference.py"
 WARM_UP = 3  # calls before the first window
 
 
@@ -43,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.vs and jax.default_backend() != "cpu":
         print("error: --vs=torch compares on CPU only: JAX_PLATFORMS=cpu", file=sys.stderr)
         return 1
-    if arguments.vs and not TWIN.exists():
-        print(f"error: {TWIN} is not here; run from a checkout of the repository", file=sys.stderr)
+    if arguments.vs and not importlib.util.find_spec("torch"):
+        print("error: --vs=torch needs torch: pip install 'mmrjax[torch]'", file=sys.stderr)
         return 1
     rates: dict[str, list[float]] = {"mmrjax": []}
     for name in ("mmrjax", "torch", "torch", "mmrjax") if arguments.vs else ("mmrjax",):
@@ -111,7 +110,7 @@ def _run(name: str, arguments: argparse.Namespace) -> list[float]:
         width, depth, heads = methods.mmr.student_size(config.student)
         sizes = [f"--width={width}", f"--depth={depth}", f"--heads={heads}"]
         sizes += [f"--arch={config.teacher.name}", f"--threads={os.cpu_count()}"]
-        command = [str(TWIN), "--benchmark", *sizes, *numbers]
+        command = ["-m", "mmrjax.torch_reference", "--benchmark", *sizes, *numbers]
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     return result["windows"]

@@ -20,7 +20,7 @@ PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
 
 # Types of the entries of tuples that are empty by default.
-TUPLES = {"data.categories": str, "eval.resize": int, "aminet.drops": float}
+TUPLES = {"data.categories": str, "eval.resize": int, "aminet.drops": float, "log.trackers": str}
 # Smallest and largest value of a field, or of every entry of a tuple.
 RANGES = (
     ("optim.warmup", 0.0, 1.0),  # shares of train.epochs, not epochs

@@ -229,7 +229,7 @@ def _facts(trained: train.Trained, seconds: dict[str, float]) -> dict:
         "seconds": trained.facts["seconds"] | rounded,
         "versions": {name: _version(name) for name in PACKAGES},
         "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
-        "notes": [],
+        "notes": trained.facts.get("notes", []),
         "command": shlex.join(["python", "-m", "mmrjax.main", *sys.argv[1:]]),
     }
 

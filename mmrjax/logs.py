@@ -6,13 +6,14 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 
 import jax
 import tqdm
 from absl import flags, logging
 
 from mmrjax import files, processes
+from mmrjax import trackers as trackers_lib
 
 LINE_SECONDS = 15.0  # between plain lines when there is no terminal
 FLUSH_SECONDS = 1.0  # between fetches of the losses from the device
@@ -94,10 +95,11 @@ class TrainLog:
         steps_per_epoch: int,
         batch: int,
         rate_field: str = "optim.learning_rate",
+        trackers: Sequence[trackers_lib.Tracker] = (),
     ):
         """Opens `path`, drops what it holds from step `start` on, and starts the clock."""
-        self._remedy = remedy(rate_field)
-        processes.first(lambda: _keep_until(path, start))
+        self._remedy, self._trackers = remedy(rate_field), trackers
+        processes.first(lambda: self._begin(path, start))
         self._file = (path if processes.is_first() else pathlib.Path(os.devnull)).open("a")
         self._stop, self._steps_per_epoch, self._batch = stop, steps_per_epoch, batch
         self._pending: list[tuple[int, dict]] = []
@@ -105,6 +107,11 @@ class TrainLog:
         self._bar = tqdm.tqdm(
             total=stop, initial=start, unit="step", desc="training", disable=not on_terminal()
         )
+
+    def _begin(self, path: pathlib.Path, start: int) -> None:
+        kept = _keep_until(path, start)
+        for tracker in self._trackers:
+            tracker.replay(kept)
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
         """Takes the logs of steps [step, step + k), device arrays [k]."""
@@ -137,6 +144,8 @@ class TrainLog:
                 line |= {name: float(value[i]) for name, value in values.items()}
                 line |= {"images_per_second": round(rate, 2), "time": round(time.time(), 2)}
                 self._file.write(json.dumps(line) + "\n")
+                for tracker in self._trackers:
+                    tracker.add(line)
                 if not abs(line["loss"]) < float("inf"):
                     self._file.flush()
                     raise FloatingPointError(
@@ -144,6 +153,8 @@ class TrainLog:
                         f"{first + done - 1} were checked together); {self._remedy}"
                     )
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.flush()
         self._step = first + done
         self._show(line["loss"], rate, done, now)
 
@@ -183,11 +194,12 @@ def seconds(path: pathlib.Path, batch: int) -> float | None:
     return round(sum(batch / rate for rate in rates), 1)
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
+def _keep_until(path: pathlib.Path, step: int) -> list[dict]:
     """Drops the lines from `step` on; the file is replaced whole: a kill keeps the history."""
     lines = map(_parse, path.read_text().splitlines()) if path.exists() else ()
-    kept = [json.dumps(line) + "\n" for line in lines if line and line["step"] < step]
-    files.write_text(path, "".join(kept))
+    kept = [line for line in lines if line and line["step"] < step]
+    files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
 
 
 def _parse(line: str) -> dict | None:

@@ -34,6 +34,7 @@ from mmrjax import (
     report_sweep,
     report_tables,
     sweep,
+    trackers,
     train,
 )
 from mmrjax import config as config_lib
@@ -55,6 +56,7 @@ def _run(argv: Sequence[str]) -> int:
     try:
         config, arguments = parse(argv)
         config_lib.validate(config)
+        trackers.check(config.log.trackers)
         _use_compile_cache()
         if arguments.distributed:
             processes.initialize(
@@ -194,12 +196,18 @@ def run_one(
         return
     train_rows, test_rows = splits.select(records, config.data.protocol, config.data.shots, seed)
     train_rows, held_out = splits.hold_out(records, train_rows, config.calibration.fraction, seed)
+    note = splits.few(records, train_rows)
+    if note:
+        logging.warning("%s/%s: %s", records.dataset, records.category, note)
     trained = train.train(
         config, name, records, train_rows, seed, run, evaluate_only=mode == "evaluate"
     )
+    trained.facts["notes"] = [note] if note else []
     if folder != run:  # another view: the report there shows the same training
         processes.first(lambda: _copy_training(run, folder))
-    evaluate.evaluate(trained, records, test_rows, config, seed, folder, held_out)
+    results = evaluate.evaluate(trained, records, test_rows, config, seed, folder, held_out)
+    if folder == run:
+        processes.first(lambda: trackers.tell_results(config, run, results))
 
 
 def _settle(config, name, records, run, folder, mode) -> tuple[ConfigDict, bool]:

@@ -127,7 +127,9 @@ def make_predict(trained: train.Trained, view: geometry.View):
     """The compiled program: uint8 images [b, *frame, 3] -> (maps [b, *frame], scores [b]), float32.
 
     A tiled view runs it window by window and needs the memory of one. Where windows overlap, the
-    map is their mean; the score is the largest of all windows.
+    map is their mean. The score is the maximum of that map, where a method's score is one: a single
+    window sees least at its border, and would be at its highest there. Else it is the largest score
+    of all windows.
     """
     predict = _window_program(trained)
     if view.overlap is None:
@@ -156,7 +158,8 @@ def make_predict(trained: train.Trained, view: geometry.View):
             part, one = predict(variables, frozen, cut(images, top, left))
             whole = add(whole, part, top, left)
             score = one if score is None else jnp.maximum(score, one)
-        return whole / windows, score
+        whole = whole / windows
+        return whole, whole.max(axis=(1, 2)) if trained.method.score_is_peak else score
 
     return tiled
 

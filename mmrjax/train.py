@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mmrjax import checkpoint, logs, methods, optim, processes
+from mmrjax import checkpoint, logs, methods, optim, processes, trackers
 from mmrjax import mesh as mesh_lib
 from mmrjax import state as state_lib
 from mmrjax.data import augment, epochs, feed, geometry
@@ -163,12 +163,14 @@ def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.Trai
     """
     config, data = run.config, run.feed(start)
     rate_field = run.method.own.get("optim.learning_rate", "optim.learning_rate")
-    log = logs.TrainLog(
-        run.folder / LOG, start, total, data.steps_per_epoch, config.train.batch_size, rate_field
-    )
+    sizes = (start, total, data.steps_per_epoch, config.train.batch_size)
     rates = optim.learning_rates(config.optim, config.train.epochs)
     step, last_save = start, time.monotonic()
-    with log, StopRequest() as stop:
+    with (
+        trackers.opened(config, run.folder, "train") as told,
+        logs.TrainLog(run.folder / LOG, *sizes, rate_field, told) as log,
+        StopRequest() as stop,
+    ):
         for chunk in data.chunks(start, total):
             state, values = step_fn(state, run.frozen, data.resident, chunk, key)
             rate = np.full(data.steps_per_call, rates[step // data.steps_per_epoch])

@@ -29,6 +29,7 @@ FREE_FIELDS = (
     "train.fsdp",
     "eval.",
     "report.",
+    "log.",
     "ckpt.",
 )
 

@@ -1,5 +1,6 @@
 """Shared fixtures: eight simulated devices, parsed absl flags, the way to the shared data."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -131,6 +132,11 @@ def finished(tiny_raw, tmp_path_factory, tiny_fields):
         "--config.train.seeds=1,2",
         "--config.calibration.fraction=0.5",  # five of ten: rates from a sixth on
         "--config.calibration.target_fpr=0.2",
+        *(
+            ["--config.log.trackers=tensorboard"]
+            if importlib.util.find_spec("tensorboardX")
+            else []
+        ),
     ]
     assert main.main(args) == 0
     return home / "run", args

@@ -11,6 +11,7 @@ import pytest
 from mmrjax import config as config_lib
 from mmrjax import evaluate, metrics, scoring, train
 from mmrjax import mesh as mesh_lib
+from mmrjax.data import geometry
 from mmrjax.data.records import Records
 
 BOUNDED = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_0.3")
@@ -50,13 +51,27 @@ class Brightness:
     """The brighter, the more anomalous."""
 
     name = "brightness"
+    score_is_peak = True
 
     def predict(self, variables, frozen, images):
         maps = jnp.exp(images.mean(axis=-1)) + variables["bias"]
         return {"map": maps, "score": maps.max(axis=(1, 2))}
 
 
-def run(folder, *overrides, held_out=()):
+class BlindAtTheBorder(Brightness):
+    """Takes the border of what it sees for anomalous, as networks that see nothing beyond it."""
+
+    def __init__(self, score_is_peak):
+        self.score_is_peak, self.seen = score_is_peak, []
+
+    def predict(self, variables, frozen, images):
+        self.seen.append(images.shape)
+        border = jnp.pad(jnp.zeros([n - 2 for n in images.shape[1:3]]), 1, constant_values=9.0)
+        maps = images.mean(axis=-1) + border
+        return {"map": maps, "score": maps.max(axis=(1, 2))}
+
+
+def run(folder, *overrides, held_out=(), method=None):
     config = config_lib.load(
         "configs/folder.py",
         [
@@ -71,7 +86,7 @@ def run(folder, *overrides, held_out=()):
     records = make_records()
     facts = {"seconds": {"train": 1.0}}
     mesh = mesh_lib.make_mesh(4)
-    trained = train.Trained(Brightness(), {"bias": jnp.float32(0.0)}, {}, facts, mesh)
+    trained = train.Trained(method or Brightness(), {"bias": jnp.float32(0.0)}, {}, facts, mesh)
     indices = np.arange(len(records))
     return evaluate.evaluate(trained, records, indices, config, 3, folder, held_out)
 
@@ -161,6 +176,38 @@ def test_tiles_are_put_together_exactly(tmp_path, overlap):
         == whole["metrics"]["toy/part"]["all"]["counts"]
     )
     assert tiled["facts"]["eval"]["view"] != whole["facts"]["eval"]["view"]
+
+
+@pytest.mark.parametrize("is_peak", [True, False])
+def test_the_score_of_tiles_is_the_peak_of_the_map_they_make(tmp_path, is_peak):
+    """Not that of a window's border, where others see more; the networks see windows only."""
+    fields = ("data.image_size=24,24", "data.tiling=true", "data.tile_overlap=12")
+    method = BlindAtTheBorder(is_peak)
+    run(tmp_path, *fields, "eval.save_maps=true", method=method)
+    maps = np.load(tmp_path / "maps" / "maps.npy")
+    with (tmp_path / "scores.csv").open() as file:
+        scores = np.array([float(row["score"]) for row in csv.DictReader(file)])
+    if is_peak:
+        np.testing.assert_array_equal(scores, maps.max(axis=(1, 2)))
+    else:
+        assert (scores >= 9.0).all()
+        assert (scores >= maps.max(axis=(1, 2)) - 1e-5).all()
+    assert maps[:, 12, 20].max() < 6.0  # a border there counts half; the image's own one in full
+    assert maps[:, 0, 20].min() >= 9.0
+    assert {shape[1:3] for shape in method.seen} == {(24, 24)}
+
+
+def test_the_memory_of_tiles_does_not_grow_with_the_image():
+    """What the program for one window needs is all that is ever needed beside the picture."""
+    method = BlindAtTheBorder(True)
+    trained = train.Trained(method, {"bias": jnp.float32(0.0)}, {}, {}, mesh_lib.make_mesh(1))
+    for side in (48, 96, 480):
+        view = geometry.View((side, side), (24, 24), overlap=12)
+        predict = scoring.make_predict(trained, view)
+        maps, scores = predict(trained.variables, {}, jnp.zeros((1, side, side, 3), jnp.uint8))
+        assert maps.shape == (1, side, side)
+        assert scores.shape == (1,)
+    assert set(method.seen) == {(1, 24, 24, 3)}  # no other shape was ever traced
 
 
 def test_held_out_images_give_a_threshold_and_rates_per_domain(tmp_path):

@@ -10,8 +10,19 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What each part of mmrjax may import from mmrjax, besides itself: everything in a lower row.
 LAYERS = (
     {"files", "memory", "processes"},
-    {"models", "metrics", "mesh", "optim", "logs", "losses", "config", "checkpoint", "visualize"}
-    | {"command_line"},
+    {
+        "models",
+        "metrics",
+        "mesh",
+        "optim",
+        "logs",
+        "losses",
+        "config",
+        "checkpoint",
+        "visualize",
+        "trackers",
+        "command_line",
+    },
     {"data", "weights", "anomaly_map"},
     {"methods"},
     {"state", "train", "scoring", "evaluate", "workdir", "compare", "aggregate", "calibrate"},
@@ -29,6 +40,7 @@ MAY_PRINT = {
     "bench_metrics.py",
     "predict.py",
     "export.py",
+    "torch_reference.py",
 }
 
 

@@ -13,6 +13,7 @@ from mmrjax.data import records as records_lib
 from mmrjax.data.records import GOOD, Records
 
 MIN_HELD_OUT = 4  # groups; they promise a false-positive rate of 20 %
+FEW = 20  # training groups below which a run says what to expect
 HOLD_OUT = 0xCA11  # the draw of held-out groups, apart from what else a seed draws
 
 
@@ -80,6 +81,24 @@ def hold_out(
     drawn = np.random.default_rng((seed, HOLD_OUT)).permutation(groups)[:count]
     is_held_out = np.isin(records.table["group"][train], drawn)
     return train[~is_held_out], train[is_held_out]
+
+
+def few(records: Records, train: np.ndarray) -> str:
+    """What to expect of few training images, in words; "" for enough of them.
+
+    Args:
+      records: of a category.
+      train: indices of the training images, all good.
+    """
+    parts = len(np.unique(records.table["group"][train]))
+    if parts >= FEW:
+        return ""
+    images = "1 good image" if len(train) == 1 else f"{len(train)} good images"
+    of_parts = "" if parts == len(train) else f" of {parts} part{'s' * (parts > 1)}"
+    return (
+        f"trained on {images}{of_parts} only: other ones would give other scores, and a good part "
+        f"unlike them looks defective; take {FEW} or more, of every light, pose and lot that occurs"
+    )
 
 
 def units(parts: Iterable[Records], protocol: str) -> Iterator[Records]:

@@ -67,6 +67,11 @@ class AMINet(base.Method):
             dtype=self.dtype,
         )
 
+    @property
+    def score_is_peak(self) -> bool:
+        """Not for the deviation, which is the code's."""
+        return self.config.aminet.score == "max"
+
     def init(self, key, frozen):
         """Fresh networks."""
         grid, entries = self.model.grid, self.model.patch_entries

@@ -43,6 +43,11 @@ class Method:
         self.config = self.configured(config)
         self.dtype = compute_dtype(config.train.compute_dtype)
 
+    @property
+    def score_is_peak(self) -> bool:
+        """Whether an image's score is the maximum of its map, also of one put together."""
+        return False
+
     @classmethod
     def configured(cls, config: ConfigDict) -> ConfigDict:
         """The configuration as this method trains by it: its `own` fields in the shared places."""

@@ -23,6 +23,7 @@ class MMR(base.Method):
     """Teacher, masked student, multi-scale cosine loss, summed cosine maps."""
 
     name = "mmr"
+    score_is_peak = True
     fields = (
         "student.",
         "optim.",

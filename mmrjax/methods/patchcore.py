@@ -17,6 +17,7 @@ from mmrjax.models import resnet
 
 EXACT = jax.lax.Precision.HIGHEST  # TF32 would change which patches are nearest
 BANK_ROWS_PER_CHUNK = 4096  # distances to this many bank rows at a time
+SMALL_BANK = 1000  # rows below which `fit` asks for a larger coreset
 
 
 class PatchCore(base.Method):
@@ -33,6 +34,11 @@ class PatchCore(base.Method):
         arch = resnet.architecture(config.teacher.name)
         self.backbone = resnet.ResNet(arch, tuple(config.patchcore.layers), self.dtype)
         self._embed = jax.jit(lambda frozen, images: self.embed(frozen, images / 255.0))
+
+    @property
+    def score_is_peak(self) -> bool:
+        """Not for the official code's maximum of raw patches."""
+        return self.config.patchcore.score == "smoothed"
 
     def init(self, key, frozen):
         """Nothing is drawn; the bank comes with `fit`."""
@@ -70,6 +76,14 @@ class PatchCore(base.Method):
             done += real
         patches = jnp.asarray(patches.reshape(-1, options.width))
         rows = max(1, int(options.coreset * len(patches)))
+        if rows < min(SMALL_BANK, len(patches)):
+            logging.warning(
+                "the memory bank keeps %d of %d patches; of so few images a larger share costs "
+                "little and finds more: --config.patchcore.coreset=%.2g in another --workdir",
+                rows,
+                len(patches),
+                min(1.0, SMALL_BANK / len(patches)),
+            )
         chosen = greedy_coreset(
             patches, rows, key, projection=options.projection, start_points=options.start_points
         )
