@@ -49,7 +49,10 @@ def gaussian_matrix(n: int, sigma: float = GAUSSIAN_SIGMA) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def _operator(n_in: int, n_out: int, align_corners: bool, sigma: float) -> np.ndarray:
+def operator(
+    n_in: int, n_out: int, align_corners: bool, sigma: float = GAUSSIAN_SIGMA
+) -> np.ndarray:
+    """Upsampling followed by the Gaussian as a matrix, float32 [n_out, n_in]."""
     smooth = gaussian_matrix(n_out, sigma) @ upsample_matrix(n_in, n_out, align_corners)
     return smooth.astype(np.float32)
 
@@ -68,8 +71,8 @@ def upsample_and_smooth(
       align_corners: torch's flag; True for MMR and RD4AD, False for PatchCore.
       sigma: of the Gaussian, in px of the output; 0 switches it off.
     """
-    rows = _operator(distance.shape[1], size_hw[0], align_corners, sigma)
-    columns = _operator(distance.shape[2], size_hw[1], align_corners, sigma)
+    rows = operator(distance.shape[1], size_hw[0], align_corners, sigma)
+    columns = operator(distance.shape[2], size_hw[1], align_corners, sigma)
     # HIGHEST: TF32 or bfloat16 passes would put an error of 1e-3 into every map.
     return jnp.einsum(
         "yr,brc,xc->byx", rows, distance, columns, precision=jax.lax.Precision.HIGHEST

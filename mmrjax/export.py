@@ -7,11 +7,15 @@ uint8 RGB [b, h, w, 3] at the model's input size, for any b. It is a serialised 
     scorer = jax.export.deserialize(open("scorer.jax", "rb").read())
     found = scorer.call(images)   # {"map": [b, h, w], "score": [b], "is_anomaly": [b]}
 
+A name that ends in .onnx makes it an ONNX file (see onnx_export.py) for onnxruntime; there the
+input is called "images", and the outputs have the same names.
+
 <output>.json beside it says how an image becomes that input, and what the threshold promises. The
 file is loaded again and compared with the model before the command succeeds.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -24,7 +28,7 @@ from jax import export
 
 from data_builders import files as image_folders
 from mmrjax import detector as detector_lib
-from mmrjax import files
+from mmrjax import files, methods
 from mmrjax.data import geometry
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -37,9 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         detector = detector_lib.load(arguments.workdir, arguments.target_fpr)
         images = inputs(detector, arguments.images)
-        files.write_bytes(arguments.output, serialise(detector))
-        difference = compare(detector, arguments.output, images)
-        text = json.dumps(description(detector), indent=1)
+        is_onnx = arguments.output.suffix == ".onnx"
+        form = _onnx() if is_onnx else sys.modules[__name__]
+        files.write_bytes(arguments.output, form.serialise(detector))
+        found = form.run(arguments.output, images)
+        difference = compare(detector, arguments.output, found, images, is_onnx)
+        text = json.dumps(description(detector, is_onnx), indent=1)
         files.write_text(arguments.output.with_name(f"{arguments.output.name}.json"), text)
     except (ValueError, RuntimeError, OSError) as e:
         if os.environ.get("MMRJAX_TRACEBACK"):
@@ -56,11 +63,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line; argparse ends the program when it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m mmrjax.export",
-        description="Writes the scorer of a run as a serialised JAX program.",
+        description="Writes the scorer of a run as a serialised JAX program or as ONNX.",
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of a run")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="such as scorer.jax")
+    parser.add_argument(
+        "--output", required=True, type=pathlib.Path, help="scorer.jax or scorer.onnx"
+    )
     parser.add_argument("--images", help="folder of images to compare on; otherwise noise")
     parser.add_argument("--target_fpr", type=float, help="false-positive rate of the threshold")
     return parser.parse_args(argv)
@@ -103,19 +112,43 @@ def inputs(detector: detector_lib.Detector, folder: str | None) -> np.ndarray:
     return np.stack(frames)
 
 
-def compare(detector: detector_lib.Detector, path: pathlib.Path, images: np.ndarray) -> float:
-    """The largest difference of the file's maps and scores from the model's (see TOLERANCE).
+def run(path: pathlib.Path, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What an exported program says of uint8 images [b, h, w, 3]."""
+    return jax.device_get(export.deserialize(path.read_bytes()).call(images))
+
+
+def compare(
+    detector: detector_lib.Detector,
+    path: pathlib.Path,
+    found: dict[str, np.ndarray],
+    images: np.ndarray,
+    in_float32: bool,
+) -> float:
+    """The largest difference of a file's maps and scores from the model's (see TOLERANCE).
+
+    Args:
+      detector: the model.
+      path: the file.
+      found: what it says of `images`.
+      images: uint8 [b, h, w, 3].
+      in_float32: whether the file computes so, where the model may compute in bfloat16.
 
     Raises:
       RuntimeError: it exceeds TOLERANCE.
     """
-    found = export.deserialize(path.read_bytes()).call(images)
-    predict = jax.jit(detector.trained.method.predict)
-    trained = detector.trained
-    want = predict(*jax.device_get((trained.variables, trained.frozen)), images / np.float32(255))
+    trained, method = detector.trained, detector.trained.method
+    precision = jax.config.jax_default_matmul_precision
+    if in_float32:
+        config = method.config.copy_and_resolve_references()
+        config.train.compute_dtype, precision = "float32", "highest"
+        method = methods.create(method.name, config)
+    with jax.default_matmul_precision(precision):
+        want = jax.jit(method.predict)(
+            *jax.device_get((trained.variables, trained.frozen)), images / np.float32(255)
+        )
     scale = max(1.0, float(np.abs(want["map"]).max()))
     difference = max(
-        float(np.abs(np.asarray(found[name]) - np.asarray(want[name])).max()) / scale
+        float(np.abs(found[name] - np.asarray(want[name])).max()) / scale
         for name in ("map", "score")
     )
     if not difference <= TOLERANCE:
@@ -123,22 +156,33 @@ def compare(detector: detector_lib.Detector, path: pathlib.Path, images: np.ndar
     return difference
 
 
-def description(detector: detector_lib.Detector) -> dict:
+def description(detector: detector_lib.Detector, is_onnx: bool) -> dict:
     """How an image becomes the input, and what the threshold promises."""
     view, (threshold, _, reason) = detector.view, detector.thresholds
     calibration = detector.calibration
     return {
         "method": detector.trained.method.name,
         "input": f"uint8 RGB [b, {view.size[0]}, {view.size[1]}, 3]",
+        "size": list(view.size),
         "resize": list(view.resize),
-        "interpolation": f"{view.interpolation}, antialiased, as Pillow",
+        "interpolation": view.interpolation,
+        "as": "Pillow before 13: antialiased, columns first",
         "then": "centre crop" if view.overlap is None else f"windows, {view.overlap} px overlap",
+        "overlap": view.overlap,
         "threshold": threshold,
         "no_threshold_because": reason or None,
         "calibration": calibration and calibration.report(detector.target_fpr),
         "scale": detector.scale,
-        "platforms": list(PLATFORMS),
+        "platforms": ["onnxruntime"] if is_onnx else list(PLATFORMS),
     }
+
+
+def _onnx():
+    """The module that writes ONNX; ValueError without the packages that it needs."""
+    packages = ("torch", "onnx", "onnxscript", "onnxruntime")
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"ONNX needs {', '.join(missing)}: pip install 'mmrjax[onnx]'")
+    return importlib.import_module("mmrjax.onnx_export")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """A PyTorch twin of MMR (arXiv 2304.02216): the yardstick for the numbers and the speed of mmrjax.
 
 Written from the description of the method, with the tensor names of the official code, so that the
-same safetensors files load in both. Not part of the package: nothing in mmrjax imports it. Tensors
-are NCHW. Shapes: b batch, n patches, k kept patches, d width, c channels, h w image, g grid side.
+same safetensors files load in both. It needs the torch extra and imports nothing of mmrjax: whoever
+leaves may copy this file alone. Tensors are NCHW. Shapes: b batch, n patches, k kept patches,
+d width, c channels, h w image, g grid side.
 
-`--benchmark` measures the training speed (one line of JSON); score_in_torch.py scores an image with
-weights that `python -m mmrjax.convert to-torch` has written.
+`python -m mmrjax.torch_reference --benchmark` measures the training speed (one line of JSON);
+scripts/score_in_torch.py scores an image with weights that `python -m mmrjax.convert to-torch` has
+written; onnx_export.py puts the networks into an ONNX file.
 """
 
 import argparse
@@ -28,6 +30,7 @@ WIDE_RESNET = (256, 512, 1024)  # channels of the paper's teacher, wide_resnet50
 LAYERS = ("layer1", "layer2", "layer3")
 # name: (bottleneck, blocks in layer1..4, width of a bottleneck relative to its planes)
 ARCHITECTURES = {
+    "fdsl18": (False, (2, 2, 2, 2), 1),
     "resnet18": (False, (2, 2, 2, 2), 1),
     "resnet34": (False, (3, 4, 6, 3), 1),
     "resnet50": (True, (3, 4, 6, 3), 1),
@@ -35,6 +38,9 @@ ARCHITECTURES = {
     "wide_resnet50_2": (True, (3, 4, 6, 3), 2),
     "wide_resnet101_2": (True, (3, 4, 23, 3), 2),
 }
+
+
+STEMS = {"fdsl18": 48}  # channels after the first convolution; 64 in all others
 
 
 class ResidualBlock(nn.Module):
@@ -72,11 +78,13 @@ class ResNetTeacher(nn.Module):
     `stages` 3 stops after layer3; 4 also runs the unused layer4, as the official code does.
     """
 
-    def __init__(self, arch="resnet18", stem=64, planes=(64, 128, 256, 512), stages=3):
+    def __init__(self, arch="resnet18", stem=None, planes=None, stages=3):
         super().__init__()
         if arch not in ARCHITECTURES:
             raise ValueError(f"unknown teacher {arch!r}; available: {sorted(ARCHITECTURES)}")
         bottleneck, depths, widen = ARCHITECTURES[arch]
+        stem = stem or STEMS.get(arch, 64)
+        planes = planes or tuple(stem * 2**i for i in range(4))
         self.stages = stages
         self.channels = tuple(p * (4 if bottleneck else 1) for p in planes[:3])
         self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
@@ -241,8 +249,7 @@ class MMRStudent(nn.Module):
             layer1 [b, c1, 4g, 4g], layer2 [b, c2, 2g, 2g], layer3 [b, c3, g, g]; latent
             [b, 1 + k, d], cls first, patches in the order of the noise; mask [b, n], 1 = dropped.
         """
-        table = resize_table(self.pos_embed, self.grid)
-        tokens = self.patch_embed(images).flatten(2).transpose(1, 2) + table[:, 1:]  # [b, n, d]
+        first, tokens = self.embed(images)
         b, n, d = tokens.shape
         keep = kept_tokens(n, mask_ratio)
         noise = torch.rand(b, n, device=images.device) if noise is None else noise
@@ -250,17 +257,34 @@ class MMRStudent(nn.Module):
         restore = shuffle.argsort(dim=1)
 
         visible = tokens.gather(1, shuffle[:, :keep, None].expand(-1, -1, d))  # [b, k, d]
-        cls = (self.cls_token + table[:, :1]).expand(b, -1, -1)
-        latent = self.norm(self.blocks(torch.cat([cls, visible], dim=1)))  # [b, 1 + k, d]
+        latent = self.encode(first, visible)  # [b, 1 + k, d]
 
         dropped = self.decoder_FPN_mask_token.to(latent.dtype).expand(b, n - keep, -1)
         tokens = torch.cat([latent[:, 1:], dropped], dim=1)
         tokens = tokens.gather(1, restore[..., None].expand(-1, -1, d))
+        return {**self.pyramid(tokens), "latent": latent, "mask": (restore >= keep).float()}
+
+    def unmasked(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The maps of `forward` at mask_ratio 0, without the shuffle, which only rounds anew."""
+        return self.pyramid(self.encode(*self.embed(images))[:, 1:])
+
+    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[b, 3, h, w] -> (class token [1, 1, d], patches [b, n, d]), with their positions."""
+        table = resize_table(self.pos_embed, self.grid)
+        tokens = self.patch_embed(images).flatten(2).transpose(1, 2) + table[:, 1:]
+        return self.cls_token + table[:, :1], tokens
+
+    def encode(self, first: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Class token [1, 1, d] and visible tokens [b, k, d] -> latent [b, 1 + k, d]."""
+        first = first.expand(tokens.shape[0], -1, -1)
+        return self.norm(self.blocks(torch.cat([first, tokens], dim=1)))
+
+    def pyramid(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Tokens of all patches [b, n, d] -> the maps of the layers that are reconstructed."""
         tokens = tokens + self.decoder_FPN_pos_embed[:, 1:]
         x = tokens.transpose(1, 2).unflatten(2, self.grid)  # [b, d, g, g]
         stages = zip(LAYERS, ("simfp_2", "simfp_3", "simfp_4"), strict=True)
-        maps = {name: getattr(self, stage)(x) for name, stage in stages if hasattr(self, stage)}
-        return {**maps, "latent": latent, "mask": (restore >= keep).float()}
+        return {name: getattr(self, stage)(x) for name, stage in stages if hasattr(self, stage)}
 
 
 def cosine_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -345,14 +369,22 @@ def load_file(path: str) -> tuple[dict, dict]:
 
 
 def load_student(path: str, heads: int | None = None) -> MMRStudent:
-    """Student from a file with the official key names, in evaluation mode.
+    """Student from a file with the official key names, in evaluation mode; see `student_of`.
 
-    The shapes give its sizes, the text beside them what they do not: heads (else width / 64), and
-    sides of an image that is no square. `view` then holds the arguments of `load_image`.
+    `view` of it holds the arguments of `load_image`.
     """
     state, header = load_file(path)
     if "decoder_FPN_mask_token" not in state:
         raise ValueError(f"{path} holds no MMR student, but {', '.join(list(state)[:3])}, …")
+    return student_of(state, header, heads)
+
+
+def student_of(state: dict, header: dict, heads: int | None = None) -> MMRStudent:
+    """Student from tensors with the official key names, in evaluation mode.
+
+    The shapes give its sizes, the text beside them what they do not: heads (else width / 64), and
+    sides of an image that is no square.
+    """
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     side = math.isqrt(state["decoder_FPN_pos_embed"].shape[1] - 1) * patch
     sizes = {
@@ -376,9 +408,13 @@ def load_student(path: str, heads: int | None = None) -> MMRStudent:
 
 def load_teacher(path: str, arch: str, **sizes) -> ResNetTeacher:
     """Teacher through layer3 from torchvision's names; layer4 and fc may be there or not."""
+    return teacher_of(load_file(path)[0], arch, **sizes)
+
+
+def teacher_of(state: dict, arch: str, **sizes) -> ResNetTeacher:
+    """Teacher through layer3 from tensors with torchvision's names."""
     teacher = ResNetTeacher(arch, **sizes)
-    state = load_file(path)[0].items()
-    used = {k: v for k, v in state if not k.startswith(("layer4.", "fc."))}
+    used = {k: v for k, v in state.items() if not k.startswith(("layer4.", "fc."))}
     teacher.load_state_dict(used, strict=True)
     return teacher
 
@@ -455,6 +491,7 @@ def benchmark(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="resnet18", choices=sorted(ARCHITECTURES))
     parser.add_argument("--heads", type=int, help="default: width / 64")

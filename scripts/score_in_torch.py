@@ -1,14 +1,19 @@
 """Scores one image in PyTorch: python score_in_torch.py STUDENT TEACHER ARCH IMAGE [MAP.npy].
 
 STUDENT and TEACHER are files of `python -m mmrjax.convert to-torch`, .safetensors or .pth; ARCH is
-the teacher's, such as resnet18; IMAGE has 8 bits per channel.
+the teacher's, such as resnet18; IMAGE has 8 bits per channel. Neither JAX nor, with a copy of
+mmrjax/torch_reference.py beside this file, mmrjax is needed.
 """
 
 import sys
 
 import numpy as np
 import torch
-import torch_reference as mmr
+
+try:
+    import torch_reference as mmr
+except ImportError:
+    from mmrjax import torch_reference as mmr
 
 if len(sys.argv) < 5:
     sys.exit(__doc__)

@@ -1,5 +1,6 @@
 """An exported scorer runs without this package, for any batch, and says what the model says."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -57,3 +58,16 @@ def test_a_file_that_differs_is_not_declared_good(finished, tmp_path, monkeypatc
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     assert export.main([f"--workdir={run}", f"--output={tmp_path / 'scorer.jax'}"]) == 1
     assert "differs from the model" in capsys.readouterr().err
+
+
+def test_onnx_without_its_packages_names_what_to_install(finished, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == "onnxruntime" else find(n, *a)
+    )
+    run, path = finished[0] / "patchcore" / "parts" / "seed1", tmp_path / "scorer.onnx"
+    assert export.main([f"--workdir={run}", f"--output={path}"]) == 1
+    message = capsys.readouterr().err
+    assert "onnxruntime" in message
+    assert "pip install 'mmrjax[onnx]'" in message
+    assert not path.exists()

@@ -27,6 +27,7 @@ MAY_PRINT = {
     "bench_metrics.py",
     "predict.py",
     "export.py",
+    "torch_reference.py",
 }
 
 

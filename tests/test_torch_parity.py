@@ -1,8 +1,6 @@
 """Our networks and optimiser against the PyTorch twin: same weights, masks and updates."""
 
 import functools
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +24,9 @@ NAMES = tuple(f"layer{k}" for k in CHANNELS)
 
 @pytest.fixture(scope="module")
 def twin():
-    path = pathlib.Path(__file__).parent.parent / "scripts" / "torch_reference.py"
-    spec = importlib.util.spec_from_file_location("torch_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from mmrjax import torch_reference
+
+    return torch_reference
 
 
 def randomise(module):

@@ -1,6 +1,5 @@
 """The PyTorch twin against the official code's numbers (tests/golden, see the README there)."""
 
-import importlib.util
 import json
 import pathlib
 import sys
@@ -14,13 +13,10 @@ pytestmark = pytest.mark.torch
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from mmrjax import torch_reference as mmr  # noqa: E402
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-spec = importlib.util.spec_from_file_location(
-    "torch_reference", ROOT / "scripts/torch_reference.py"
-)
-mmr = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(mmr)
 
 REDUCED = {"stem": 8, "planes": (8, 16, 32)}
 WIDE = (256, 512, 1024)

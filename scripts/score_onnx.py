@@ -1,0 +1,78 @@
+"""Scores images with an exported ONNX file: python score_onnx.py SCORER.onnx IMAGE...
+
+SCORER.onnx and SCORER.onnx.json come from `python -m mmrjax.export --output=SCORER.onnx`. Needs
+onnxruntime, numpy and Pillow, and nothing else. Prints a line per image: score, verdict, path.
+
+With Pillow 11 or 12 and 8-bit PNG or BMP files the scores are those of `mmrjax.predict`. They
+differ a little where pixels do: Pillow 13 resizes in another order, by a grey level here and there,
+and OpenCV's JPEG decoder, which mmrjax uses, may round otherwise than Pillow's.
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def load_image(path: str, about: dict) -> np.ndarray:
+    """An image file, upright, resized and, unless windows look at all of it, cropped to its centre.
+
+    uint8 [h, w, 3].
+    """
+    with Image.open(path) as file:
+        if file.mode.startswith("I"):
+            raise ValueError(f"{path}: 16 bits a pixel; scale it to 8 first")
+        image = ImageOps.exif_transpose(file).convert("RGB")
+    how = Image.Resampling[about["interpolation"].upper()]
+    pixels = np.asarray(image.resize(about["resize"][::-1], how))
+    if about["overlap"] is not None:
+        return pixels
+    top, left = (round((n - s) / 2) for n, s in zip(about["resize"], about["size"], strict=True))
+    return pixels[top : top + about["size"][0], left : left + about["size"][1]]
+
+
+def corners(about: dict) -> list[tuple[int, int]]:
+    """(top, left) of the windows that together look at all of a resized image."""
+    step = [size - about["overlap"] for size in about["size"]]
+    axes = [
+        [*range(0, whole - size, s), whole - size]
+        for whole, size, s in zip(about["resize"], about["size"], step, strict=True)
+    ]
+    return [(top, left) for top in axes[0] for left in axes[1]]
+
+
+def score(session: onnxruntime.InferenceSession, pixels: np.ndarray, about: dict):
+    """(score, map [h, w]) of an image; of windows the largest score and the mean map."""
+    if about["overlap"] is None:
+        found = session.run(["score", "map"], {"images": pixels[None]})
+        return float(found[0][0]), found[1][0]
+    (h, w), best = about["size"], -np.inf
+    total, seen = np.zeros((2, *pixels.shape[:2]), np.float32)
+    for top, left in corners(about):
+        window = pixels[None, top : top + h, left : left + w]
+        scores, maps = session.run(["score", "map"], {"images": window})
+        total[top : top + h, left : left + w] += maps[0]
+        seen[top : top + h, left : left + w] += 1
+        best = max(best, float(scores[0]))
+    return best, total / seen
+
+
+def main() -> None:
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    scorer, *paths = sys.argv[1:]
+    with open(f"{scorer}.json", encoding="utf-8") as file:
+        about = json.load(file)
+    session = onnxruntime.InferenceSession(scorer, providers=["CPUExecutionProvider"])
+    for path in paths:
+        found, _ = score(session, load_image(path, about), about)
+        verdict = "-"  # without a threshold
+        if about["threshold"] is not None:
+            verdict = "anomaly" if found > about["threshold"] else "good"
+        print(f"{found:.6f} {verdict:7} {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""An ONNX file says what the model says, for any batch, in a process that has no JAX."""
+
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmrjax import detector as detector_lib
+from mmrjax import export, methods, train
+from mmrjax import mesh as mesh_lib
+from mmrjax.data import geometry
+from mmrjax.methods import patchcore
+
+for name in ("torch", "onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(name, reason="needs the onnx extra")
+pytestmark = pytest.mark.torch
+
+EXAMPLE = pathlib.Path(__file__).resolve().parent.parent / "scripts" / "score_onnx.py"
+ALONE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+wrong = {"jax", "torch", "mmrjax", "cv2", "flax", "onnx", "scipy"} & set(sys.modules)
+assert not wrong, wrong
+"""
+
+
+@pytest.fixture(scope="module", params=["mmr", "patchcore"])
+def exported(request, finished, tiny_raw, tmp_path_factory):
+    """(detector, file, pictures) of a finished tiny run."""
+    run = finished[0] / request.param / "parts" / "seed1"
+    path = tmp_path_factory.mktemp("onnx") / "scorer.onnx"
+    arguments = [f"--workdir={run}", f"--output={path}", f"--images={tiny_raw / 'bad'}"]
+    assert export.main(arguments) == 0
+    return detector_lib.load(run), path, sorted((tiny_raw / "bad").glob("0?.png"))
+
+
+def test_maps_scores_and_verdicts_are_those_of_the_model_for_any_batch(exported):
+    from mmrjax import onnx_export
+
+    detector, path, pictures = exported
+    view, expected = detector.view, detector.predict(pictures)
+    images = np.stack(
+        [
+            geometry.view_image(
+                detector_lib.read_image(p), view.resize, view.size, view.interpolation
+            )
+            for p in pictures
+        ]
+    )
+    for rows in (slice(0, 1), slice(0, 4)):
+        found = onnx_export.run(path, images[rows])
+        for i, one in enumerate(expected[rows]):
+            spread = np.ptp(one.view_map)  # far below 1 for the tiny memory bank
+            allowed = min(1e-5, 1e-3 * spread)
+            assert np.abs(found["map"][i] - one.view_map).max() <= allowed
+            assert abs(found["score"][i] - one.score) <= allowed
+            assert found["is_anomaly"][i] == one.is_anomaly
+    about = json.loads(path.with_name("scorer.onnx.json").read_text())
+    assert about["platforms"] == ["onnxruntime"]
+    assert about["threshold"] == expected[0].threshold
+
+
+def test_the_example_needs_neither_jax_nor_torch(exported, tmp_path):
+    detector, path, pictures = exported
+    command = [sys.executable, "-c", ALONE, EXAMPLE, path, *pictures]
+    done = subprocess.run(
+        list(map(str, command)), check=True, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(pictures)
+    for line, one, picture in zip(lines, detector.predict(pictures), pictures, strict=True):
+        score, verdict, name = line.split()
+        assert float(score) == pytest.approx(one.score, rel=1e-4, abs=1e-5)
+        assert verdict == ("anomaly" if one.is_anomaly else "good")
+        assert name == str(picture)
+
+
+def test_what_the_tiny_runs_do_not_have_is_traced_too(tiny_config, tmp_path):
+    """Oblong images, all three layers, the patch score, a bank of two chunks, no threshold."""
+    from mmrjax import onnx_export
+
+    config = tiny_config.copy_and_resolve_references()
+    config.update_from_flattened_dict(
+        {
+            "data.image_size": (48, 80),
+            "data.resize": (48, 80),
+            "student.layers": (1, 2, 3),
+            "patchcore.layers": (1, 3),
+            "patchcore.score": "patch",
+        }
+    )
+    images = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), np.uint8)
+    for name in ("mmr", "patchcore"):
+        detector = untrained(name, config)
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(onnx_export.serialise(detector))
+        found = onnx_export.run(path, images)
+        assert set(found) == {"map", "score"}
+        assert export.compare(detector, path, found, images, in_float32=True) <= export.TOLERANCE
+        want = detector.predict(images)
+        for i, one in enumerate(want):
+            assert abs(found["score"][i] - one.score) <= 1e-4 * np.ptp(one.view_map)
+
+
+def test_the_example_looks_through_the_windows_of_a_tiled_run(tiny_config, tmp_path):
+    """With the model itself in the place of the file."""
+    config = tiny_config.copy_and_resolve_references()
+    config.update_from_flattened_dict(
+        {"data.tiling": True, "data.tile_overlap": 16, "data.resize": (96, 144)}
+    )
+    detector = untrained("patchcore", config)
+    predict = jax.jit(detector.trained.method.predict)
+
+    class Session:
+        def run(self, names, feed):
+            trained = detector.trained
+            found = predict(trained.variables, trained.frozen, feed["images"] / np.float32(255))
+            return [np.asarray(found[name]) for name in names]
+
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    about = json.loads(json.dumps(export.description(detector, True)))
+    example = runpy.run_path(str(EXAMPLE))
+    image = example["load_image"](str(tmp_path / "a.png"), about)
+    score, found = example["score"](Session(), image, about)
+    want = detector.predict([tmp_path / "a.png"])[0]
+    assert found.shape == (96, 144)
+    np.testing.assert_allclose(found, want.view_map, rtol=1e-4)
+    assert score == pytest.approx(want.score, rel=1e-4)
+
+
+def untrained(name, config):
+    """A detector with drawn weights, or a drawn memory bank."""
+    method = methods.create(name, config)
+    devices = mesh_lib.make_mesh(1)
+    frozen, facts = method.load_frozen()
+    variables, _ = method.init(jax.random.key(0), frozen)
+    if name == "patchcore":
+        rows = patchcore.BANK_ROWS_PER_CHUNK + 5
+        bank = np.abs(np.random.default_rng(1).normal(size=(rows, config.patchcore.width)))
+        variables = {**variables, "memory": {"bank": jax.numpy.asarray(bank, "float32")}}
+    trained = train.Trained(method, variables, frozen, facts, devices)
+    return detector_lib.Detector(trained, config)
+
+
+def test_a_method_without_a_pytorch_form_is_refused(tiny_config):
+    from mmrjax import onnx_export
+
+    with pytest.raises(
+        ValueError, match=r"knows mmr and patchcore, not aminet; use --output=.*jax"
+    ):
+        onnx_export.serialise(untrained("aminet", tiny_config))
+
+
+def test_a_model_beyond_two_gigabytes_is_refused(tiny_config, monkeypatch):
+    from mmrjax import onnx_export
+
+    monkeypatch.setattr(onnx_export, "LARGEST", 2**10)
+    with pytest.raises(ValueError, match=r"GiB, an ONNX file holds 2; use --output=.*jax"):
+        onnx_export.serialise(untrained("patchcore", tiny_config))
