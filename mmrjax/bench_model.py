@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from mmrjax import bench_metrics, flops, methods, losses, scoring, train, weights
+from mmrjax import bench_metrics, flops, losses, methods, scoring, train, weights
 from mmrjax import mesh as mesh_lib
 from mmrjax import state as state_lib
 from mmrjax.data import epochs, geometry
