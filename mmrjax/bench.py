@@ -1,119 +1,296 @@
-"""Training speed of the real step, next to a PyTorch twin: python -m mmrjax.bench --vs=torch.
+"""Speed and memory on this machine, next to a PyTorch twin: python -m mmrjax.bench --vs=torch.
 
-Measures images per second of the jitted training step (augmentation from uint8, teacher, student,
-AdamW) on textured random images in memory; with --vs=torch also torch_reference.py, which
-gets images that are augmented and normalised already. Both run in processes of their own, in
-A-B-B-A order, so that drift of the machine cancels; the ratio is of the medians.
+Measures training and evaluation over batch sizes, the latency of one image, compilation cold and
+from the cache, memory and the count of operations, against a matrix product of the same run. With
+--vs=torch the same model runs in PyTorch too: outputs are compared first, and without parity no
+time is printed; then both take turns in processes of their own, A-B-B-A, so that drift of the
+machine cancels. Ratios are of medians over all windows. TFDS and Grain are not needed.
 """
 
 import argparse
-import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from mmrjax import bench_model, files, memory, methods
 from mmrjax import config as config_lib
-from mmrjax import memory, methods, train
-from mmrjax import mesh as mesh_lib
-from mmrjax import state as state_lib
 
-WARM_UP = 3  # calls before the first window
+PARITY = {"map": 1e-4, "map_on_device": 1e-4, "score": 1e-4, "loss": 1e-4}  # float32
+RANDOM = ("teacher.weights=random", "student.init=scratch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; prints a line per measurement and one JSON summary."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/magnetic_tile.py")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--windows", type=int, default=5, help="per process")
-    parser.add_argument("--steps", type=int, default=5, help="per window")
-    parser.add_argument("--vs", choices=("torch",), help="what to compare with")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    """Runs the command line; prints tables, and all of it as JSON with --json."""
+    arguments = _parse(argv)
     if arguments.worker:
-        print(json.dumps({"windows": measure(arguments)}))
+        memory.keep_freed()
+        print(json.dumps(work(arguments.worker, arguments)))
         return 0
-    if arguments.vs and jax.default_backend() != "cpu":
-        print("error: --vs=torch compares on CPU only: JAX_PLATFORMS=cpu", file=sys.stderr)
+    result = {"facts": _facts(arguments)}
+    try:
+        if arguments.vs:
+            result["parity"] = _parity(arguments)
+            _print_parity(result["parity"])
+        if not arguments.only_vs:
+            result["mmrjax"] = _ours("everything", arguments)
+            _print_ours(result["mmrjax"])
+        if arguments.vs:
+            result["versus"] = {
+                f"{task} {batch}": _take_turns(task, batch, arguments)
+                for task, batches in _batches(arguments).items()
+                for batch in batches
+            }
+            _print_versus(result["versus"])
+    except (ValueError, subprocess.CalledProcessError) as e:
+        print(f"error: {e}", file=sys.stderr)
         return 1
-    if arguments.vs and not importlib.util.find_spec("torch"):
-        print("error: --vs=torch needs torch: pip install 'mmrjax[torch]'", file=sys.stderr)
-        return 1
-    rates: dict[str, list[float]] = {"mmrjax": []}
-    for name in ("mmrjax", "torch", "torch", "mmrjax") if arguments.vs else ("mmrjax",):
-        windows = _run(name, arguments)
-        rates.setdefault(name, []).extend(windows)
-        print(f"{name}: {np.median(windows):.1f} img/s ({min(windows):.1f} to {max(windows):.1f})")
-    medians = {name: round(float(np.median(values)), 2) for name, values in rates.items()}
-    summary = {"images_per_second": medians, "windows": rates, "device": str(jax.devices()[0])}
-    if arguments.vs:
-        summary["ratio"] = round(medians["mmrjax"] / medians["torch"], 3)
-    print(json.dumps(summary))
+    if arguments.json:
+        files.write_text(arguments.json, json.dumps(result, indent=1))
+        print(f"written: {arguments.json}")
     return 0
 
 
-def measure(arguments: argparse.Namespace) -> list[float]:
-    """Images per second of the training step, one value per window."""
-    memory.keep_freed()
-    config = config_lib.load(arguments.config, ["teacher.weights=random", "student.init=scratch"])
-    mesh = mesh_lib.make_mesh()
-    mesh_lib.check_divisible("--batch", arguments.batch, mesh)
-    method = methods.create("mmr", config)
-    frozen = mesh_lib.replicate(method.load_frozen()[0], mesh)
-    variables, _ = method.init(jax.random.key(0), frozen)
-    tx = method.optimiser(steps_per_epoch=1)
-    step = state_lib.make_train_step(method, tx, train.make_augment(config), 1, mesh)
-    state = mesh_lib.replicate(state_lib.create(variables, tx), mesh)
-    resident = mesh_lib.replicate(_textured_images(arguments.batch), mesh)
-    chunk = {
-        "index": np.arange(arguments.batch, dtype=np.int32)[None],
-        "weight": np.ones((1, arguments.batch), np.float32),
-    }
-    chunk = mesh_lib.put_batch(chunk, mesh, axis=1)
+def work(task: str, arguments: argparse.Namespace) -> dict:
+    """Runs one task in this process: everything, train:B, evaluate:B or parity:FOLDER."""
+    name, _, value = task.partition(":")
+    fields = [o.removeprefix("--config.") for o in arguments.overrides]
+    if name == "parity":
+        fields += ["train.compute_dtype=float32"]
+    config = config_lib.load(arguments.config, [*RANDOM, *fields])
+    plan = bench_model.Plan(arguments.windows, arguments.window_seconds, arguments.requests)
+    programs = bench_model.Programs(config, plan)
+    if name == "parity":
+        programs.write_parity(pathlib.Path(value))
+        return {}
+    if name == "train":
+        return programs.train(int(value))
+    if name == "evaluate":
+        return programs.evaluate(int(value))
+    return _everything(programs, arguments)
 
-    def run(steps: int) -> None:
-        nonlocal state
-        for _ in range(steps):
-            state, logs = step(state, frozen, resident, chunk, jax.random.key(1))
-        jax.block_until_ready((state, logs))
 
-    run(WARM_UP)
-    rates = []
-    for _ in range(arguments.windows):
+def _everything(programs: bench_model.Programs, arguments: argparse.Namespace) -> dict:
+    train, evaluate = _batches(arguments).values()
+    result = {"ceiling": programs.ceiling(), "gflop": programs.counts()}
+    result["compile_seconds"] = programs.compilation(train[0], evaluate[0])
+    result["train"] = {str(batch): programs.train(batch) for batch in train}
+    result["evaluate"] = {str(batch): programs.evaluate(batch) for batch in evaluate}
+    result["latency_ms"] = programs.latency()
+    result["with_metrics"] = programs.with_metrics(arguments.test_images, evaluate[-1])
+    if arguments.recipe:
         started = time.perf_counter()
-        run(arguments.steps)
-        rates.append(arguments.steps * arguments.batch / (time.perf_counter() - started))
-    return rates
+        result["recipe"] = programs.recipe(521, 1639, train[0])
+        result["recipe"]["total"] = time.perf_counter() - started
+    ceiling = result["ceiling"]["matmul_gflops"]
+    for rates in (*result["train"].values(), *(e["resident"] for e in result["evaluate"].values())):
+        rates["of_ceiling"] = rates["gflops"] / ceiling
+    return result
 
 
-def _textured_images(count: int) -> dict[str, np.ndarray]:
-    """Blocks of random grey under noise, as large as a magnetic tile; zeros would run faster."""
-    rng = np.random.default_rng(0)
-    blocks = rng.integers(40, 200, (count, 25, 40, 3)).repeat(16, axis=1).repeat(16, axis=2)
-    image = np.clip(blocks + rng.normal(0, 12, blocks.shape), 0, 255).astype(np.uint8)
-    return {"image": image, "size": np.tile(np.int32([[300, 250]]), (count, 1))}
+# --- processes
 
 
-def _run(name: str, arguments: argparse.Namespace) -> list[float]:
-    """One process of `name`; its windows in images per second."""
-    numbers = [f"--{n}={getattr(arguments, n)}" for n in ("batch", "windows", "steps")]
-    if name == "mmrjax":
-        command = ["-m", "mmrjax.bench", "--worker", f"--config={arguments.config}", *numbers]
-    else:
-        config = config_lib.load(arguments.config)
-        width, depth, heads = methods.mmr.student_size(config.student)
-        sizes = [f"--width={width}", f"--depth={depth}", f"--heads={heads}"]
-        sizes += [f"--arch={config.teacher.name}", f"--threads={os.cpu_count()}"]
-        command = ["-m", "mmrjax.torch_reference", "--benchmark", *sizes, *numbers]
+def _ours(task: str, arguments: argparse.Namespace) -> dict:
+    numbers = ("windows", "window_seconds", "requests", "test_images", "config")
+    flags = [f"--{n}={getattr(arguments, n)}" for n in numbers]
+    flags += [
+        f"--{n}={','.join(map(str, getattr(arguments, n)))}"
+        for n in ("train_batches", "eval_batches")
+    ]
+    flags += ["--recipe"] * arguments.recipe + arguments.overrides
+    return _run(["-m", "mmrjax.bench", f"--worker={task}", *flags])
+
+
+def _torch(flags: Sequence[str], arguments: argparse.Namespace) -> dict:
+    config = config_lib.load(
+        arguments.config, [*RANDOM, *(o.removeprefix("--config.") for o in arguments.overrides)]
+    )
+    width, depth, heads = methods.mmr.student_size(config.student)
+    side, other = config.data.image_size
+    if side != other:
+        raise ValueError(f"data.image_size={side},{other}: the twin is timed on squares")
+    sizes = {"width": width, "depth": depth, "heads": heads, "image_size": side}
+    sizes |= {"arch": config.teacher.name, "threads": os.cpu_count()}
+    sizes |= {"mask_ratio": config.student.mask_ratio}
+    return _run(["-m", "mmrjax.bench_torch", *(f"--{k}={v}" for k, v in sizes.items()), *flags])
+
+
+def _run(command: Sequence[str]) -> dict:
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
-    result = json.loads(done.stdout.splitlines()[-1])
-    return result["windows"]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _parity(arguments: argparse.Namespace) -> dict[str, float]:
+    """Largest differences between both sides, same weights and images; ValueError above PARITY."""
+    with tempfile.TemporaryDirectory() as folder:
+        _ours(f"parity:{folder}", arguments)
+        found = _torch([f"--parity={folder}"], arguments)
+    wrong = [
+        f"{name} {found[name]:.1e}" for name, allowed in PARITY.items() if found[name] > allowed
+    ]
+    if wrong:
+        raise ValueError(f"the twin computes something else, nothing is timed: {', '.join(wrong)}")
+    return found
+
+
+def _take_turns(task: str, batch: int, arguments: argparse.Namespace) -> dict:
+    """Windows of ours and of every variant, A-B-C-C-B-A."""
+    sides = ["mmrjax", *arguments.variants]
+    windows: dict[str, list[float]] = {side: [] for side in sides}
+    for side in (*sides, *reversed(sides)):
+        if side == "mmrjax":
+            found = _ours(f"{task}:{batch}", arguments)
+            found = found["windows"] if task == "train" else found["resident"]["windows"]
+        else:
+            flags = {"variant": side, "task": task, "batch": batch, "windows": arguments.windows}
+            flags["window_seconds"] = arguments.window_seconds
+            found = _torch([f"--{k}={v}" for k, v in flags.items()], arguments)["windows"]
+        windows[side] += found
+        print(f"{task} {batch} {side}: {np.median(found):.1f} img/s", file=sys.stderr, flush=True)
+    ours = np.median(windows["mmrjax"])
+    return {
+        side: {"median": float(np.median(w)), "min": min(w), "max": max(w), "windows": w}
+        | ({} if side == "mmrjax" else {"ratio": float(ours / np.median(w))})
+        for side, w in windows.items()
+    }
+
+
+# --- the command line and the tables
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/magnetic_tile.py")
+    parser.add_argument("--train_batches", type=_numbers, default=(16,))
+    parser.add_argument("--eval_batches", type=_numbers, default=(1, 32))
+    parser.add_argument("--windows", type=int, default=5, help="per process")
+    parser.add_argument("--window_seconds", type=float, default=2.0)
+    parser.add_argument("--requests", type=int, default=200, help="single images for the latency")
+    parser.add_argument("--test_images", type=int, default=128, help="of an evaluation")
+    parser.add_argument("--recipe", action="store_true", help="a whole run on 521 images")
+    parser.add_argument("--vs", choices=("torch",), help="what to compare with")
+    parser.add_argument("--only_vs", action="store_true", help="nothing but the comparison")
+    parser.add_argument("--variants", type=lambda s: tuple(s.split(",")), help="of the twin")
+    parser.add_argument("--json", type=pathlib.Path, help="file for all numbers")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments, arguments.overrides = parser.parse_known_args(argv)
+    unknown = [o for o in arguments.overrides if not o.startswith("--config.")]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}")
+    if min(arguments.windows, arguments.window_seconds, arguments.requests) <= 0:
+        parser.error("--windows, --window_seconds and --requests must be positive")
+    if not (arguments.train_batches and arguments.eval_batches) and not arguments.only_vs:
+        parser.error("--train_batches and --eval_batches: one may be empty with --only_vs alone")
+    if arguments.vs and not arguments.worker:
+        arguments.variants = _variants(arguments.variants, parser)
+    return arguments
+
+
+def _variants(given: tuple[str, ...] | None, parser: argparse.ArgumentParser) -> tuple[str, ...]:
+    try:
+        from mmrjax import bench_torch
+    except ModuleNotFoundError as e:
+        parser.error(f"--vs=torch needs {e.name}: pip install 'mmrjax[torch]'")
+    on_cpu = jax.default_backend() == "cpu"
+    known = tuple(bench_torch.VARIANTS)
+    chosen = given or (bench_torch.ON_CPU if on_cpu else known)
+    for name in chosen:
+        if name not in known:
+            parser.error(f"unknown variant {name!r}; available: {', '.join(known)}")
+    return chosen
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)
+
+
+def _batches(arguments: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    return {"train": arguments.train_batches, "evaluate": arguments.eval_batches}
+
+
+def _facts(arguments: argparse.Namespace) -> dict:
+    device = jax.devices()[0]
+    return {
+        "command": " ".join(["python -m mmrjax.bench", *sys.argv[1:]]),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "config": arguments.config,
+    }
+
+
+def _print_parity(found: dict[str, float]) -> None:
+    print("outputs equal those of the twin: " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()))
+
+
+def _print_ours(found: dict) -> None:
+    ceiling = found["ceiling"]
+    print(
+        f"matrix product {ceiling['matmul_gflops']:.0f} GFLOP/s, "
+        f"copy {ceiling['copy_gb_per_s']:.1f} GB/s"
+    )
+    for name, counted in found["gflop"].items():
+        print(
+            f"{name}: {counted['paper']:.2f} GFLOP per image on paper, "
+            f"{counted['lowered']:.2f} in the lowered program"
+        )
+    rows = [("", "images/s", "min", "max", "of ceiling", "temporary MiB", "peak MiB")]
+    for batch, one in found["train"].items():
+        rows.append(_row(f"train, batch {batch}", one, one["memory"]))
+    for batch, one in found["evaluate"].items():
+        rows.append(_row(f"evaluate, batch {batch}", one["resident"], one["memory"]))
+        rows.append(_row("  from and to the host", one["from_host"], None))
+    _print_rows(rows)
+    latency = found["latency_ms"]
+    print("one image, ms: " + ", ".join(f"{n} {latency[n]:.2f}" for n in ("p50", "p90", "p99")))
+    for name, seconds in found["compile_seconds"].items():
+        print(
+            f"compile {name}: {seconds['cold']:.1f} s cold, {seconds['warm']:.1f} s from the cache"
+        )
+    whole = found["with_metrics"]
+    print(
+        f"evaluation of {whole['images']} images: "
+        f"maps and scores {whole['forward_seconds']:.1f} s, "
+        f"metrics {whole['metrics_seconds']:.1f} s"
+    )
+    if "recipe" in found:
+        words = ", ".join(f"{k} {v:.1f}" for k, v in found["recipe"].items())
+        print(f"whole run, seconds: {words}")
+
+
+def _row(name: str, one: dict, memory_used: dict | None) -> tuple[str, ...]:
+    rate = [f"{one['images_per_second'][key]:.1f}" for key in ("median", "min", "max")]
+    share = f"{100 * one['of_ceiling']:.0f} %" if "of_ceiling" in one else ""
+    used = (
+        [f"{memory_used[f'{key}_mib']:.0f}" for key in ("temporary", "peak")] if memory_used else []
+    )
+    return (name, *rate, share, *used, *[""] * (2 - len(used)))
+
+
+def _print_versus(found: dict) -> None:
+    rows = [("", "images/s", "min", "max", "ours / it")]
+    for name, sides in found.items():
+        for side, one in sides.items():
+            numbers = [f"{one[key]:.1f}" for key in ("median", "min", "max")]
+            ratio = f"{one['ratio']:.2f}" if "ratio" in one else ""
+            rows.append((f"{name}, {side}", *numbers, ratio))
+    _print_rows(rows)
+
+
+def _print_rows(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        print("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":

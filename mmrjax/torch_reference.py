@@ -5,15 +5,11 @@ same safetensors files load in both. It needs the torch extra and imports nothin
 leaves may copy this file alone. Tensors are NCHW. Shapes: b batch, n patches, k kept patches,
 d width, c channels, h w image, g grid side.
 
-`python -m mmrjax.torch_reference --benchmark` measures the training speed (one line of JSON);
-scripts/score_in_torch.py scores an image with weights that `python -m mmrjax.convert to-torch` has
-written; onnx_export.py puts the networks into an ONNX file.
+bench_torch.py times it; scripts/score_in_torch.py scores an image with weights that
+`python -m mmrjax.convert to-torch` has written; onnx_export.py puts the networks into an ONNX file.
 """
 
-import argparse
-import json
 import math
-import time
 from collections import OrderedDict
 
 import numpy as np
@@ -445,70 +441,3 @@ def textured_images(count: int, image_size: int, seed: int = 0) -> torch.Tensor:
     noise = rng.uniform(-1, 1, (2, count, image_size, image_size, 3))
     smooth = ndimage.gaussian_filter(noise[0], 8, axes=(1, 2))
     return normalise(np.clip(128 + 60 * smooth / smooth.std() + 20 * noise[1], 0, 255).round())
-
-
-def trainer(args: argparse.Namespace, memory_format: torch.memory_format):
-    """Returns a function that trains `count` steps and gives the speed in images per second."""
-    torch.manual_seed(0)
-    teacher = ResNetTeacher(args.arch, stages=4 if args.official else 3)
-    sizes = (args.image_size, args.patch, args.width, args.depth, args.heads)
-    student = MMRStudent(*sizes, teacher.channels).to(memory_format=memory_format)
-    teacher = teacher.to(memory_format=memory_format)
-    optimizer = make_optimizer(student, learning_rate(100))
-    images = textured_images(2 * args.batch, args.image_size)
-    batches = images.contiguous(memory_format=memory_format).split(args.batch)
-    if args.compile:
-        teacher, student = torch.compile(teacher), torch.compile(student)
-
-    def window(count: int) -> float:
-        start = time.perf_counter()
-        for i in range(count):
-            loss = train_step(student, teacher, optimizer, batches[i % 2], args.mask_ratio)
-            if args.official:
-                loss.item()
-        return count * args.batch / (time.perf_counter() - start)
-
-    return window
-
-
-def benchmark(args: argparse.Namespace) -> dict:
-    """Training speed for both memory formats, in windows that take turns; best median first."""
-    torch.set_num_threads(args.threads)
-    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    windows = {name: trainer(args, memory_format) for name, memory_format in formats.items()}
-    speeds = {name: [] for name in formats}
-    for window in windows.values():
-        window(args.warmup)
-    for i in range(args.windows):
-        for name in list(formats)[:: -1 if i % 2 else 1]:  # A B, B A, ...: drift cancels
-            speeds[name].append(windows[name](args.steps))
-    spread = {"median": np.median, "min": np.min, "max": np.max}
-    result = {n: {k: round(float(f(v)), 3) for k, f in spread.items()} for n, v in speeds.items()}
-    best = max(result, key=lambda name: result[name]["median"])
-    facts = {"torch": torch.__version__, **vars(args)}
-    speed = {"images_per_second": result[best], "windows": speeds[best], "memory_format": best}
-    return {**speed, **result, "facts": facts}
-
-
-def main() -> None:
-    """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="resnet18", choices=sorted(ARCHITECTURES))
-    parser.add_argument("--heads", type=int, help="default: width / 64")
-    parser.add_argument("--benchmark", action="store_true", help="measure the training speed")
-    parser.add_argument("--official", action="store_true", help="layer4 too, loss read every step")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
-    parser.add_argument("--mask_ratio", type=float, default=0.4)
-    numbers = {"batch": 16, "image_size": 224, "patch": 16, "width": 192, "depth": 6, "threads": 2}
-    for name, default in {**numbers, "warmup": 3, "steps": 5, "windows": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"benchmark: {default}")
-    args = parser.parse_args()
-
-    if not args.benchmark:
-        parser.error("give --benchmark; to score an image, see score_in_torch.py")
-    args.heads = args.heads or max(1, args.width // 64)
-    print(json.dumps(benchmark(args)))
-
-
-if __name__ == "__main__":
-    main()

@@ -38,6 +38,7 @@ MAY_PRINT = {
     "report.py",
     "bench.py",
     "bench_metrics.py",
+    "bench_torch.py",
     "predict.py",
     "export.py",
     "torch_reference.py",

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -409,20 +408,6 @@ def test_students_of_square_images_are_read_from_pth_files(tmp_path):
     assert again.image_size == (32, 32)
     assert again.view == {"image_size": (32, 32)}
     assert all(torch.equal(v, student.state_dict()[k]) for k, v in again.state_dict().items())
-
-
-@pytest.mark.parametrize("official", [False, True])
-def test_benchmark_prints_one_line_with_the_better_format_first(official, monkeypatch, capsys):
-    sizes = {"batch": 2, "image_size": 32, "width": 24, "depth": 1, "heads": 2, "windows": 3}
-    flags = [f"--{k}={v}" for k, v in {**sizes, "warmup": 1, "steps": 1}.items()]
-    monkeypatch.setattr(sys, "argv", ["x", "--benchmark", *flags, *["--official"] * official])
-    mmr.main()
-    result = json.loads(capsys.readouterr().out)
-    medians = {n: result[n]["median"] for n in ("contiguous", "channels_last")}
-    assert result["images_per_second"] == result[result["memory_format"]]
-    assert result["images_per_second"]["median"] == max(medians.values()) > 0
-    assert result["images_per_second"]["min"] <= result["images_per_second"]["max"]
-    assert result["facts"]["official"] is official
 
 
 def test_layer4_of_the_official_mode_changes_no_map():

@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Iterator
 
-import grain
 import jax
 import numpy as np
 from absl import logging
@@ -92,6 +91,8 @@ class Feed:
             for step in range(start, stop, k):
                 yield mesh.put_batch(self._rows(step), self._mesh, axis=1)
             return
+        import grain  # here: resident images need it not
+
         dataset = grain.MapDataset.range(start // k, stop // k).map(self._decoded)
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
         for chunk in dataset.to_iter_dataset(options):

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
 GOOD, ANOMALY = 0, 1
@@ -117,6 +116,8 @@ def load(directory: str | pathlib.Path) -> Records:
 
 def _read(directory: pathlib.Path) -> tuple[dict, list[tuple[str, int]], list[dict]]:
     """Every record once: {split: source}, (split, row) of each, and its columns."""
+    import tensorflow_datasets as tfds  # here: models run and are timed without it
+
     builder = tfds.builder_from_directory(str(directory))
     skip = {name: tfds.decode.SkipDecoding() for name in ("image", "mask")}
     sources = {s: builder.as_data_source(s, decoders=skip) for s in sorted(builder.info.splits)}

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The whole benchmark protocol on one GPU, in one call of under ten minutes; writes OUT/bench.json.
+#
+#   scripts/bench_gpu.sh [OUT]        default: bench_gpu/
+#   scripts/bench_gpu.sh --dry-run    prints the commands
+#
+# Needs jax with CUDA, flax, optax, orbax-checkpoint, ml_collections and torch; neither TFDS nor
+# Grain. Full size (configs/aebad.py: ViT-B, WideResNet-50), bfloat16, against the twin as the
+# official code runs it, tuned (bfloat16, channels last, fused AdamW) and compiled.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+run=()
+if [[ "${1:-}" == --dry-run ]]; then
+  run=(echo)
+  shift
+fi
+out="${1:-bench_gpu}"
+"${run[@]}" mkdir -p "$out"
+
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export JAX_COMPILATION_CACHE_DIR="$out/xla_cache"   # the second process of a pair compiles nothing
+export XLA_PYTHON_CLIENT_PREALLOCATE=false          # so that the peak of memory is that of the program
+export TORCHINDUCTOR_CACHE_DIR="$out/inductor_cache"
+bench=(python -m mmrjax.bench --config=configs/aebad.py --window_seconds=1)
+
+# Each part has its own limit and file: one that is cut off loses nothing of the others.
+failed=0
+part() {
+  local name="$1" limit="$2"
+  shift 2
+  "${run[@]}" timeout "$limit" "${bench[@]}" "$@" "--json=$out/$name.json" || failed=$?
+}
+part model 270 --train_batches=16,128 --eval_batches=32,256 --requests=2000 --test_images=1639 --recipe
+part versus_train 180 --vs=torch --only_vs --train_batches=16 --eval_batches= --windows=3 \
+  --variants=bfloat16,compile,official
+part versus_evaluate 120 --vs=torch --only_vs --train_batches= --eval_batches=32 --windows=3 \
+  --variants=bfloat16,official
+
+"${run[@]}" python - "$out" <<'END'
+import json
+import pathlib
+import sys
+
+folder = pathlib.Path(sys.argv[1])
+names = ("model", "versus_train", "versus_evaluate")
+parts = {name: folder / f"{name}.json" for name in names}
+found = {name: json.loads(path.read_text()) for name, path in parts.items() if path.exists()}
+(folder / "bench.json").write_text(json.dumps(found, indent=1))
+print(f"written: {folder / 'bench.json'} ({', '.join(found) or 'nothing'})")
+END
+exit "$failed"

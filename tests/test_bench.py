@@ -1,0 +1,190 @@
+"""The benchmark measures the real programs, compares outputs first, and takes turns."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mmrjax import bench, bench_model
+from mmrjax import mesh as mesh_lib
+
+TINY = [
+    *("student.width=24", "student.depth=2", "student.heads=2", "eval.bootstrap=10"),
+    *("data.image_size=32,32", "data.resize=32,32", "train.epochs=2"),
+]
+TINY = [f"--config.{field}" for field in TINY]
+SHORT = ["--windows=2", "--window_seconds=0.001", "--requests=3", "--test_images=6"]
+BATCHES = ["--train_batches=2", "--eval_batches=1,2"]
+
+
+def arguments(*flags):
+    return bench._parse([*TINY, *SHORT, *BATCHES, *flags])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """A batch of two cannot be split over the eight of the other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        make = mesh_lib.make_mesh
+        patch.setattr(bench_model.mesh_lib, "make_mesh", lambda *args, **kwargs: make(1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def everything(one_device):
+    return bench.work("everything", arguments())
+
+
+def test_every_rate_has_windows_with_median_least_and_most(everything):
+    rates = [everything["train"]["2"]]
+    for batch in ("1", "2"):
+        rates += [everything["evaluate"][batch][where] for where in ("resident", "from_host")]
+    for rate in rates:
+        summary = rate["images_per_second"]
+        assert len(rate["windows"]) == 2
+        assert summary["median"] == np.median(rate["windows"]) > 0
+        assert summary["min"] == min(rate["windows"])
+        assert summary["max"] == max(rate["windows"])
+
+
+def test_utilisation_is_of_the_matrix_product_of_the_same_run(everything):
+    one = everything["train"]["2"]
+    flop = everything["gflop"]["train"]["paper"]
+    rate = one["images_per_second"]["median"] * flop
+    assert one["of_ceiling"] == pytest.approx(rate / everything["ceiling"]["matmul_gflops"])
+
+
+def test_operations_on_paper_are_those_of_the_lowered_program(everything):
+    """At 32 px elementwise work counts for more than at 224, where the guards allow 3 %."""
+    for counts in everything["gflop"].values():
+        assert counts["lowered"] == pytest.approx(counts["paper"], rel=0.35)
+
+
+def test_one_program_is_compiled_once_and_the_cache_answers_the_second_time(everything):
+    assert everything["train"]["2"]["compilations"] == 1
+    assert everything["train"]["2"]["memory"]["temporary_mib"] > 0
+    for seconds in everything["compile_seconds"].values():
+        assert set(seconds) == {"cold", "warm"}
+
+
+def test_latency_and_whole_evaluation_are_reported(everything):
+    latency = everything["latency_ms"]
+    assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"]
+    assert latency["requests"] == 3
+    whole = everything["with_metrics"]
+    assert whole["images"] == 6
+    assert min(whole["forward_seconds"], whole["metrics_seconds"]) > 0
+
+
+def test_tables_show_what_was_measured(everything, capsys):
+    bench._print_ours(everything)
+    out = capsys.readouterr().out
+    median = everything["train"]["2"]["images_per_second"]["median"]
+    assert f"{median:.1f}" in out
+    assert "from and to the host" in out
+
+
+def test_neither_tfds_nor_grain_is_needed():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('grain', 'tensorflow_datasets')));"
+        "from mmrjax import bench; bench._parse([])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--windows=0"], "must be positive"),
+        (["--batchs=3"], "unknown argument '--batchs=3'"),
+        (["--train_batches=", "--eval_batches=2"], "--train_batches and --eval_batches"),
+    ],
+)
+def test_bad_flags_are_refused_with_a_reason(flags, words, capsys):
+    with pytest.raises(SystemExit) as failure:
+        bench._parse(flags)
+    assert failure.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+# --- next to the twin
+
+
+@pytest.fixture
+def sides(monkeypatch):
+    """Both sides replaced by a record of who was called; rates 20 and 10 images/s."""
+    pytest.importorskip("torch")
+    calls = []
+
+    def ours(task, arguments):
+        calls.append(f"mmrjax {task}")
+        return {"windows": [20.0], "resident": {"windows": [20.0]}}
+
+    def torch(flags, arguments):
+        if flags[0].startswith("--parity"):
+            calls.append("torch parity")
+            return dict.fromkeys(bench.PARITY, torch.difference)
+        calls.append(f"torch {flags[0].removeprefix('--variant=')}")
+        return {"windows": [10.0]}
+
+    torch.difference = 0.0
+    monkeypatch.setattr(bench, "_ours", ours)
+    monkeypatch.setattr(bench, "_torch", torch)
+    return calls, torch
+
+
+def test_outputs_are_compared_first_then_both_take_turns(sides, tmp_path, capsys):
+    flags = ["--vs=torch", "--only_vs", "--variants=eager,official", "--train_batches=2"]
+    path = tmp_path / "bench.json"
+    assert bench.main([*flags, "--eval_batches=", f"--json={path}"]) == 0
+    calls, _ = sides
+    assert calls[0].startswith("mmrjax parity:")
+    assert calls[1] == "torch parity"
+    turns = ["mmrjax train:2", "torch eager", "torch official"]
+    assert calls[2:] == [*turns, *reversed(turns)]
+    found = json.loads(path.read_text())["versus"]["train 2"]
+    assert found["eager"]["ratio"] == 2.0
+    assert found["mmrjax"]["windows"] == [20.0, 20.0]
+    assert "2.00" in capsys.readouterr().out
+
+
+def test_without_parity_nothing_is_timed(sides, capsys):
+    calls, torch = sides
+    torch.difference = 0.01
+    assert bench.main(["--vs=torch", "--only_vs"]) == 1
+    assert len(calls) == 2
+    captured = capsys.readouterr()
+    assert "nothing is timed" in captured.err
+    assert "img/s" not in captured.out
+
+
+@pytest.mark.torch
+def test_the_twin_computes_the_same(tmp_path):
+    bench_torch = pytest.importorskip("mmrjax.bench_torch")
+    bench.work(f"parity:{tmp_path}", arguments())
+    found = bench_torch.parity(tmp_path, "resnet18")
+    assert set(found) == set(bench.PARITY)
+    assert all(found[name] < allowed for name, allowed in bench.PARITY.items())
+    broken = dict(np.load(tmp_path / "parity.npz"))
+    broken["loss"] += 0.01
+    np.savez(tmp_path / "parity.npz", **broken)
+    assert bench_torch.parity(tmp_path, "resnet18")["loss"] > bench.PARITY["loss"]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("variant", "task"),
+    [("eager", "train"), ("official", "train"), ("channels_last", "evaluate")],
+)
+def test_variants_run_on_a_processor(variant, task, monkeypatch, capsys):
+    bench_torch = pytest.importorskip("mmrjax.bench_torch")
+    sizes = {"batch": 2, "image_size": 32, "width": 24, "depth": 1, "heads": 2, "windows": 2}
+    flags = [f"--{k}={v}" for k, v in {**sizes, "window_seconds": 0.001}.items()]
+    flags += [f"--variant={variant}", f"--task={task}"]
+    monkeypatch.setattr(sys, "argv", ["x", *flags])
+    bench_torch.main()
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["windows"]) == 2
+    assert min(found["windows"]) > 0
