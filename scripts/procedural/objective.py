@@ -78,8 +78,7 @@ def nearest_distance(cells: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     x = cells.reshape(e, v * n, c)
     with torch.no_grad():  # the search needs no gradient, the distance found does
         # |a - b|^2 without |a|^2, which is the same for all b.
-        half = x.bfloat16()
-        distance = x.square().sum(-1)[:, None, :] - 2 * (half @ half.mT).float()
+        distance = torch.baddbmm(x.square().sum(-1)[:, None, :], x, x.mT, alpha=-2)
         view = torch.arange(v).repeat_interleave(n)
         comparable = (view[:, None] != view) & (labels.reshape(e, 1, v * n) == 0)
         nearest = distance.masked_fill_(~comparable, torch.inf).argmin(-1)
