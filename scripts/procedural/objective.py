@@ -9,7 +9,7 @@ and new samples of the same texture differ between views and are learned not to 
 import torch
 import torch.nn.functional as F
 
-MOST_CELLS = 144  # of a view that take part; more are sampled anew in every step
+MOST_CELLS = 100  # of a view that take part; more are sampled anew in every step
 DAMAGED_WEIGHT = 4.0  # damaged cells are rare
 LAYER_STRIDE = {1: 4, 2: 8, 3: 16}
 # Pixels of damage from which a cell counts as damaged, per layer.
