@@ -58,6 +58,8 @@ def get_config() -> ConfigDict:
     patchcore.patch = 3  # neighbourhood that one feature sees
     patchcore.width = 1024  # of an embedded patch
     patchcore.coreset = 0.01  # share of all patches kept in the memory bank
+    patchcore.enlarge = 1.0  # sides of what the teacher sees, relative to the image
+    patchcore.candidates = 0  # patches that the coreset is chosen from, drawn at random; 0: all
     patchcore.projection = 128  # width of the random projection in which the coreset is chosen
     patchcore.start_points = 10
     patchcore.score = "smoothed"  # smoothed (maximum of the map) | patch (maximum of raw patches)

@@ -46,8 +46,12 @@ class PatchCore(base.Method):
 
     def embed(self, frozen: dict, images: jax.Array) -> jax.Array:
         """Patch embeddings [b, h, w, d] on the grid of the shallowest layer, float32."""
-        features = self.backbone.apply(frozen["teacher"], resnet.normalise(images))
         options = self.config.patchcore
+        if options.enlarge != 1.0:  # a finer grid: a small defect fills more of a patch
+            b, h, w, c = images.shape
+            size = (b, round(h * options.enlarge), round(w * options.enlarge), c)
+            images = jax.image.resize(images, size, "bilinear")
+        features = self.backbone.apply(frozen["teacher"], resnet.normalise(images))
         grid = None
         pooled = []
         for layer in sorted(features):
@@ -62,20 +66,25 @@ class PatchCore(base.Method):
         return x.reshape(*x.shape[:3], options.width, len(pooled)).mean(axis=-1)
 
     def fit(self, variables, frozen, batches, count, key):
-        """Fills the bank with a greedy coreset of all training patches."""
+        """Fills the bank with a greedy coreset of the training patches, or of a sample of them."""
         options = self.config.patchcore
-        patches, done = None, 0
+        patches, done, of_image = None, 0, 0
         for images, real in batches:
             embedded = mesh.gather(self._embed(frozen, images))[:real]
+            embedded = embedded.reshape(real, -1, options.width)
             if patches is None:  # one array from the start: there is no room for two
-                patches = np.empty((count, *embedded.shape[1:]), np.float32)
+                of_image = embedded.shape[1]
+                kept = min(of_image, -(-options.candidates // count) or of_image)
+                patches = np.empty((count, kept, options.width), np.float32)
                 logging.info(
-                    "%d training patches, %.1f GiB", patches[..., 0].size, patches.nbytes / 2**30
+                    "%d training patches, %d of them candidates, %.1f GiB",
+                    *(count * of_image, count * kept, patches.nbytes / 2**30),
                 )
-            patches[done : done + real] = embedded
+            for i, rows in enumerate(embedded, done):
+                patches[i] = rows if kept == of_image else rows[_sample(key, i, of_image, kept)]
             done += real
         patches = jnp.asarray(patches.reshape(-1, options.width))
-        rows = max(1, int(options.coreset * len(patches)))
+        rows = min(max(1, int(options.coreset * count * of_image)), len(patches))
         if rows < min(SMALL_BANK, len(patches)):
             logging.warning(
                 "the memory bank keeps %d of %d patches; of so few images a larger share costs "
@@ -99,6 +108,11 @@ class PatchCore(base.Method):
         by_patch = self.config.patchcore.score == "patch"
         score = anomaly_map.max_score(distance if by_patch else total)
         return {"map": total, "score": score, "parts": {"patches": total}}
+
+
+def _sample(key: jax.Array, image: int, n: int, kept: int) -> np.ndarray:
+    """`kept` of n patches of an image, drawn without replacement."""
+    return np.asarray(jax.random.permutation(jax.random.fold_in(key, image), n)[:kept])
 
 
 def _neighbourhoods(x: jax.Array, size: int) -> jax.Array:

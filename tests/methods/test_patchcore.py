@@ -79,6 +79,18 @@ def test_embedding_has_one_row_per_patch_of_the_finer_layer(tiny_config):
     assert got.shape == (2, 8, 12, tiny_config.patchcore.width)
 
 
+def test_an_enlarged_image_has_a_finer_grid_and_a_map_of_its_own_size(tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.patchcore.enlarge = 1.5
+    method = patchcore.PatchCore(config)
+    frozen, _ = method.load_frozen()
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
+    assert method.embed(frozen, jnp.asarray(images) / 255.0).shape[1:3] == (12, 18)
+    variables = method.fit({"params": {}}, frozen, [(images, 2)], 2, jax.random.key(1))
+    found = method.predict(variables, frozen, jnp.asarray(images) / 255.0)
+    assert found["map"].shape == (2, 64, 96)
+
+
 def test_a_defect_raises_the_map_where_it_is(tiny_config):
     method = patchcore.PatchCore(tiny_config)
     frozen, _ = method.load_frozen()
@@ -91,3 +103,35 @@ def test_a_defect_raises_the_map_where_it_is(tiny_config):
     y, x = np.unravel_index(np.argmax(found), found.shape)
     assert 32 <= y < 64
     assert 0 <= x < 32
+
+
+def test_candidates_are_drawn_evenly_from_every_image(tiny_config):
+    """Each image has a grey of its own: the bank tells which images its rows come from."""
+    config = tiny_config.copy_and_resolve_references()
+    config.patchcore.candidates = 24
+    config.patchcore.coreset = 1.0  # more than there are candidates: all of them
+    method = patchcore.PatchCore(config)
+    frozen, _ = method.load_frozen()
+    grey = np.linspace(20, 230, 6).astype(np.uint8)[:, None, None, None]
+    images = np.broadcast_to(grey, (6, 64, 64, 3))
+    batches = [(images[:4], 4), (np.concatenate([images[4:], images[4:]]), 2)]  # one is filled up
+    bank = method.fit({"params": {}}, frozen, batches, 6, jax.random.key(1))["memory"]["bank"]
+    assert bank.shape == (24, config.patchcore.width)
+    every = np.asarray(method.embed(frozen, jnp.asarray(images) / 255.0))
+    every = every.reshape(6, -1, 1, bank.shape[1])
+    distance = np.square(every - np.asarray(bank)).sum(-1).min(1)  # of image, of row
+    assert distance.min(0).max() < 1e-6
+    np.testing.assert_array_equal(np.bincount(distance.argmin(0)), [4] * 6)
+
+
+def test_as_many_candidates_as_patches_are_all_of_them(tiny_config):
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    banks = []
+    for candidates in (0, 3 * 64):
+        config = tiny_config.copy_and_resolve_references()
+        config.patchcore.candidates = candidates
+        method = patchcore.PatchCore(config)
+        frozen, _ = method.load_frozen()
+        found = method.fit({"params": {}}, frozen, [(images, 3)], 3, jax.random.key(1))
+        banks.append(np.asarray(found["memory"]["bank"]))
+    np.testing.assert_array_equal(*banks)
