@@ -115,6 +115,8 @@ def make_train_step(
             "weight": rows["weight"],
             "keys": key_method,
         }
+        if "domain" in source:
+            batch["domain"] = source["domain"]
         progress = {"step": state.step, "epoch": state.step // steps_per_epoch}
         if method.update is not None:
             return method.update(state, frozen, batch, key, progress)

@@ -18,7 +18,7 @@ def make(records, train_rows):
     """Builds a feed of the seven training images on two devices."""
 
     def build(mode, rows=train_rows, device_mesh=None, **changes) -> feed.Feed:
-        options = {"resident_gib": 1.0, "max_side": 0, "batch_size": BATCH, "seed": 54}
+        options = {"resident_gib": 1.0, "max_side": 0, "plan": epochs.Plan(BATCH), "seed": 54}
         options |= {"steps_per_call": 1, "start": 0, **changes}
         device_mesh = device_mesh or mesh_lib.make_mesh(TWO_DEVICES)
         return feed.Feed(records, rows, mode=mode, device_mesh=device_mesh, **options)
@@ -189,7 +189,7 @@ def test_auto_is_resident_up_to_the_byte_budget(make):
 
 @pytest.mark.parametrize("mode", ["resident", "stream"])
 def test_fewer_images_than_a_batch_are_padded_with_weight_zero(make, train_rows, mode):
-    source = make(mode, rows=train_rows[2:3], batch_size=4)
+    source = make(mode, rows=train_rows[2:3], plan=epochs.Plan(4))
     assert source.steps_per_epoch == 1
     assert source.canvas == (33, 47)
     (batch,) = batches(source, 0, 1)
