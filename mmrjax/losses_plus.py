@@ -144,7 +144,7 @@ def info_nce(
 
 
 def _flat_unit(maps: jax.Array) -> jax.Array:
-    """[b, h, w, c] to unit vectors float32 [b * h * w, c]; zero vectors stay zero, slopes finite."""
+    """[b, h, w, c] to unit vectors float32 [b * h * w, c]; zero ones stay zero, slopes finite."""
     return unit(maps.astype(jnp.float32).reshape(-1, maps.shape[-1]))
 
 
@@ -226,18 +226,13 @@ def running_moments(
     mean = jnp.einsum("nd,nc->dc", share, g, precision=exact)
     square = jnp.einsum("nd,nc,ne->dce", share, g, g, precision=exact)
     keep = jnp.where(found > 0, jnp.minimum(momentum, old["count"] / (old["count"] + 1)), 1.0)
-    blend = lambda a, b: (
-        a * keep.reshape(-1, *[1] * (a.ndim - 1))
-        + b
-        * (  # noqa: E731
-            1 - keep.reshape(-1, *[1] * (a.ndim - 1))
-        )
-    )
-    return {
-        "count": old["count"] + (found > 0),
-        "mean": blend(old["mean"], mean),
-        "square": blend(old["square"], square),
-    }
+    new = {"mean": mean, "square": square}
+
+    def blended(name: str) -> jax.Array:
+        past = keep.reshape(-1, *[1] * (old[name].ndim - 1))
+        return past * old[name] + (1 - past) * new[name]
+
+    return {"count": old["count"] + (found > 0), **{name: blended(name) for name in new}}
 
 
 def no_moments(domains: int, width: int) -> dict[str, jax.Array]:

@@ -19,7 +19,7 @@ import optax
 from mmrjax import checkpoint, logs, main, methods, processes, train
 from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
-from mmrjax.data import feed
+from mmrjax.data import epochs, feed
 from mmrjax.data import records as records_lib
 from mmrjax.methods import base
 from mmrjax.metrics import streaming

@@ -48,8 +48,9 @@ class Feed:
     ):
         """Prepares the feed.
 
-        `plan` says how batches are filled. `mode` is resident, stream or auto (resident if it fits). `steps_per_call` is lowered so
-        that chunks divide an epoch and the step `start`, where a resumed run begins.
+        `plan` says how batches are filled. `mode` is resident, stream or auto (resident if it
+        fits). `steps_per_call` is lowered so that chunks divide an epoch and the step `start`,
+        where a resumed run begins.
         """
         self._records, self._indices, self._max_side = records, indices, max_side
         self._plan, self._mesh = plan, device_mesh

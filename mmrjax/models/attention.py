@@ -143,9 +143,7 @@ def attend(
     if not hybrid.gather:
         allowed = allowed_pairs(hybrid, tokens, layer, kinds)
         bias = jnp.where(allowed, 0.0, -jnp.asarray(tokens.penalty, jnp.float32))
-        return jax.nn.dot_product_attention(
-            q, k, v, jnp.broadcast_to(bias, (len(q), *bias.shape[1:]))
-        )
+        return jax.nn.dot_product_attention(q, k, v, bias)
     order = jnp.argsort(kinds)  # LOCAL before GLOBAL
     ordered = [x[:, :, order] for x in (q, k, v)]
     split = hybrid.local_heads
@@ -167,7 +165,7 @@ def _gathered_local(q, k, v, hybrid: Hybrid, tokens: Tokens) -> jax.Array:
     near = jnp.asarray(_windows(tokens.grid, hybrid.window))[tokens.ids]  # [b, k, s] patch numbers
     slots = jax.vmap(lambda table, ids: table[ids])(_slots(tokens), near)
     slots = jnp.pad(slots, ((0, 0), (0, 0), (1, 0)))  # the class token, in slot 0
-    slots = jnp.broadcast_to(slots, (len(q), *slots.shape[1:]))
+    slots = jnp.broadcast_to(slots, (q.shape[0], *slots.shape[1:]))
     keys, values = (jax.vmap(lambda x, s: x[s])(x, jnp.maximum(slots, 0)) for x in (k, v))
     logits = jnp.einsum("bqhc,bqshc->bhqs", q[:, 1:], keys, preferred_element_type=jnp.float32)
     weights = _softmax(logits * q.shape[-1] ** -0.5, (slots >= 0)[:, None])
@@ -178,7 +176,7 @@ def _gathered_global(q, k, v, hybrid: Hybrid, tokens: Tokens, layer) -> jax.Arra
     """Patches' outputs of global heads, [b, k, heads, c], from lattice, class token and self."""
     ids = _lattice_ids(tokens.grid, hybrid.stride, layer)
     slots = jnp.pad(_slots(tokens)[:, ids], ((0, 0), (1, 0)))  # [b, 1 + m], class token first
-    slots = jnp.broadcast_to(slots, (len(q), slots.shape[1]))
+    slots = jnp.broadcast_to(slots, (q.shape[0], slots.shape[1]))
     keys, values = (jax.vmap(lambda x, s: x[s])(x, jnp.maximum(slots, 0)) for x in (k, v))
     q, scale, own = q[:, 1:], q.shape[-1] ** -0.5, jnp.arange(1, q.shape[1])
     logits = jnp.einsum("bqhc,bshc->bhqs", q, keys, preferred_element_type=jnp.float32)
@@ -215,7 +213,7 @@ def _lattice_ids(grid: tuple[int, int], stride: int, layer: jax.Array | int) -> 
 
 
 def mean_distances(q: jax.Array, k: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """How far each head looks on average, in patches: float32 [heads].
+    """How far each head looks on average in each image, in patches: float32 [b, heads].
 
     The attention of the patches to the patches, class token left out, as mean attention distance
     is measured in Dosovitskiy et al. 2021, figure 7.
@@ -229,8 +227,8 @@ def mean_distances(q: jax.Array, k: jax.Array, grid: tuple[int, int]) -> jax.Arr
     weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
     place = np.indices(grid).reshape(2, -1)
     distance = np.hypot(*(place[:, :, None] - place[:, None, :]))
-    return jnp.einsum("bhqs,qs->h", weights, jnp.asarray(distance, jnp.float32)) / (
-        weights.shape[0] * weights.shape[2]
+    return (
+        jnp.einsum("bhqs,qs->bh", weights, jnp.asarray(distance, jnp.float32)) / q[0, 1:].shape[0]
     )
 
 

@@ -212,7 +212,7 @@ def test_mean_distances_of_known_attention():
     k[:, 1:, 1] = np.eye(16)
     k[:, 0] = 50.0  # the class token is left out
     got = attention.mean_distances(jnp.asarray(q), jnp.asarray(k), (4, 4))
-    np.testing.assert_allclose(got, [distance.mean(), 0], atol=1e-5)
+    np.testing.assert_allclose(got, [[distance.mean(), 0]] * 2, atol=1e-5)
 
 
 def test_the_nearest_heads_become_local():
