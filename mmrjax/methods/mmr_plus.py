@@ -153,7 +153,7 @@ class MMRPlus(mmr.MMR):
         seen = normal
         if options.synthetic_every:
             found = self._synthesise(batch)
-            seen = self._with_synthetic(normal, found.images / 255.0)
+            seen = self._with_synthetic(normal, found.images)
         limits = self._limits(batch, progress["epoch"])
         features = self._reconstruct(variables, resnet.normalise(seen), batch["keys"], **limits)
         targets = self._targets(frozen, normal)
@@ -163,7 +163,12 @@ class MMRPlus(mmr.MMR):
         else:
             tiny = self._with_synthetic(jnp.zeros(normal.shape[:3], bool), found.tiny)
             loss, logs = losses_plus.weighted_cosine(
-                features, targets, weight, tiny, options.tiny_weight, options.tiny_mode == "balanced"
+                features,
+                targets,
+                weight,
+                tiny,
+                options.tiny_weight,
+                options.tiny_mode == "balanced",
             )
         extra = {}
         if options.contrast == "features":
@@ -199,10 +204,13 @@ class MMRPlus(mmr.MMR):
         return jnp.concatenate([rows[:, None], groups[:, 1:]], axis=1).reshape(x.shape)
 
     def _synthesise(self, batch: dict) -> defects.Defects:
-        """Defects on every so-many-th picture of the batch, crop and flip done; in [0, 255]."""
+        """Defects on every so-many-th picture of the batch, crop and flip done; in [0, 1]."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(self._synthetic(batch["keys"]), DEFECT)
-        pictures = jnp.round(255 * self._synthetic(batch["image"]))
-        return jax.lax.stop_gradient(defects.synthesise(keys, pictures, None, self.settings))
+        normal = self._synthetic(batch["image"])
+        pictures = jnp.round(255 * normal)
+        found = defects.synthesise(keys, pictures, None, self.settings)
+        # Added as a difference: what is not blended stays the same bit for bit.
+        return found._replace(images=normal + (found.images - pictures) / 255)
 
     def _epochs(self, share: float) -> int:
         """A share of the training in whole epochs."""
@@ -251,7 +259,7 @@ class MMRPlus(mmr.MMR):
             for maps in (features, targets)
         )
         options, key = self.options, jax.random.fold_in(key, NEGATIVES)
-        defective = self._targets(frozen, found.images / 255.0)
+        defective = self._targets(frozen, found.images)
         loss, _ = losses_plus.feature_contrast(
             key,
             student,
