@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrjax import losses, losses_plus
+from mmrjax import losses, losses_plus, mesh
 from mmrjax.data import defects, epochs
 from mmrjax.methods import mmr
 from mmrjax.models import attention, masking, resnet, vit
@@ -133,13 +133,14 @@ class MMRPlus(mmr.MMR):
         def distances(variables, pixels):
             images = resnet.normalise(pixels / 255.0)
             _, kept = self.student.apply(variables, images, penalty=0.0, mutable="intermediates")
-            # A leaf per layer: [depth, b, 1 + n, heads, c] each.
+            # [depth, b, 1 + n, heads, c] each.
             (pair,) = kept["intermediates"]["encoder"]["blocks"]["attn"]["queries_keys"]
             grid = tuple(side // self.student.patch for side in images.shape[1:3])
-            return jax.lax.map(lambda qk: attention.mean_distances(*qk, grid), pair)
+            found = jax.lax.map(lambda qk: attention.mean_distances(*qk, grid), pair)
+            return jnp.moveaxis(found, 1, 0)  # [b, depth, heads]
 
-        found = [np.asarray(distances(variables, x))[:, :real] for x, real in batches]
-        mean = np.concatenate(found, axis=1).mean(axis=1)  # [depth, heads]
+        found = [mesh.gather(distances(variables, x))[:real] for x, real in batches]
+        mean = np.concatenate(found).mean(axis=0)  # [depth, heads]
         kinds = attention.shortest_local(mean, np.asarray(self.student.hybrid.kinds))
         local = [np.flatnonzero(row == attention.LOCAL).tolist() for row in kinds]
         facts = {"local_heads": local, "mean_distances": np.round(mean, 3).tolist()}
