@@ -131,7 +131,8 @@ def _next(circles: list[np.ndarray], first: np.ndarray, rows: np.ndarray) -> np.
 def _check_enough(wanted: np.ndarray, circles: list[np.ndarray]) -> None:
     for count, circle in zip(wanted, circles, strict=True):
         if count > len(circle):
+            where = " of one domain" if len(circles) > 1 else ""
             raise ValueError(
-                f"a batch takes {count} different training images of a domain that has "
+                f"a batch takes {count} different training images{where}, there are "
                 f"{len(circle)}; lower train.batch_size"
             )

@@ -97,9 +97,14 @@ class MMRPlus(mmr.MMR):
 
     def plan(self, records, indices):
         """Rows for synthetic defects in each batch, and domains in turn where they are aligned."""
-        options, batch = self.options, self.config.train.batch_size
-        if options.domain == "none":
-            return epochs.Plan(batch, options.synthetic_every)
+        domain = None if self.options.domain == "none" else self._domains(records, indices)
+        plan = epochs.Plan(self.config.train.batch_size, self.options.synthetic_every, domain)
+        plan.table(len(indices), 0, 0)  # refuses too few images before anything is compiled
+        return plan
+
+    def _domains(self, records, indices) -> np.ndarray:
+        """The number of each image's domain, int32 [n]: a data set of joined ones, else its own."""
+        options = self.options
         names = records.table.get("part", records.table["domain"])[indices]
         domains, index = np.unique(names, return_inverse=True)
         if len(domains) < 2:
@@ -111,7 +116,7 @@ class MMRPlus(mmr.MMR):
             raise ValueError(
                 f"mmr_plus.domain=coral takes up to {DOMAINS} domains, there are {len(domains)}"
             )
-        return epochs.Plan(batch, options.synthetic_every, index.astype(np.int32))
+        return index.astype(np.int32)
 
     def init(self, key, frozen):
         """MMR's student with the same initial values, and what the switches need beside it."""
