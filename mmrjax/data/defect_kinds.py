@@ -83,11 +83,14 @@ def reach(n: int) -> float:
 
 def _blob(key: jax.Array, place: Place, low: float, high: float) -> tuple[jax.Array, jax.Array]:
     """(depth in px, size in px) of a ragged, somewhat stretched blob."""
-    key_size, key_shape, key_stretch, key_angle = jax.random.split(key, 4)
+    key_size, key_shape, key_stretch, key_angle, key_warp = jax.random.split(key, 5)
+    n = place.y.shape[0]
     limit = reach(place.y.shape[0])
     size = jnp.minimum(_uniform(key_size, low, high), limit)
     stretch = jnp.exp(_uniform(key_stretch, 0.0, 0.5))
-    u, v = shapes.rotate(place.y, place.x, _uniform(key_angle, 0, PI))
+    # Bent coordinates: the jags of a plain star all point at its middle, those of a break do not.
+    bend = [0.12 * size * shapes.white(k, n, 6.0) for k in jax.random.split(key_warp)]
+    u, v = shapes.rotate(place.y + bend[0], place.x + bend[1], _uniform(key_angle, 0, PI))
     radius = shapes.outline(key_shape, limit / (size * stretch))
     return shapes.blob_depth(v * stretch, u / stretch, radius, size), size
 
@@ -96,9 +99,9 @@ def _broken_face(key: jax.Array, place: Place, depth: jax.Array, size, grain: fl
     """Rough broken material lit from a side, [n, n, 3]: its relief replaces the surface's grain."""
     key_h, key_a, key_e, key_d, key_g, key_n = jax.random.split(key, 6)
     n = depth.shape[0]
-    inside = jnp.clip(depth / size, 0.0, 1.0)
-    relief = shapes.fractal(key_h, n, 7.0)
-    height = -_uniform(key_d, 0.12, 0.35) * size * jnp.sqrt(inside) + 1.6 * relief
+    inside = shapes.blur(shapes.coverage(depth), 3.0)
+    relief = shapes.fractal(key_h, n, 8.0)
+    height = -_uniform(key_d, 0.1, 0.4) * size * jnp.sqrt(inside) + 2.2 * relief
     lit = shapes.shade(height, _uniform(key_a, 0, 2 * PI), _uniform(key_e, PI / 6, PI / 3))
     ground = shapes.blur(place.pixels, 5.0)
     speckle = grain * 255 * shapes.white(key_n, n, 0.7)
@@ -127,8 +130,9 @@ def fracture(key, place, settings) -> Painted:
     behind = jnp.where(near > 1e-3, shown, dark)
     grain = settings.noise_intensity * 255 * shapes.white(key_grain, n, 0.7)
     face = _broken_face(key_face, place, depth, size, settings.noise_intensity)
-    width = _uniform(key_rim, 1.5, 5.0) + 1.2 * shapes.white(key_rim, n, 3.0)
-    gone = shapes.coverage(depth - width, 0.7)[..., None]
+    key_rim, key_edge = jax.random.split(key_rim)
+    deep = shapes.blur(shapes.coverage(depth), 2.5) + 0.12 * shapes.white(key_edge, n, 2.5)
+    gone = jnp.clip((deep - _uniform(key_rim, 0.6, 0.95)) / 0.15 + 0.5, 0.0, 1.0)[..., None]
     painted = face + gone * (behind + 0.6 * grain[..., None] - face)
     share = shapes.coverage(depth, 0.7)[..., None]
     return Painted(place.pixels + share * (painted - place.pixels), depth > -0.7, jnp.array(False))
