@@ -100,6 +100,9 @@ def get_config() -> ConfigDict:
     plus.soft_start = 20 / 200  # share of the epochs until the limits are hard; 0: from the start
     plus.synthetic_every = 4  # every 4th row of a batch gets a defect: 1 to 3 real ones; 0: none
     plus.defect_kinds = ("spot", "groove", "fracture", "chip", "stain", "scratch")
+    # Where defects lie: all (textures, surfaces that fill the picture) | otsu (on the part, found
+    # by its colour distance to the picture's border)
+    plus.foreground = "all"
     plus.defect_tiny = 0.6  # share of defects under 10 px
     plus.noise_intensity = 0.02  # grain inside a defect, as a share of 255
     plus.spatial_distribution = "uniform"  # uniform | edge | texture (where the picture is busy)

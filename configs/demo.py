@@ -33,5 +33,6 @@ def get_config():
     config.patchcore.layers = (1, 2, 3)  # a grid of 64 x 64, for small defects
     config.patchcore.width = 384
     config.patchcore.coreset = 0.002
+    config.mmr_plus.foreground = "otsu"  # on the blade
     config.train.epochs = 20
     return config

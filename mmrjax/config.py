@@ -255,6 +255,7 @@ def validate(config: ConfigDict) -> None:
         "mmr_plus.sampling": ("lattice", "random", "full"),
         "mmr_plus.layers": ("all", "last_half", "alternate"),
         "mmr_plus.spatial_distribution": ("uniform", "edge", "texture"),
+        "mmr_plus.foreground": ("all", "otsu"),
         "mmr_plus.tiny_mode": ("literal", "balanced"),
         "mmr_plus.contrast": ("features", "tokens", "none"),
         "mmr_plus.domain": ("supcon", "coral", "none"),

@@ -10,7 +10,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What each part of mmrjax may import from mmrjax, besides itself: everything in a lower row.
 LAYERS = (
     {"files", "memory", "processes"},
-    {"models", "metrics", "mesh", "optim", "logs", "losses", "config", "checkpoint", "visualize"},
+    {
+        *("models", "metrics", "mesh", "optim", "logs", "losses", "losses_plus", "config"),
+        *("checkpoint", "visualize"),
+    },
     {"data", "weights", "anomaly_map"},
     {"methods"},
     {"state", "train", "scoring", "evaluate", "workdir", "compare", "aggregate", "calibrate"},

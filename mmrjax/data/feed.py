@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from mmrjax import logs, mesh
-from mmrjax.data import epochs
+from mmrjax.data import epochs, foreground
 from mmrjax.data.records import Records
 
 STREAM_CHUNK_BYTES = 2**28
@@ -29,7 +29,8 @@ class Feed:
     Attributes:
       canvas: (height, width) that every training image is padded to.
       resident: {"image": uint8 [n, h, w, 3], "size": int32 [n, 2]} on device, or {} when streamed.
-        Where the plan knows the examples' domains, also "domain": int32 [n].
+        Where the plan knows the examples' domains, also "domain": int32 [n]; where it wants the
+        foreground, that is the fourth channel of the images, 0 or 255.
     """
 
     def __init__(
@@ -65,17 +66,18 @@ class Feed:
             sizes[position] = records.size(indices[position], max_side)
         sizes = mesh.whole(sizes, device_mesh)[:count]
         self.canvas = tuple(int(n) for n in sizes.max(axis=0))
-        gib = count * self.canvas[0] * self.canvas[1] * 3 / 2**30
+        self._channels = 3 + plan.foreground
+        gib = count * self.canvas[0] * self.canvas[1] * self._channels / 2**30
         if mode == "auto":
             mode = "resident" if gib <= resident_gib else "stream"
         if mode == "stream":  # a chunk travels whole, and several wait in the queue
-            batch_bytes = plan.batch_size * self.canvas[0] * self.canvas[1] * 3
+            batch_bytes = plan.batch_size * self.canvas[0] * self.canvas[1] * self._channels
             steps_per_call = min(steps_per_call, max(1, STREAM_CHUNK_BYTES // batch_bytes))
         self.steps_per_call = _divisor(math.gcd(self.steps_per_epoch, start), steps_per_call)
         logging.info("%d training images, canvas %s, %s, %.2f GiB", count, self.canvas, mode, gib)
         self.resident = {}
         if mode == "resident":
-            images = np.zeros((shared, *self.canvas, 3), np.uint8)
+            images = np.zeros((shared, *self.canvas, self._channels), np.uint8)
             for position in logs.progress(own, "decoding"):
                 self._paste(images[position], indices[position])
             images = mesh.spread(mesh.put_batch(images, device_mesh), device_mesh, count)
@@ -113,7 +115,7 @@ class Feed:
     def _decoded(self, call: int) -> dict[str, np.ndarray]:
         chunk = self._rows(call * self.steps_per_call)
         shape = chunk["index"].shape
-        images = np.zeros((*shape, *self.canvas, 3), np.uint8)
+        images = np.zeros((*shape, *self.canvas, self._channels), np.uint8)
         sizes = np.zeros((*shape, 2), np.int32)
         own = np.flatnonzero(mesh.own_rows(self._plan.batch_size, self._mesh))
         for where in itertools.product(range(shape[0]), own):
@@ -124,7 +126,9 @@ class Feed:
     def _paste(self, canvas: np.ndarray, i: int) -> tuple[int, int]:
         image = self._records.image(i, self._max_side)
         h, w = image.shape[:2]
-        canvas[:h, :w] = image
+        canvas[:h, :w, :3] = image
+        if self._plan.foreground:
+            canvas[:h, :w, 3] = 255 * foreground.foreground(image)
         return h, w
 
 

@@ -86,7 +86,7 @@ class Method:
           variables: all collections; the gradient is taken over "params" only.
           frozen: from `load_frozen`.
           batch: "image" [b, h, w, 3], "weight" [b] (0 = padding row), "keys" [b] one per example;
-            "domain" int32 [b] where the method's plan has it.
+            "domain" int32 [b], "foreground" bool [b, h, w] where its plan has them.
           key: of this step.
           progress: "step" and "epoch", int32 scalars.
 

@@ -98,7 +98,9 @@ class MMRPlus(mmr.MMR):
     def plan(self, records, indices):
         """Rows for synthetic defects in each batch, and domains in turn where they are aligned."""
         domain = None if self.options.domain == "none" else self._domains(records, indices)
-        plan = epochs.Plan(self.config.train.batch_size, self.options.synthetic_every, domain)
+        every = self.options.synthetic_every
+        on_part = bool(every) and self.options.foreground == "otsu"
+        plan = epochs.Plan(self.config.train.batch_size, every, domain, on_part)
         plan.table(len(indices), 0, 0)  # refuses too few images before anything is compiled
         return plan
 
@@ -214,7 +216,8 @@ class MMRPlus(mmr.MMR):
         keys = jax.vmap(jax.random.fold_in, (0, None))(self._synthetic(batch["keys"]), DEFECT)
         normal = self._synthetic(batch["image"])
         pictures = jnp.round(255 * normal)
-        found = defects.synthesise(keys, pictures, None, self.settings)
+        where = self._synthetic(batch["foreground"]) if "foreground" in batch else None
+        found = defects.synthesise(keys, pictures, where, self.settings)
         # Added as a difference: what is not blended stays the same bit for bit.
         return found._replace(images=normal + (found.images - pictures) / 255)
 

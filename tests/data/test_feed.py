@@ -49,6 +49,21 @@ def batches(source: feed.Feed, start: int, stop: int) -> list[dict]:
     return found
 
 
+def test_a_plan_adds_domains_and_the_foreground_to_both_kinds_of_feed(make):
+    domain = np.arange(7, dtype=np.int32) % 2
+    plan = epochs.Plan(BATCH, domain=domain, foreground=True)
+    found = [batches(make(mode, plan=plan), 0, 4) for mode in ("resident", "stream")]
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys() == {"index", "weight", "image", "size", "domain"}
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+        assert one["image"].shape[-1] == 4
+        assert set(np.unique(one["image"][..., 3])) <= {0, 255}
+        assert (one["image"][..., 3] == 255).any()
+        np.testing.assert_array_equal(one["domain"], domain[one["index"]])
+        assert sorted(one["domain"]) == [0, 1]
+
+
 def assert_same(first: list[dict], second: list[dict]) -> None:
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrjax import losses_plus, methods, state
+from mmrjax import losses_plus, methods, state, train
 from mmrjax import mesh as mesh_lib
 from mmrjax.data import defects
 from mmrjax.models import attention
@@ -187,6 +187,39 @@ def batch_of(b=8):
     images = jnp.asarray(pictures()[:b] / np.float32(255))
     keys = jax.random.split(jax.random.key(3), b)
     return {"image": images, "weight": jnp.ones(b), "keys": keys, "domain": jnp.asarray(DOMAIN[:b])}
+
+
+def test_defects_are_offered_the_part_alone_cropped_as_the_picture(make, monkeypatch):
+    """The fourth channel of the canvas comes through crop and flip as the picture does."""
+    method = make(synthetic_every=4, foreground="otsu")
+    assert method.plan(Table(), np.arange(20)).foreground
+    assert not make(foreground="otsu").plan(Table(), np.arange(20)).foreground
+    offered = {}
+
+    def loss(variables, frozen, batch, key, progress):
+        method._synthesise(batch)
+        agree = (batch["image"].mean(axis=-1) > 0.5) == batch["foreground"]
+        part = batch["foreground"].mean()
+        return jnp.sum(variables["params"]["kernel"]), ({}, {"agree": agree.mean(), "part": part})
+
+    def synthesise(keys, images, foreground, settings):
+        offered["shape"] = foreground.shape
+        return dark_square(keys, images, foreground, settings)
+
+    monkeypatch.setattr(defects, "synthesise", synthesise)
+    monkeypatch.setattr(method, "loss", loss)
+    tx = method.optimiser(2)
+    augment, one = train.make_augment(method.config), mesh_lib.make_mesh(1)
+    step = state.make_train_step(method, tx, augment, 2, one)
+    picture = np.zeros((2, 70, 80, 4), np.uint8)
+    picture[:, 20:50, 30:60] = 255  # a white part, and its foreground
+    resident = {"image": picture, "size": np.int32([[70, 80]] * 2)}
+    chunk = {"index": np.int32([[0, 1] * 4]), "weight": np.ones((1, 8), np.float32)}
+    current = state.create({"params": {"kernel": jnp.ones((2, 2))}}, tx)
+    _, logs = step(current, {}, resident, chunk, jax.random.key(0))
+    assert offered["shape"] == (2, 64, 64)
+    assert float(logs["agree"][0]) == 1
+    assert 0.05 < float(logs["part"][0]) < 0.5
 
 
 class Recorded:
