@@ -5,6 +5,7 @@ changed is its label. Everything is a jittable function of fixed shapes.
 """
 
 import dataclasses
+import sys
 from typing import NamedTuple
 
 import jax
@@ -372,3 +373,9 @@ def _checked(key, images, foreground, settings, bank) -> Bank | None:
     if "real" in settings.kinds and bank is None:
         raise ValueError("kind 'real' needs a bank of labelled defects; see defect_bank.py")
     return bank
+
+
+if __name__ == "__main__":
+    from mmrjax.data import defect_preview
+
+    sys.exit(defect_preview.main())
