@@ -41,7 +41,7 @@ def part():
 @pytest.fixture(scope="module")
 def drawn(images, part):
     """Three batches with all kinds of the training generator."""
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(jax.random.key(0), (3, BATCH))
     batches = [jax.device_get(draw(key, images, part, settings=ALL)) for key in keys]
     return defects.Defects(*(np.concatenate(field) for field in zip(*batches, strict=True)))
 
@@ -104,8 +104,7 @@ def test_pixels_are_whole_grey_levels_and_untouched_elsewhere(images, drawn):
 
 
 def test_a_picture_depends_on_its_own_key_alone(images, part, drawn):
-    key = jax.random.split(jax.random.key(0), 3)[0]
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(BATCH))
+    keys = jax.random.split(jax.random.key(0), (3, BATCH))[0]
     order = np.random.default_rng(1).permutation(BATCH)
     again = jax.device_get(draw(keys[order], images[order], part[order], settings=ALL))
     for ours, theirs in zip(again, drawn, strict=True):
@@ -123,7 +122,8 @@ def test_held_out_kinds_keep_the_same_promises(images):
 
 def test_nothing_is_drawn_where_there_is_no_part(images):
     nowhere = np.zeros(images.shape[:3], bool)
-    found = jax.device_get(draw(jax.random.key(0), images, nowhere, settings=ALL))
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    found = jax.device_get(draw(keys, images, nowhere, settings=ALL))
     assert (found.kind == defects.NONE).all()
     np.testing.assert_array_equal(found.images, images)
 
