@@ -155,6 +155,7 @@ def synthesise(
     mask = jax.vmap(shapes.close)(change > CHANGED) & region
     tiny = jax.vmap(shapes.small_components)(mask)
     found = mask.any((1, 2))
+    painted = jnp.where(found[:, None, None, None], painted, pixels)
     position = jnp.asarray([KINDS.index(name) for name in names], jnp.int32)[choice]
     return Defects(painted, mask, tiny, jnp.where(found, position, NONE))
 
