@@ -28,6 +28,7 @@ MAY_PRINT = {
     "report.py",
     "bench.py",
     "bench_metrics.py",
+    "bench_defects.py",
     "predict.py",
     "export.py",
 }

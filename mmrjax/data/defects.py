@@ -5,6 +5,7 @@ changed is its label. Everything is a jittable function of fixed shapes.
 """
 
 import dataclasses
+import sys
 from typing import NamedTuple
 
 import jax
@@ -154,6 +155,7 @@ def synthesise(
     mask = jax.vmap(shapes.close)(change > CHANGED) & region
     tiny = jax.vmap(shapes.small_components)(mask)
     found = mask.any((1, 2))
+    painted = jnp.where(found[:, None, None, None], painted, pixels)
     position = jnp.asarray([KINDS.index(name) for name in names], jnp.int32)[choice]
     return Defects(painted, mask, tiny, jnp.where(found, position, NONE))
 
@@ -372,3 +374,9 @@ def _checked(key, images, foreground, settings, bank) -> Bank | None:
     if "real" in settings.kinds and bank is None:
         raise ValueError("kind 'real' needs a bank of labelled defects; see defect_bank.py")
     return bank
+
+
+if __name__ == "__main__":
+    from mmrjax.data import defect_preview
+
+    sys.exit(defect_preview.main())
