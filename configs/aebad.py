@@ -20,4 +20,5 @@ def get_config(part: str = "s"):
     config.data.name = "aebad"
     config.data.categories = (part,)
     config.data.reference_domain = "same" if part == "s" else ""
+    config.mmr_plus.foreground = "otsu"  # on the blade
     return config

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.title = ""
 
     config.method = ConfigDict()
-    config.method.names = ("mmr",)  # any of mmr, patchcore, aminet; all are trained and compared
+    config.method.names = ("mmr",)  # any of mmr, mmr_plus, patchcore, aminet; all are compared
 
     config.data = data = ConfigDict()
     data.name = ""  # a builder of data_builders
@@ -86,6 +86,40 @@ def get_config() -> ConfigDict:
     aminet.weight_decay = 0.01  # torch's default, on every parameter
     aminet.warmup = 0.0
     aminet.drops = ()
+
+    # What MMR+ adds to MMR (papers/mmr_plus_proposal, which has no numbers but the 3 x 3 window,
+    # the weight 2 and the ratio 1:3; the others are ours). Read with the groups student, train and
+    # optim. Off: hybrid=False, synthetic_every=0, tiny_weight=1, contrast=none, domain=none.
+    config.mmr_plus = plus = ConfigDict()
+    plus.hybrid = True  # attention limited per head; no new parameters
+    plus.local_heads = 0.5  # share of the heads that see a window, rounded down; the others sparse
+    plus.heads = "auto"  # which are local: fixed (the first) | by_distance (those that look least
+    # far before training) | auto (by_distance where the student begins pretrained)
+    plus.window = 3  # patches, odd
+    plus.sampling = "lattice"  # of global heads: lattice | random (a quarter of the keys) | full
+    plus.stride = 2  # of the lattice, whose phase rotates from layer to layer
+    plus.layers = "all"  # that are hybrid: all | last_half | alternate
+    plus.soft_start = 20 / 200  # share of the epochs until the limits are hard; 0: from the start
+    plus.synthetic_every = 4  # every 4th row of a batch gets a defect: 1 to 3 real ones; 0: none
+    plus.defect_kinds = ("spot", "groove", "fracture", "chip", "stain", "scratch")
+    # Where defects lie: all (textures, surfaces that fill the picture) | otsu (on the part, found
+    # by its colour distance to the picture's border)
+    plus.foreground = "all"
+    plus.defect_tiny = 0.6  # share of defects under 10 px
+    plus.noise_intensity = 0.02  # grain inside a defect, as a share of 255
+    plus.spatial_distribution = "uniform"  # uniform | edge | texture (where the picture is busy)
+    plus.tiny_weight = 2.0  # of cells with a defect under 10 px, in the reconstruction
+    plus.tiny_mode = "literal"  # literal (each weighs more) | balanced (their mean is added)
+    # Of normal and abnormal: features (InfoNCE in the teacher's space) | tokens (SupCon) | none
+    plus.contrast = "features"
+    plus.contrast_weight = 0.1
+    plus.negatives = 32  # other defect cells that each cell is held against
+    plus.alike = 0.9  # cosine of the teacher's features above which it does not see a defect
+    plus.temperature = 0.1
+    # Of domains: supcon | coral | none. Needs training images of two or more domains.
+    plus.domain = "none"
+    plus.domain_weight = 0.05
+    plus.ramp = (20 / 200, 50 / 200)  # shares of the epochs between which both weights grow from 0
 
     config.calibration = ConfigDict()
     config.calibration.fraction = 0.0  # of the good training images, held out for the threshold

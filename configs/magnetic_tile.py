@@ -35,5 +35,6 @@ def get_config(variant: str = "full"):
     config.aminet.heads = 3
     config.aminet.depth = 6
     config.aminet.epochs = 40
+    config.mmr_plus.domain = "supcon"  # of the six exposures
     config.train.epochs = 40
     return config

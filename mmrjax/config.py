@@ -46,6 +46,20 @@ RANGES = (
     ("aminet.learning_rate", 0.0, 10.0),
     ("aminet.warmup", 0.0, 1.0),
     ("aminet.drops", 0.0, 1.0),
+    ("mmr_plus.local_heads", 0.0, 1.0),
+    ("mmr_plus.window", 1, 1 << 10),
+    ("mmr_plus.stride", 1, 1 << 10),
+    ("mmr_plus.soft_start", 0.0, 0.9),  # the last epochs train what is evaluated
+    ("mmr_plus.synthetic_every", 0, 1 << 10),
+    ("mmr_plus.defect_tiny", 0.0, 1.0),
+    ("mmr_plus.noise_intensity", 0.0, 1.0),
+    ("mmr_plus.tiny_weight", 1.0, 1e3),
+    ("mmr_plus.contrast_weight", 0.0, 1e3),
+    ("mmr_plus.negatives", 0, 1 << 10),
+    ("mmr_plus.alike", -1.0, 1.0),
+    ("mmr_plus.temperature", 1e-3, 1e3),
+    ("mmr_plus.domain_weight", 0.0, 1e3),
+    ("mmr_plus.ramp", 0.0, 1.0),
     ("train.crop_scale", 1e-3, 1.0),
     ("train.crop_ratio", 1e-2, 1e2),
     ("calibration.fraction", 0.0, 0.9),
@@ -239,6 +253,14 @@ def validate(config: ConfigDict) -> None:
         "train.augment": ("rrc_flip", "rrc", "none"),
         "aminet.augment": ("rrc_flip", "rrc", "none"),
         "aminet.score": ("std", "max"),
+        "mmr_plus.heads": ("auto", "fixed", "by_distance"),
+        "mmr_plus.sampling": ("lattice", "random", "full"),
+        "mmr_plus.layers": ("all", "last_half", "alternate"),
+        "mmr_plus.spatial_distribution": ("uniform", "edge", "texture"),
+        "mmr_plus.foreground": ("all", "otsu"),
+        "mmr_plus.tiny_mode": ("literal", "balanced"),
+        "mmr_plus.contrast": ("features", "tokens", "none"),
+        "mmr_plus.domain": ("supcon", "coral", "none"),
         "train.compute_dtype": ("auto", "float32", "bfloat16"),
         "eval.metrics_mode": ("standard", "mmr"),
         "eval.pixel_metrics": ("auto", "exact", "streaming"),
@@ -257,13 +279,14 @@ def validate(config: ConfigDict) -> None:
         values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
         if not all(low <= value <= high for value in values):
             raise ValueError(f"--config.{name}={flat[name]}: must lie between {low} and {high}")
-    for name, length in (("train.crop_scale", 2), ("train.crop_ratio", 2)):
+    for name, length in (("train.crop_scale", 2), ("train.crop_ratio", 2), ("mmr_plus.ramp", 2)):
         if len(flat[name]) != length or flat[name][0] > flat[name][1]:
             raise ValueError(f"--config.{name}={flat[name]}: expected smallest,largest")
-    if flat["aminet.pool"] % 2 == 0:
-        raise ValueError(f"--config.aminet.pool={flat['aminet.pool']}: must be odd, as 1 or 3")
+    for name in ("aminet.pool", "mmr_plus.window"):
+        if flat[name] % 2 == 0:
+            raise ValueError(f"--config.{name}={flat[name]}: must be odd, as 1 or 3")
     layers = ("student.layers", "patchcore.layers", "aminet.layers")
-    for name in (*layers, "train.seeds", "method.names"):
+    for name in (*layers, "train.seeds", "method.names", "mmr_plus.defect_kinds"):
         if not flat[name] or len(set(flat[name])) < len(flat[name]):
             raise ValueError(f"--config.{name}={flat[name]}: give one or more different values")
     for name in ("data.image_size", "data.resize", "eval.resize"):

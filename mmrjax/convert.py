@@ -202,6 +202,11 @@ def _of_run(folder: pathlib.Path, kind: str) -> tuple[dict, dict[str, str], tupl
             facts["licence"] = about["licence"]
         return variables, facts, None
     variables, step = restore.student(config, folder)
+    if "attention" in variables:
+        raise ValueError(
+            f"--input={folder}: the heads of this student see a part of the image each "
+            "(mmr_plus.hybrid), which the official PyTorch student cannot; convert a run without"
+        )
     view = geometry.View.of(config, evaluation=True)
     facts = {
         "kind": "student",

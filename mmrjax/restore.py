@@ -125,15 +125,17 @@ def read_config(folder: pathlib.Path) -> ConfigDict:
 
 
 def student(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, int]:
-    """The student of an MMR run's newest intact checkpoint, on the host, and its step.
+    """The student of an MMR or MMR+ run's newest intact checkpoint, on the host, and its step.
 
     Raises:
       FileNotFoundError: the run has no checkpoint of a student.
       ValueError, RuntimeError: the checkpoints are of another model, or damaged.
     """
-    method = mmr.MMR(config)
-    images = jnp.zeros((1, *config.data.image_size, 3))
-    variables = layouts.hollow(method.student.init, images)
+    kind = methods.METHODS.get(folder.resolve().parent.parent.name)
+    config = config.copy_and_resolve_references()
+    config.student.init = "scratch"  # what it began with is no longer needed
+    method = (kind if kind and issubclass(kind, mmr.MMR) else mmr.MMR)(config)
+    variables = layouts.hollow(lambda key: method.init(key, {})[0])
     state, step = _last_state(method, variables, folder, mesh_lib.make_mesh(1))
     return jax.device_get(state.variables), step
 

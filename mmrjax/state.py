@@ -115,6 +115,11 @@ def make_train_step(
             "weight": rows["weight"],
             "keys": key_method,
         }
+        if batch["image"].shape[-1] == 4:  # cropped and flipped along
+            batch["foreground"] = batch["image"][..., 3] > 0.5
+            batch["image"] = batch["image"][..., :3]
+        if "domain" in source:
+            batch["domain"] = source["domain"]
         progress = {"step": state.step, "epoch": state.step // steps_per_epoch}
         if method.update is not None:
             return method.update(state, frozen, batch, key, progress)

@@ -109,7 +109,7 @@ def plan(config: ConfigDict) -> list[Row]:
 def _find_weights(config: ConfigDict) -> None:
     """Fetches what a row needs: the last one must not fail for it after days of training."""
     weights.teacher_file(config.teacher.name, config.teacher.weights)
-    if "mmr" in config.method.names:
+    if {"mmr", "mmr_plus"} & {*config.method.names}:
         weights.student_file(config.student.init, config.student.size)
 
 

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from mmrjax.data import augment, epochs, feed, geometry
 from mmrjax.data.records import Records
 
 LOG = "metrics.jsonl"
+PREPARED = 64  # training images that a method may look at beforehand
 STEPS_PER_CALL = 64  # on accelerators: about a second of work, never more than an epoch
 
 
@@ -58,6 +60,22 @@ class Run:
                 f"{self.folder} is not trained to the end ({done}); run it without --mode=evaluate"
             )
 
+    @property
+    def plan(self) -> epochs.Plan:
+        """How the batches are filled."""
+        return self.method.plan(self.records, self.indices)
+
+    def views(self, indices: np.ndarray, label: str) -> Iterator[tuple[jax.Array, int]]:
+        """Batches of the records `indices` in evaluation geometry, with the number of real rows."""
+        view, size = geometry.View.of(self.config), self.config.eval.batch_size
+        own = mesh_lib.own_rows(size, self.mesh)
+        batches = geometry.batches(self.records, indices, view, size, own)
+        (h, w), corners = view.size, view.corners()
+        for image, _, real in logs.progress(batches, label, -(-len(indices) // size)):
+            for top, left in corners:
+                window = image[:, top : top + h, left : left + w]
+                yield mesh_lib.put_batch(window, self.mesh), real
+
     def feed(self, start: int) -> feed.Feed:
         """The training batches from step `start` on."""
         on_cpu = jax.default_backend() == "cpu"
@@ -68,7 +86,7 @@ class Run:
             mode=data.feed,
             resident_gib=data.resident_gib,
             max_side=data.max_side,
-            batch_size=train.batch_size,
+            plan=self.plan,
             seed=self.seed,
             steps_per_call=train.steps_per_call or (1 if on_cpu else STEPS_PER_CALL),
             start=start,
@@ -121,6 +139,10 @@ def train(
     facts |= {**init_facts, "parameters": parameters, "compute_dtype": str(method.dtype)}
     run = Run(config, method, frozen, records, indices, seed, folder, mesh, evaluate_only)
     facts["seconds"] = {}
+    if method.prepares:
+        rows = indices[:: -(-len(indices) // PREPARED)]
+        variables, found = method.prepare(variables, frozen, run.views(rows, "preparing"))
+        facts |= found
     if method.trains:
         variables = _gradient_stage(run, variables, key_train)
         facts["seconds"]["training"] = processes.first(
@@ -137,7 +159,7 @@ def train(
 def _gradient_stage(run: Run, variables: dict, key: jax.Array) -> dict:
     """Runs the steps that are still to do and returns the trained variables."""
     config = run.config
-    steps_per_epoch = epochs.steps_per_epoch(len(run.indices), config.train.batch_size)
+    steps_per_epoch = run.plan.steps_per_epoch(len(run.indices))
     total = config.train.epochs * steps_per_epoch
     tx = run.method.optimiser(steps_per_epoch)
     state = state_lib.create(variables, tx)
@@ -203,17 +225,8 @@ def _fit_stage(run: Run, variables: dict, key: jax.Array) -> tuple[dict, bool]:
         if restored is not None:
             return {**variables, **restored[1]}, False
         run.refuse_to_train("not fitted")
-        view, size, count = geometry.View.of(config), config.eval.batch_size, len(run.indices)
-        own = mesh_lib.own_rows(size, run.mesh)
-        batches = geometry.batches(run.records, run.indices, view, size, own)
-        batches = logs.progress(batches, "embedding", -(-count // size))
-        (h, w), corners = view.size, view.corners()
-        images = (
-            (mesh_lib.put_batch(image[:, top : top + h, left : left + w], run.mesh), real)
-            for image, _, real in batches
-            for top, left in corners
-        )
-        count *= len(corners)
+        count = len(run.indices) * len(geometry.View.of(config).corners())
+        images = run.views(run.indices, "embedding")
         fitted = run.method.fit(variables, run.frozen, images, count, key)
         fitted = mesh_lib.replicate(fitted, run.mesh)
         checkpoints.save(0, {name: fitted[name] for name in fitted if name not in variables})

@@ -343,6 +343,14 @@ def test_category_named_with_digits_stays_text():
         "patchcore.score=max",
         "student.mask_form=pixels",
         "sweep.average=seeds",
+        "mmr_plus.heads=nearest",
+        "mmr_plus.sampling=sparse",
+        "mmr_plus.layers=first_half",
+        "mmr_plus.tiny_mode=mean",
+        "mmr_plus.foreground=part",
+        "mmr_plus.contrast=infonce",
+        "mmr_plus.domain=mmd",
+        "mmr_plus.spatial_distribution=centre",
     ],
 )
 def test_unknown_choices_list_the_known(override):
@@ -382,6 +390,11 @@ def test_counts_must_be_positive(field, value):
         ("optim.warmup=50", "must lie between 0.0 and 1.0"),
         ("patchcore.coreset=1.5", "must lie between"),
         ("eval.resize=x", "expected values such as"),
+        ("mmr_plus.window=4", "must be odd"),
+        ("mmr_plus.soft_start=20", "must lie between 0.0 and 0.9"),
+        ("mmr_plus.tiny_weight=0.5", "must lie between 1.0 and"),
+        ("mmr_plus.ramp=0.5,0.1", "expected smallest,largest"),
+        ("mmr_plus.defect_kinds=", "give one or more different values"),
     ],
 )
 def test_values_that_cannot_work_are_refused_before_anything_is_computed(override, message):

@@ -494,3 +494,11 @@ def test_help_says_what_happens_to_an_existing_output(capsys):
         convert.main(["--help"])
     assert left.value.code == 0
     assert "An existing output is refused, never replaced" in capsys.readouterr().out
+
+
+def test_a_student_whose_heads_are_limited_is_not_converted(tiny_config, tmp_path, monkeypatch):
+    """In plain PyTorch the same weights would give another map."""
+    monkeypatch.setattr(restore, "read_config", lambda folder: tiny_config)
+    monkeypatch.setattr(restore, "student", lambda *_: ({"params": {}, "attention": {}}, 3))
+    with pytest.raises(ValueError, match=r"see a part of the image each \(mmr_plus\.hybrid\)"):
+        convert.to_torch("mmr", "", tmp_path, tmp_path / "student.safetensors")

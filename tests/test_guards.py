@@ -13,7 +13,7 @@ import pytest
 from mmrjax import config as config_lib
 from mmrjax import flops, methods, scoring, state, train
 from mmrjax import mesh as mesh_lib
-from mmrjax.data import feed, geometry
+from mmrjax.data import epochs, feed, geometry
 
 BATCH = 8
 
@@ -142,8 +142,9 @@ def test_one_transfer_a_chunk_and_one_compilation(tiny_config, monkeypatch):
     tx = method.optimiser(4)
     current = mesh_lib.replicate(state.create(variables, tx), mesh)
     step = state.make_train_step(method, tx, train.make_augment(tiny_config), 4, mesh)
-    options = {"mode": "resident", "resident_gib": 1.0, "max_side": 0, "batch_size": BATCH}
+    options = {"mode": "resident", "resident_gib": 1.0, "max_side": 0}
     options |= {"seed": 0, "steps_per_call": 1, "start": 0, "device_mesh": mesh}
+    options |= {"plan": epochs.Plan(BATCH)}
     batches = feed.Feed(Photographs(), np.arange(20), **options)
     puts, put = [], mesh_lib.put_batch
     monkeypatch.setattr(mesh_lib, "put_batch", lambda *a, **k: puts.append(a[0]) or put(*a, **k))

@@ -11,17 +11,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAYERS = (
     {"files", "memory", "processes"},
     {
-        "models",
-        "metrics",
-        "mesh",
-        "optim",
-        "logs",
-        "losses",
-        "config",
-        "checkpoint",
-        "visualize",
-        "trackers",
-        "command_line",
+        *("models", "metrics", "mesh", "optim", "logs", "losses", "losses_plus", "config"),
+        *("checkpoint", "visualize", "trackers", "command_line"),
     },
     {"data", "weights", "anomaly_map"},
     {"methods"},
@@ -39,9 +30,9 @@ MAY_PRINT = {
     "bench.py",
     "bench_metrics.py",
     "bench_torch.py",
+    "bench_defects.py",
     "predict.py",
     "export.py",
-    "torch_reference.py",
 }
 
 

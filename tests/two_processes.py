@@ -19,7 +19,7 @@ import optax
 from mmrjax import checkpoint, logs, main, methods, processes, train
 from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
-from mmrjax.data import feed
+from mmrjax.data import epochs, feed
 from mmrjax.data import records as records_lib
 from mmrjax.methods import base
 from mmrjax.metrics import streaming
@@ -89,7 +89,7 @@ def feed_all(mode: str, directory: str, mesh: jax.sharding.Mesh) -> dict:
     records = records_lib.load(directory)
     decoded, image = [], records.image
     records.image = lambda i, *rest: decoded.append(int(i)) or image(i, *rest)
-    options = {"resident_gib": 1.0, "max_side": 0, "batch_size": BATCH, "seed": 54}
+    options = {"resident_gib": 1.0, "max_side": 0, "plan": epochs.Plan(BATCH), "seed": 54}
     options |= {"steps_per_call": 1, "start": 0, "device_mesh": mesh}
     rows = np.flatnonzero(records.table["split"] == "train")
     source = feed.Feed(records, rows, mode=mode, **options)

@@ -6,6 +6,7 @@ of the step. With several processes each decodes only its share: of a streamed b
 own devices; of resident images an even part, which the devices then exchange.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from mmrjax import logs, mesh
-from mmrjax.data import epochs
+from mmrjax.data import epochs, foreground
 from mmrjax.data.records import Records
 
 STREAM_CHUNK_BYTES = 2**28
@@ -27,6 +28,8 @@ class Feed:
     Attributes:
       canvas: (height, width) that every training image is padded to.
       resident: {"image": uint8 [n, h, w, 3], "size": int32 [n, 2]} on device, or {} when streamed.
+        Where the plan knows the examples' domains, also "domain": int32 [n]; where it wants the
+        foreground, that is the fourth channel of the images, 0 or 255.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class Feed:
         mode: str,
         resident_gib: float,
         max_side: int,
-        batch_size: int,
+        plan: epochs.Plan,
         seed: int,
         steps_per_call: int,
         start: int,
@@ -45,12 +48,15 @@ class Feed:
     ):
         """Prepares the feed.
 
-        `mode` is resident, stream or auto (resident if it fits). `steps_per_call` is lowered so
-        that chunks divide an epoch and the step `start`, where a resumed run begins.
+        `plan` says how batches are filled. `mode` is resident, stream or auto (resident if it
+        fits). `steps_per_call` is lowered so that chunks divide an epoch and the step `start`,
+        where a resumed run begins.
         """
         self._records, self._indices, self._max_side = records, indices, max_side
-        self._batch_size, self._seed, self._mesh = batch_size, seed, device_mesh
-        self.steps_per_epoch = epochs.steps_per_epoch(len(indices), batch_size)
+        self._plan, self._mesh = plan, device_mesh
+        # Every step of an epoch reads the same table.
+        self._table = functools.lru_cache(2)(lambda epoch: plan.table(len(indices), seed, epoch))
+        self.steps_per_epoch = plan.steps_per_epoch(len(indices))
         count = len(indices)
         shared = -(-count // device_mesh.size) * device_mesh.size  # rows that the devices can share
         own = np.flatnonzero(mesh.own_rows(shared, device_mesh)[:count])
@@ -59,27 +65,30 @@ class Feed:
             sizes[position] = records.size(indices[position], max_side)
         sizes = mesh.whole(sizes, device_mesh)[:count]
         self.canvas = tuple(int(n) for n in sizes.max(axis=0))
-        gib = count * self.canvas[0] * self.canvas[1] * 3 / 2**30
+        self._channels = 3 + plan.foreground
+        gib = count * self.canvas[0] * self.canvas[1] * self._channels / 2**30
         if mode == "auto":
             mode = "resident" if gib <= resident_gib else "stream"
         if mode == "stream":  # a chunk travels whole, and several wait in the queue
-            batch_bytes = batch_size * self.canvas[0] * self.canvas[1] * 3
+            batch_bytes = plan.batch_size * self.canvas[0] * self.canvas[1] * self._channels
             steps_per_call = min(steps_per_call, max(1, STREAM_CHUNK_BYTES // batch_bytes))
         self.steps_per_call = _divisor(math.gcd(self.steps_per_epoch, start), steps_per_call)
         logging.info("%d training images, canvas %s, %s, %.2f GiB", count, self.canvas, mode, gib)
         self.resident = {}
         if mode == "resident":
-            images = np.zeros((shared, *self.canvas, 3), np.uint8)
+            images = np.zeros((shared, *self.canvas, self._channels), np.uint8)
             for position in logs.progress(own, "decoding"):
                 self._paste(images[position], indices[position])
             images = mesh.spread(mesh.put_batch(images, device_mesh), device_mesh, count)
             self.resident = {"image": images, "size": mesh.replicate(sizes, device_mesh)}
+            if plan.domain is not None:
+                self.resident["domain"] = mesh.replicate(plan.domain, device_mesh)
 
     def chunks(self, start: int, stop: int) -> Iterator[dict]:
         """Yields the batches of steps [start, stop), `steps_per_call` at a time, on device.
 
         Each chunk holds "index" int32 and "weight" float32 [k, b], and when streamed also "image"
-        uint8 [k, b, h, w, 3] and "size" int32 [k, b, 2].
+        uint8 [k, b, h, w, 3], "size" int32 [k, b, 2] and, where known, "domain" int32 [k, b].
 
         Raises:
           ValueError: `start` is not a multiple of k.
@@ -100,25 +109,27 @@ class Feed:
 
     def _rows(self, step: int) -> dict[str, np.ndarray]:
         epoch, first = divmod(step, self.steps_per_epoch)
-        positions = np.arange(len(self._indices))
-        index, weight = epochs.epoch_table(positions, self._batch_size, self._seed, epoch)
+        index, weight = self._table(epoch)
         rows = slice(first, first + self.steps_per_call)
         return {"index": index[rows], "weight": weight[rows]}
 
     def _decoded(self, call: int) -> dict[str, np.ndarray]:
         chunk = self._rows(call * self.steps_per_call)
         shape = chunk["index"].shape
-        images = np.zeros((*shape, *self.canvas, 3), np.uint8)
+        images = np.zeros((*shape, *self.canvas, self._channels), np.uint8)
         sizes = np.zeros((*shape, 2), np.int32)
-        own = np.flatnonzero(mesh.own_rows(self._batch_size, self._mesh))
+        own = np.flatnonzero(mesh.own_rows(self._plan.batch_size, self._mesh))
         for where in itertools.product(range(shape[0]), own):
             sizes[where] = self._paste(images[where], self._indices[chunk["index"][where]])
-        return {**chunk, "image": images, "size": sizes}
+        domain = {} if self._plan.domain is None else {"domain": self._plan.domain[chunk["index"]]}
+        return {**chunk, **domain, "image": images, "size": sizes}
 
     def _paste(self, canvas: np.ndarray, i: int) -> tuple[int, int]:
         image = self._records.image(i, self._max_side)
         h, w = image.shape[:2]
-        canvas[:h, :w] = image
+        canvas[:h, :w, :3] = image
+        if self._plan.foreground:
+            canvas[:h, :w, 3] = 255 * foreground.foreground(image)
         return h, w
 
 

@@ -2,11 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from mmrjax.methods import aminet, base, mmr, patchcore
+from mmrjax.methods import aminet, base, mmr, mmr_plus, patchcore
 
 METHODS: dict[str, type[base.Method]] = {
     "aminet": aminet.AMINet,
     "mmr": mmr.MMR,
+    "mmr_plus": mmr_plus.MMRPlus,
     "patchcore": patchcore.PatchCore,
 }
 

@@ -9,10 +9,13 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from mmrjax import optim, weights
+from mmrjax.data import epochs
+from mmrjax.data.records import Records
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -35,6 +38,7 @@ class Method:
     # Shared fields in whose place the method has its own, such as {"train.epochs": "x.epochs"}.
     own: ClassVar[Mapping[str, str]] = {}
     trains = True  # has a gradient stage
+    prepares = False  # has a `prepare` before it
     fits = False  # has a `fit` after it
     update = None  # (state, frozen, batch, key, progress) -> (state, logs); None: see state.update
 
@@ -74,6 +78,10 @@ class Method:
         """What turns gradients into updates; by default `config.optim`'s AdamW."""
         return optim.optimiser(self.config.optim, self.config.train.epochs, steps_per_epoch)
 
+    def plan(self, records: Records, indices: np.ndarray) -> epochs.Plan:
+        """How batches of the records `indices` are filled."""
+        return epochs.Plan(self.config.train.batch_size)
+
     def loss(
         self, variables: dict, frozen: dict, batch: dict, key: jax.Array, progress: dict
     ) -> tuple[jax.Array, tuple[dict, dict]]:
@@ -82,12 +90,26 @@ class Method:
         Args:
           variables: all collections; the gradient is taken over "params" only.
           frozen: from `load_frozen`.
-          batch: "image" [b, h, w, 3], "weight" [b] (0 = padding row), "keys" [b] one per example.
+          batch: "image" [b, h, w, 3], "weight" [b] (0 = padding row), "keys" [b] one per example;
+            "domain" int32 [b], "foreground" bool [b, h, w] where its plan has them.
           key: of this step.
           progress: "step" and "epoch", int32 scalars.
 
         Returns:
           (scalar, (changed collections, logs)).
+        """
+        raise NotImplementedError
+
+    def prepare(self, variables: dict, frozen: dict, batches: Iterable) -> tuple[dict, dict]:
+        """Whatever is to be found out on training images before training, if `prepares`.
+
+        Args:
+          variables: as `init` gave them.
+          frozen: from `load_frozen`.
+          batches: as in `fit`, of up to PREPARED evenly spaced training images.
+
+        Returns:
+          (variables of the same structure, facts for results.json).
         """
         raise NotImplementedError
 

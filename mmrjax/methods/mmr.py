@@ -70,22 +70,29 @@ class MMR(base.Method):
         loss, logs = losses.multi_scale_cosine(features, targets, batch["weight"])
         return loss, ({}, logs)
 
-    def _reconstruct(self, variables: dict, images: jax.Array, keys: jax.Array) -> dict:
-        """Features of masked images; each image's mask depends on its own key alone."""
+    def _reconstruct(self, variables: dict, images: jax.Array, keys: jax.Array, **limits) -> dict:
+        """Features of masked images; each image's mask depends on its own key alone.
+
+        `limits` of hybrid attention go to the student as they are.
+        """
         options = self.config.student
         unit = options.mask_unit if options.mask_form == "pixel" else self.student.patch
         h, w = images.shape[1:3]
         noise = masking.random_noise(keys, (h // unit) * (w // unit))
         if options.mask_form == "pixel":  # every token enters: nothing for the mask token to do
             hidden = masking.hide_units(images, noise, unit, options.mask_ratio)
-            return self.student.apply(variables, hidden)
-        return self.student.apply(variables, images, noise, options.mask_ratio)
+            return self.student.apply(variables, hidden, **limits)
+        return self.student.apply(variables, images, noise, options.mask_ratio, **limits)
+
+    def _whole(self, variables: dict, images: jax.Array) -> dict:
+        """Features of images of which nothing is masked."""
+        return self.student.apply(variables, images)
 
     def predict(self, variables, frozen, images):
         """Unmasked; the map is the sum of the scales' maps, the score its maximum."""
         size = images.shape[1:3]
         images = resnet.normalise(images)
-        features = self.student.apply(variables, images)
+        features = self._whole(variables, images)
         targets = self.teacher.apply(frozen["teacher"], images)
         parts = anomaly_map.cosine_maps(features, targets, size)
         total = sum(parts.values())

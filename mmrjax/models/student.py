@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmrjax.models import fpn, masking, patches, positions, vit
+from mmrjax.models import attention, fpn, masking, patches, positions, vit
 
 # The position table of the encoder is that of a 224 px image at every image size (official code).
 ENCODER_GRID = (14, 14)
@@ -24,8 +24,10 @@ class MaskedStudent(nn.Module):
       patch: patch side in px; both image sides must be multiples of it.
       unroll: blocks per scan iteration.
       dtype: compute dtype; parameters stay float32.
+      hybrid: what each head sees (MMR+); None: everything.
 
-    Collections: `params`, trained; `positions`, the two fixed tables.
+    Collections: `params`, trained; `positions`, the two fixed tables; with `hybrid` also
+    `attention`, the kind of every head, int32 [depth, heads].
     """
 
     width: int
@@ -35,10 +37,16 @@ class MaskedStudent(nn.Module):
     patch: int = 16
     unroll: int = 1
     dtype: jnp.dtype = jnp.float32
+    hybrid: attention.Hybrid | None = None
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, noise: jax.Array | None = None, mask_ratio: float = 0.0
+        self,
+        images: jax.Array,
+        noise: jax.Array | None = None,
+        mask_ratio: float = 0.0,
+        penalty: jax.Array | float = attention.HARD,
+        sample: jax.Array | None = None,
     ) -> dict:
         """Runs the student.
 
@@ -47,6 +55,8 @@ class MaskedStudent(nn.Module):
           noise: float [b, n], n patches; the lowest `kept_tokens` of each row stay visible. None
             (evaluation) shows every patch.
           mask_ratio: share of patches to drop when `noise` is given.
+          penalty: with `hybrid`, how hard its limits are, see `attention.Tokens`.
+          sample: with `hybrid`, the keys of its global heads instead of the lattice, the same.
 
         Returns:
           {layer: features [b, h_l, w_l, c_l], "latent": [b, 1 + k, d], class token first}.
@@ -58,21 +68,21 @@ class MaskedStudent(nn.Module):
         encoder_table, decoder_table = self._position_tables(grid)
         pixels = patches.patchify(images, self.patch)  # [b, n, p * p * 3]
         n = pixels.shape[1]
+        visible = jnp.arange(n)[None]
         table = jnp.broadcast_to(encoder_table[None, 1:], (b, n, self.width))
         if noise is not None:
             kept = masking.kept_tokens(n, mask_ratio)
             ids_shuffle, ids_restore = masking.shuffle(noise)
             # Dropped patches leave before the embedding: they cost nothing and cannot leak.
-            pixels = masking.take_tokens(pixels, ids_shuffle[:, :kept])
-            table = masking.take_tokens(table, ids_shuffle[:, :kept])
+            visible = ids_shuffle[:, :kept]
+            pixels = masking.take_tokens(pixels, visible)
+            table = masking.take_tokens(table, visible)
         token_init = nn.initializers.normal(0.02)
         tokens = self._embed(pixels) + table.astype(self.dtype)  # [b, k, d]
         cls_token = self.param("cls_token", token_init, (1, 1, self.width))
         first = jnp.broadcast_to(cls_token + encoder_table[0], (b, 1, self.width))
         tokens = jnp.concatenate([first.astype(self.dtype), tokens], axis=1)
-        latent = vit.Encoder(
-            self.depth, self.heads, unroll=self.unroll, dtype=self.dtype, name="encoder"
-        )(tokens)  # [b, 1 + k, d]
+        latent = self._encode(tokens, attention.Tokens(visible, penalty, sample, grid))
         mask_token = self.param("mask_token", token_init, (1, 1, self.width))
         x = latent[:, 1:]
         if noise is not None:
@@ -83,6 +93,21 @@ class MaskedStudent(nn.Module):
             x.reshape(b, *grid, self.width)
         )
         return {**features, "latent": latent}
+
+    def _encode(self, x: jax.Array, tokens: attention.Tokens) -> jax.Array:
+        """Tokens [b, 1 + k, d], class token first, to the latent ones."""
+        encoder = vit.Encoder(
+            self.depth,
+            self.heads,
+            unroll=self.unroll,
+            dtype=self.dtype,
+            hybrid=self.hybrid,
+            name="encoder",
+        )
+        if self.hybrid is None:
+            return encoder(x)
+        kinds = self.variable("attention", "kinds", lambda: jnp.asarray(self.hybrid.kinds))
+        return encoder(x, tokens, kinds.value)
 
     def _position_tables(self, grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
         """The encoder's resized 14x14 table and the decoder's own one, both [1 + n, d]."""

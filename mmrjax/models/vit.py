@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmrjax.models import attention
+
 xavier = nn.initializers.xavier_uniform()
 
 
@@ -34,14 +36,24 @@ class Attention(nn.Module):
 
     heads: int
     dtype: jnp.dtype
+    hybrid: attention.Hybrid | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, n, d] -> [b, n, d]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        tokens: attention.Tokens | None = None,
+        layer: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """[b, n, d] -> [b, n, d]; `layer`: its number and the kinds of its heads."""
         b, n, d = x.shape
         qkv = nn.Dense(3 * d, dtype=self.dtype, kernel_init=xavier, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
-        x = jax.nn.dot_product_attention(q, k, v).reshape(b, n, d)
+        if tokens is None:
+            x = jax.nn.dot_product_attention(q, k, v).reshape(b, n, d)
+        else:
+            self.sow("intermediates", "queries_keys", (q, k))  # kept only for whoever asks
+            x = attention.attend(q, k, v, self.hybrid, tokens, *layer).reshape(b, n, d)
         return nn.Dense(d, dtype=self.dtype, kernel_init=xavier, name="proj")(x)
 
 
@@ -52,13 +64,14 @@ class Block(nn.Module):
     mlp_ratio: int
     epsilon: float
     dtype: jnp.dtype
+    hybrid: attention.Hybrid | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, tokens, layer) -> tuple[jax.Array, None]:
         """[b, n, d] -> [b, n, d], in the form that a scan wants."""
         d = x.shape[-1]
         y = layer_norm(self.dtype, "norm1", self.epsilon)(x)
-        x = x + Attention(self.heads, self.dtype, name="attn")(y)
+        x = x + Attention(self.heads, self.dtype, self.hybrid, name="attn")(y, tokens, layer)
         y = layer_norm(self.dtype, "norm2", self.epsilon)(x)
         y = nn.Dense(self.mlp_ratio * d, dtype=self.dtype, kernel_init=xavier, name="fc1")(y)
         y = nn.Dense(d, dtype=self.dtype, kernel_init=xavier, name="fc2")(gelu(y))
@@ -74,19 +87,35 @@ class Encoder(nn.Module):
     epsilon: float = EPSILON
     unroll: int = 1
     dtype: jnp.dtype = jnp.float32
+    hybrid: attention.Hybrid | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, n, d] -> [b, n, d]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        tokens: attention.Tokens | None = None,
+        kinds: jax.Array | None = None,
+    ) -> jax.Array:
+        """[b, n, d] -> [b, n, d].
+
+        Args:
+          x: tokens; with `hybrid`, class token first.
+          tokens: with `hybrid`, which patches the others are.
+          kinds: with `hybrid`, int [depth, heads], see models/attention.py.
+        """
         if x.shape[-1] % self.heads:
             raise ValueError(f"width={x.shape[-1]} must be divisible by heads={self.heads}")
         blocks = nn.scan(
             Block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=self.depth,
             unroll=self.unroll,
         )
-        x, _ = blocks(self.heads, self.mlp_ratio, self.epsilon, self.dtype, name="blocks")(x, None)
+        layers = None if tokens is None else (jnp.arange(self.depth), kinds)
+        stack = blocks(
+            self.heads, self.mlp_ratio, self.epsilon, self.dtype, self.hybrid, name="blocks"
+        )
+        x, _ = stack(x, tokens, layers)
         return layer_norm(self.dtype, "norm", self.epsilon)(x)

@@ -70,3 +70,96 @@ def test_fewer_examples_than_a_batch_make_one_padded_batch(examples):
 )
 def test_steps_per_epoch_counts_the_last_partial_batch(examples, steps):
     assert epochs.steps_per_epoch(examples, 16) == steps
+
+
+# --- plans with synthetic rows and domains in turn
+
+
+def domains(*counts):
+    return np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+
+
+@pytest.mark.parametrize(("examples", "steps"), [(578, 49), (240, 20), (12, 1), (16, 2), (13, 2)])
+def test_an_epoch_shows_every_example_12_at_a_time(examples, steps):
+    plan = epochs.Plan(16, synthetic_every=4)
+    if examples < 16:
+        with pytest.raises(
+            ValueError, match=r"16 different training images, there are 1[23]; lower"
+        ):
+            plan.table(examples, 0, 0)
+        return
+    table, weight = plan.table(examples, seed=0, epoch=3)
+    assert table.shape == (steps, 16)
+    assert steps == plan.steps_per_epoch(examples) == -(-examples // 12)
+    assert (weight == 1).all()  # exactly 4 to 12 in every batch, also in the last
+    real = np.delete(table, np.s_[::4], axis=1)
+    assert real.shape[1] == 12
+    assert set(real.ravel()) == set(range(examples))
+    assert np.bincount(real.ravel()).max() <= 2  # what fills the last batch
+    assert all(len(set(row)) == 16 for row in table)  # synthetic or real, never both
+
+
+@pytest.mark.parametrize(("every", "synthetic"), [(8, 2), (4, 4), (2, 8)])
+def test_ratios_of_1_to_7_3_and_1(every, synthetic):
+    plan = epochs.Plan(16, synthetic_every=every)
+    assert plan.synthetic == synthetic
+    assert plan.steps_per_epoch(100) == -(-100 // (16 - synthetic))
+
+
+def test_the_real_rows_come_in_the_order_of_a_plan_without_synthetic_ones():
+    plain, _ = epochs.Plan(12).table(36, seed=5, epoch=2)
+    table, _ = epochs.Plan(16, synthetic_every=4).table(36, seed=5, epoch=2)
+    np.testing.assert_array_equal(np.delete(table, np.s_[::4], axis=1), plain)
+
+
+def test_a_plan_without_extras_is_the_table_of_mmr():
+    for got, want in zip(
+        epochs.Plan(16).table(37, 5, 2), epochs.epoch_table(np.arange(37), 16, 5, 2), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_epochs_and_seeds_draw_other_synthetic_rows():
+    plan = epochs.Plan(16, synthetic_every=4)
+    tables = [plan.table(100, *key)[0] for key in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    np.testing.assert_array_equal(tables[0], tables[3])
+    assert not np.array_equal(tables[0][:, ::4], tables[1][:, ::4])
+    assert not np.array_equal(tables[0][:, ::4], tables[2][:, ::4])
+
+
+@pytest.mark.parametrize("counts", [(40, 40, 40, 40), (97, 20, 11, 5)])
+def test_each_of_four_domains_gives_3_real_images_and_1_synthetic(counts):
+    domain = domains(*counts)
+    plan = epochs.Plan(16, 4, domain)
+    table, _ = plan.table(len(domain), seed=0, epoch=0)
+    for row in table:
+        assert len(set(row)) == 16
+        assert np.bincount(domain[np.delete(row, np.s_[::4])]).tolist() == [3, 3, 3, 3]
+        assert np.bincount(domain[row[::4]]).tolist() == [1, 1, 1, 1]
+
+
+def test_six_domains_take_turns_as_evenly_as_can_be():
+    domain = domains(95, 96, 97, 96, 97, 97)  # the magnetic tiles' exposures
+    plan = epochs.Plan(16, 4, domain)
+    tables = np.concatenate([plan.table(578, 0, e)[0] for e in range(3)])
+    real = np.stack(
+        [np.bincount(domain[np.delete(row, np.s_[::4])], minlength=6) for row in tables]
+    )
+    assert (real == 2).all()
+    synthetic = np.bincount(domain[tables[:, ::4].ravel()])
+    assert synthetic.max() - synthetic.min() <= 6
+    assert all(len(set(row)) == 16 for row in tables)
+
+
+def test_domains_in_turn_without_synthetic_rows():
+    domain = domains(30, 10)
+    table, weight = epochs.Plan(8, domain=domain).table(40, 0, 0)
+    assert table.shape == (5, 8)
+    assert (weight == 1).all()
+    assert all(np.bincount(domain[row]).tolist() == [4, 4] for row in table)
+
+
+@pytest.mark.parametrize(("batch", "every"), [(16, 1), (16, 3), (10, 4)])
+def test_a_batch_that_cannot_be_shared_is_refused(batch, every):
+    with pytest.raises(ValueError, match=rf"every {every}th row of train.batch_size={batch} "):
+        epochs.Plan(batch, every)

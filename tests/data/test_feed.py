@@ -18,7 +18,7 @@ def make(records, train_rows):
     """Builds a feed of the seven training images on two devices."""
 
     def build(mode, rows=train_rows, device_mesh=None, **changes) -> feed.Feed:
-        options = {"resident_gib": 1.0, "max_side": 0, "batch_size": BATCH, "seed": 54}
+        options = {"resident_gib": 1.0, "max_side": 0, "plan": epochs.Plan(BATCH), "seed": 54}
         options |= {"steps_per_call": 1, "start": 0, **changes}
         device_mesh = device_mesh or mesh_lib.make_mesh(TWO_DEVICES)
         return feed.Feed(records, rows, mode=mode, device_mesh=device_mesh, **options)
@@ -47,6 +47,21 @@ def batches(source: feed.Feed, start: int, stop: int) -> list[dict]:
         for row in range(len(chunk["index"])):
             found.append({name: array[row] for name, array in chunk.items()})
     return found
+
+
+def test_a_plan_adds_domains_and_the_foreground_to_both_kinds_of_feed(make):
+    domain = np.arange(7, dtype=np.int32) % 2
+    plan = epochs.Plan(BATCH, domain=domain, foreground=True)
+    found = [batches(make(mode, plan=plan), 0, 4) for mode in ("resident", "stream")]
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys() == {"index", "weight", "image", "size", "domain"}
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+        assert one["image"].shape[-1] == 4
+        assert set(np.unique(one["image"][..., 3])) <= {0, 255}
+        assert (one["image"][..., 3] == 255).any()
+        np.testing.assert_array_equal(one["domain"], domain[one["index"]])
+        assert sorted(one["domain"]) == [0, 1]
 
 
 def assert_same(first: list[dict], second: list[dict]) -> None:
@@ -189,7 +204,7 @@ def test_auto_is_resident_up_to_the_byte_budget(make):
 
 @pytest.mark.parametrize("mode", ["resident", "stream"])
 def test_fewer_images_than_a_batch_are_padded_with_weight_zero(make, train_rows, mode):
-    source = make(mode, rows=train_rows[2:3], batch_size=4)
+    source = make(mode, rows=train_rows[2:3], plan=epochs.Plan(4))
     assert source.steps_per_epoch == 1
     assert source.canvas == (33, 47)
     (batch,) = batches(source, 0, 1)

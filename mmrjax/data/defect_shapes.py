@@ -1,0 +1,166 @@
+"""Shapes and textures that synthetic defects are made of: noise, blobs, lines, windows.
+
+Pure functions of a key on square windows of n px, in pixels; used by defects.py alone.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ANGLES = 256  # samples of a blob's outline
+ROUGHNESS = (1.6, 4.0)  # of Q = perimeter^2 / (4 pi area); a circle has 1 (MMR+ spec, section 7)
+
+
+def grid(n: int) -> tuple[jax.Array, jax.Array]:
+    """(y, x) of each pixel from the window's middle pixel n // 2, float32 [n, n]."""
+    along = jnp.arange(n, dtype=jnp.float32) - n // 2
+    return jnp.broadcast_to(along[:, None], (n, n)), jnp.broadcast_to(along[None], (n, n))
+
+
+def _gaussian_matrix(n: int, sigma: float) -> np.ndarray:
+    """[n, n]; each row sums to one, also at the borders."""
+    distance = np.arange(n)[:, None] - np.arange(n)[None]
+    weight = np.exp(-0.5 * (distance / sigma) ** 2)
+    return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def blur(x: jax.Array, sigma: float) -> jax.Array:
+    """Gaussian blur of the first two axes of [h, w, ...], as two small matrix products."""
+    rows, columns = (jnp.asarray(_gaussian_matrix(n, sigma)) for n in x.shape[:2])
+    x = jnp.einsum("ih,hw...->iw...", rows, x)
+    return jnp.einsum("jw,iw...->ij...", columns, x)
+
+
+def white(key: jax.Array, n: int, sigma: float) -> jax.Array:
+    """Gaussian noise of about unit variance, smoothed by `sigma` px, [n, n]."""
+    return blur(jax.random.normal(key, (n, n)), sigma) * float(2 * np.sqrt(np.pi) * sigma)
+
+
+def fractal(key: jax.Array, n: int, sigma: float = 12.0) -> jax.Array:
+    """Four octaves of noise, about unit variance, [n, n]; `sigma` px is the coarsest grain."""
+    keys = jax.random.split(key, 4)
+    octaves = [white(keys[i], n, sigma / 2**i) * 0.6**i for i in range(4)]
+    return sum(octaves) / float(np.sqrt(sum(0.36**i for i in range(4))))
+
+
+def outline(key: jax.Array, reach: float) -> jax.Array:
+    """Radius of a ragged blob by angle, relative to its size: float32 [ANGLES], at most `reach`.
+
+    r = clip(1 + sum_k .35 / k N(0,1) cos(k angle + phase), .2, 2), k = 2 .. 32; of eight drawn the
+    first whose roughness is in ROUGHNESS.
+    """
+    key_size, key_phase = jax.random.split(key)
+    k = jnp.arange(2, 33)
+    size = 0.35 / k * jax.random.normal(key_size, (8, 31))
+    phase = jax.random.uniform(key_phase, (8, 31), maxval=2 * np.pi)
+    angle = jnp.arange(ANGLES) * (2 * np.pi / ANGLES)
+    waves = size[..., None] * jnp.cos(k[:, None] * angle + phase[..., None])
+    radius = jnp.clip(1 + waves.sum(1), 0.2, jnp.minimum(2.0, reach))  # [8, ANGLES]
+    rough = roughness(radius)
+    fits = (rough >= ROUGHNESS[0]) & (rough <= ROUGHNESS[1])
+    return radius[jnp.argmax(fits)]
+
+
+def roughness(radius: jax.Array) -> jax.Array:
+    """Q = perimeter^2 / (4 pi area) of outlines [..., ANGLES]."""
+    angle = jnp.arange(ANGLES) * (2 * np.pi / ANGLES)
+    y, x = radius * jnp.sin(angle), radius * jnp.cos(angle)
+    dy, dx = jnp.roll(y, -1, -1) - y, jnp.roll(x, -1, -1) - x
+    area = 0.5 * jnp.sum(x * dy - y * dx, -1)
+    return jnp.sum(jnp.hypot(dx, dy), -1) ** 2 / (4 * np.pi * area)
+
+
+def blob_depth(y: jax.Array, x: jax.Array, radius: jax.Array, size: jax.Array) -> jax.Array:
+    """How far inside a blob each pixel lies along its ray, px; negative outside, [n, n]."""
+    place = jnp.arctan2(y, x) * (ANGLES / (2 * np.pi)) % ANGLES
+    low = jnp.floor(place).astype(jnp.int32)
+    share = place - low
+    around = (1 - share) * radius[low % ANGLES] + share * radius[(low + 1) % ANGLES]
+    return around * size - jnp.hypot(y, x)
+
+
+def ellipse_depth(y, x, axes: jax.Array, angle: jax.Array) -> jax.Array:
+    """About how far inside an ellipse of two semi-axes each pixel lies, px, [n, n]."""
+    u, v = rotate(y, x, angle)
+    return (1 - jnp.hypot(u / axes[0], v / axes[1])) * jnp.minimum(axes[0], axes[1])
+
+
+def rotate(y, x, angle) -> tuple[jax.Array, jax.Array]:
+    """Coordinates (along, across) the direction `angle`."""
+    return x * jnp.cos(angle) + y * jnp.sin(angle), y * jnp.cos(angle) - x * jnp.sin(angle)
+
+
+def walk(key: jax.Array, steps: int, length: jax.Array, turn: float, angle: jax.Array) -> jax.Array:
+    """A random walk's points (y, x), px, centred on their bounding box: [steps, 2].
+
+    Args:
+      key: of the turns.
+      steps: number of points.
+      length: px, along the walk.
+      turn: standard deviation of the turn between two points, radians.
+      angle: of the first step, radians.
+    """
+    heading = angle + jnp.cumsum(turn * jax.random.normal(key, (steps,)))
+    step = jnp.stack([jnp.sin(heading), jnp.cos(heading)], -1) * length / steps
+    points = jnp.cumsum(step, 0)
+    return points - (points.min(0) + points.max(0)) / 2
+
+
+def line_depth(y, x, points: jax.Array, radius: jax.Array) -> jax.Array:
+    """How far inside a line of varying radius [steps] each pixel lies, px, [n, n]."""
+    dy, dx = y[..., None] - points[:, 0], x[..., None] - points[:, 1]
+    return jnp.max(radius - jnp.sqrt(dy * dy + dx * dx + 1e-12), axis=-1)
+
+
+def coverage(depth: jax.Array, soft: float = 0.5) -> jax.Array:
+    """Share of a pixel that a shape covers, from its depth in px; `soft` px is half the ramp."""
+    return jnp.clip(depth / (2 * soft) + 0.5, 0.0, 1.0)
+
+
+def shade(height: jax.Array, azimuth: jax.Array, elevation: jax.Array) -> jax.Array:
+    """Lambert's cosine of a height field [n, n] px, in [0, 1]; flat ground gives sin(elevation)."""
+    dy, dx = jnp.gradient(height)
+    light = (jnp.cos(azimuth) * dx + jnp.sin(azimuth) * dy) * jnp.cos(elevation)
+    return jnp.clip((jnp.sin(elevation) - light) / jnp.sqrt(1 + dx * dx + dy * dy), 0.0, 1.0)
+
+
+def dilate(mask: jax.Array, by: int) -> jax.Array:
+    """Square dilation of bool [h, w] by `by` px."""
+    window = (2 * by + 1,) * 2
+    return jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, (1, 1), "SAME")
+
+
+def close(mask: jax.Array) -> jax.Array:
+    """3 x 3 closing of bool [h, w]; beyond the border nothing is set, and nothing is missing."""
+    return ~dilate(~dilate(mask, 1), 1)
+
+
+def small_components(mask: jax.Array, below: int = 10, rounds: int = 50) -> jax.Array:
+    """The 8-connected components whose larger bounding-box side is less than `below` px.
+
+    Args:
+      mask: bool [h, w].
+      below: px.
+      rounds: reach in px of the spread of extents; a path within a box of `below` px is shorter.
+
+    Returns:
+      bool [h, w].
+    """
+    h, w = mask.shape
+    y, x = jnp.broadcast_to(jnp.arange(h)[:, None], (h, w)), jnp.broadcast_to(jnp.arange(w), (h, w))
+    far = 2 * (h + w)
+    start = jnp.where(mask, jnp.stack([y, -y, x, -x]), far)  # least of each is an edge of the box
+
+    def spread(state):
+        extent, _, i = state
+        window = (1, 3, 3)
+        least = jax.lax.reduce_window(extent, far, jax.lax.min, window, (1, 1, 1), "SAME")
+        least = jnp.where(mask, least, far)
+        return least, (least != extent).any(), i + 1
+
+    def spreading(state):
+        return state[1] & (state[2] < rounds)
+
+    extent = jax.lax.while_loop(spreading, spread, (start, jnp.array(True), 0))[0]
+    sides = -(extent[0::2] + extent[1::2]) + 1  # [2, h, w]
+    return mask & (sides < below).all(0)

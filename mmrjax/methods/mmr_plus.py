@@ -1,0 +1,319 @@
+"""MMR+: MMR with hybrid attention, synthetic defects to repair, contrast, and aligned domains.
+
+papers/mmr_plus_proposal names four improvements without equations; what is built of each stands in
+models/attention.py, data/defects.py and losses_plus.py. Each is a switch of `config.mmr_plus`, and
+with all of them off a step is that of MMR bit for bit. Nothing is added to what scores an image but
+the limits of attention.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrjax import losses, losses_plus, mesh
+from mmrjax.data import defects, epochs
+from mmrjax.methods import mmr
+from mmrjax.models import attention, masking, resnet, vit
+
+SOFT = 30.0  # the penalty at the end of the soft start, from 0
+GATHER_FROM = 784  # patches; below, masking all pairs is no slower
+SAMPLED = 0.25  # share of patches that global heads see under "random"
+DOMAINS = 16  # most domains that CORAL keeps moments of
+# What else is drawn, folded into an example's or a step's key: mask and crop stay those of MMR.
+DEFECT, SAMPLE, NEGATIVES, HEADS = 0xDEF, 0x5A, 0x4E, 0x4EAD
+
+
+class Head(nn.Module):
+    """The projection that contrasts are trained in, d-256-128 to unit length; unused in tests."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., d] -> float32 [..., 128]."""
+        x = nn.Dense(256, dtype=self.dtype, kernel_init=vit.xavier, name="fc1")(x)
+        x = nn.Dense(128, dtype=self.dtype, kernel_init=vit.xavier, name="fc2")(nn.relu(x))
+        return losses_plus.unit(x.astype(jnp.float32))
+
+
+class MMRPlus(mmr.MMR):
+    """MMR with the switches of `config.mmr_plus`."""
+
+    name = "mmr_plus"
+    fields = (*mmr.MMR.fields, "mmr_plus.")
+
+    def __init__(self, config):
+        """Builds MMR, limits what its heads see, and checks that the switches fit together."""
+        super().__init__(config)
+        self.options = options = config.mmr_plus
+        self._check()
+        self.student = self.student.clone(hybrid=self._hybrid())
+        limited = self.student.hybrid is not None
+        by_distance = options.heads == "by_distance" or (
+            options.heads == "auto" and config.student.init != "scratch"
+        )
+        self.prepares = limited and by_distance
+        self.settings = defects.DefectSettings(
+            kinds=tuple(options.defect_kinds),
+            tiny_share=options.defect_tiny,
+            noise_intensity=options.noise_intensity,
+            spatial_distribution=options.spatial_distribution,
+        )
+        self.heads = {}
+        if options.contrast == "tokens":
+            self.heads["token_head"] = Head(self.dtype)
+        if options.domain == "supcon":
+            self.heads["domain_head"] = Head(self.dtype)
+
+    def _check(self) -> None:
+        options, batch = self.options, self.config.train.batch_size
+        epochs.Plan(batch, options.synthetic_every)
+        if options.synthetic_every:
+            return
+        if options.contrast != "none":
+            raise ValueError(
+                f"mmr_plus.contrast={options.contrast} needs synthetic defects; set "
+                "mmr_plus.synthetic_every=4, or mmr_plus.contrast=none"
+            )
+        if options.domain == "supcon":
+            raise ValueError(
+                "mmr_plus.domain=supcon needs synthetic defects to tell good ones from; set "
+                "mmr_plus.synthetic_every=4, or mmr_plus.domain=coral"
+            )
+
+    def _hybrid(self) -> attention.Hybrid | None:
+        """What `config.mmr_plus` lets the heads see; None: everything."""
+        options, model = self.options, self.student
+        if not options.hybrid:
+            return None
+        far = attention.FULL if options.sampling == "full" else attention.GLOBAL
+        local = int(options.local_heads * model.heads + 1e-9)
+        kinds = attention.fixed_kinds(model.depth, model.heads, local, options.layers, far)
+        return attention.Hybrid(kinds, options.window, options.stride)
+
+    def plan(self, records, indices):
+        """Rows for synthetic defects in each batch, and domains in turn where they are aligned."""
+        domain = None if self.options.domain == "none" else self._domains(records, indices)
+        every = self.options.synthetic_every
+        on_part = bool(every) and self.options.foreground == "otsu"
+        plan = epochs.Plan(self.config.train.batch_size, every, domain, on_part)
+        plan.table(len(indices), 0, 0)  # refuses too few images before anything is compiled
+        return plan
+
+    def _domains(self, records, indices) -> np.ndarray:
+        """The number of each image's domain, int32 [n]: a data set of joined ones, else its own."""
+        options = self.options
+        names = records.table.get("part", records.table["domain"])[indices]
+        domains, index = np.unique(names, return_inverse=True)
+        if len(domains) < 2:
+            raise ValueError(
+                f"mmr_plus.domain={options.domain} needs training images of two or more domains; "
+                f"all {len(indices)} are of {str(domains[0])!r}; set mmr_plus.domain=none"
+            )
+        if options.domain == "coral" and len(domains) > DOMAINS:
+            raise ValueError(
+                f"mmr_plus.domain=coral takes up to {DOMAINS} domains, there are {len(domains)}"
+            )
+        return index.astype(np.int32)
+
+    def init(self, key, frozen):
+        """MMR's student with the same initial values, and what the switches need beside it."""
+        variables, facts = super().init(key, frozen)
+        x, key = jnp.zeros((1, self.student.width)), jax.random.fold_in(key, HEADS)
+        params = {name: head.init(key, x)["params"] for name, head in self.heads.items()}
+        variables = {**variables, "params": {**variables["params"], **params}}
+        if self.student.hybrid is not None:
+            kinds = jnp.asarray(self.student.hybrid.kinds, jnp.int32)
+            variables["attention"] = {"kinds": kinds}
+        if self.options.domain == "coral":
+            variables["moments"] = losses_plus.no_moments(DOMAINS, self.student.width)
+        return variables, facts
+
+    def prepare(self, variables, frozen, batches):
+        """Makes those heads local that look least far before training."""
+
+        @jax.jit
+        def distances(variables, pixels):
+            images = resnet.normalise(pixels / 255.0)
+            _, kept = self.student.apply(variables, images, penalty=0.0, mutable="intermediates")
+            # [depth, b, 1 + n, heads, c] each.
+            (pair,) = kept["intermediates"]["encoder"]["blocks"]["attn"]["queries_keys"]
+            grid = tuple(side // self.student.patch for side in images.shape[1:3])
+            found = jax.lax.map(lambda qk: attention.mean_distances(*qk, grid), pair)
+            return jnp.moveaxis(found, 1, 0)  # [b, depth, heads]
+
+        found = [mesh.gather(distances(variables, x))[:real] for x, real in batches]
+        mean = np.concatenate(found).mean(axis=0)  # [depth, heads]
+        kinds = attention.shortest_local(mean, np.asarray(self.student.hybrid.kinds))
+        local = [np.flatnonzero(row == attention.LOCAL).tolist() for row in kinds]
+        facts = {"local_heads": local, "mean_distances": np.round(mean, 3).tolist()}
+        changed = {"attention": {"kinds": jnp.asarray(kinds, jnp.int32)}}
+        return {**variables, **changed}, {"attention": facts}
+
+    def loss(self, variables, frozen, batch, key, progress):
+        """The student sees a defect and predicts the teacher's features of the normal twin."""
+        options, collections = self.options, {}
+        normal, found = batch["image"], None
+        seen = normal
+        if options.synthetic_every:
+            found = self._synthesise(batch)
+            seen = self._with_synthetic(normal, found.images)
+        limits = self._limits(batch, progress["epoch"])
+        features = self._reconstruct(variables, resnet.normalise(seen), batch["keys"], **limits)
+        targets = self._targets(frozen, normal)
+        weight = batch["weight"]
+        if found is None or options.tiny_weight == 1:
+            loss, logs = losses.multi_scale_cosine(features, targets, weight)
+        else:
+            tiny = self._with_synthetic(jnp.zeros(normal.shape[:3], bool), found.tiny)
+            loss, logs = losses_plus.weighted_cosine(
+                features,
+                targets,
+                weight,
+                tiny,
+                options.tiny_weight,
+                options.tiny_mode == "balanced",
+            )
+        extra = {}
+        if options.contrast == "features":
+            extra["contrast"] = self._contrast(frozen, features, targets, found, key)
+        if options.contrast == "tokens":
+            extra["contrast"] = self._token_contrast(variables, features, found, batch)
+        if options.domain == "supcon":
+            extra["domain"] = self._aligned(variables, features, found, batch)
+        if options.domain == "coral":
+            moments = self._moments(variables, features, batch)
+            collections["moments"] = jax.lax.stop_gradient(moments)
+            extra["domain"] = losses_plus.coral(moments)
+        for name, value in extra.items():
+            loss += options[f"{name}_weight"] * self._ramp(progress["epoch"]) * value
+            logs[f"loss_{name}"] = value
+        if found is not None:
+            logs["defects"] = found.mask.any(axis=(1, 2)).sum().astype(jnp.float32)
+        return loss, (collections, logs)
+
+    def _targets(self, frozen: dict, images: jax.Array) -> dict:
+        """The teacher's features, without gradient."""
+        images = resnet.normalise(images)
+        return jax.lax.stop_gradient(self.teacher.apply(frozen["teacher"], images))
+
+    def _synthetic(self, x: jax.Array) -> jax.Array:
+        """The rows of a batch that become synthetic ones."""
+        every = self.options.synthetic_every
+        return x.reshape(-1, every, *x.shape[1:])[:, 0]
+
+    def _with_synthetic(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """A batch with the synthetic rows replaced."""
+        groups = x.reshape(-1, self.options.synthetic_every, *x.shape[1:])
+        return jnp.concatenate([rows[:, None], groups[:, 1:]], axis=1).reshape(x.shape)
+
+    def _synthesise(self, batch: dict) -> defects.Defects:
+        """Defects on every so-many-th picture of the batch, crop and flip done; in [0, 1]."""
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self._synthetic(batch["keys"]), DEFECT)
+        normal = self._synthetic(batch["image"])
+        pictures = jnp.round(255 * normal)
+        where = self._synthetic(batch["foreground"]) if "foreground" in batch else None
+        found = defects.synthesise(keys, pictures, where, self.settings)
+        # Added as a difference: what is not blended stays the same bit for bit.
+        return found._replace(images=normal + (found.images - pictures) / 255)
+
+    def _epochs(self, share: float) -> int:
+        """A share of the training in whole epochs."""
+        return int(share * self.config.train.epochs + 1e-9)
+
+    def _ramp(self, epoch: jax.Array) -> jax.Array:
+        return losses_plus.ramp(epoch, *map(self._epochs, self.options.ramp))
+
+    def _limits(self, batch: dict, epoch: jax.Array) -> dict:
+        """How hard the limits of attention are now, and the keys of global heads if random."""
+        if self.student.hybrid is None:
+            return {}
+        limits, last = {}, self._epochs(self.options.soft_start)
+        if last:
+            limits["penalty"] = jnp.where(epoch < last, SOFT * epoch / last, attention.HARD)
+        if self.options.sampling == "random":
+            limits["sample"] = self._sample(batch["keys"], batch["image"].shape)
+        return limits
+
+    def _sample(self, keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A quarter of the patches of each key's image, bool [b, n]."""
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, SAMPLE)
+        n = shape[1] // self.student.patch * (shape[2] // self.student.patch)
+        _, rank = masking.shuffle(masking.random_noise(keys, n))
+        return rank < math.ceil(SAMPLED * n)
+
+    def _whole(self, variables, images):
+        """With hard limits; random keys are drawn once and for all."""
+        limits, model = {}, self.student
+        if model.hybrid is not None and self.options.sampling == "random":
+            limits["sample"] = self._sample(jax.random.split(jax.random.key(0), 1), images.shape)
+        if self._gathers(images.shape):
+            model = model.clone(hybrid=dataclasses.replace(model.hybrid, gather=True))
+        return model.apply(variables, images, **limits)
+
+    def _gathers(self, shape: tuple[int, ...]) -> bool:
+        """Whether keys are collected: on large grids, where it is possible (see `Hybrid`)."""
+        n = shape[1] // self.student.patch * (shape[2] // self.student.patch)
+        possible = self.options.sampling == "lattice" and self.options.layers == "all"
+        return self.student.hybrid is not None and possible and n >= GATHER_FROM
+
+    def _contrast(self, frozen, features, targets, found, key) -> jax.Array:
+        """InfoNCE between features of the defect and of its normal twin (spec, section 4)."""
+        student, normal = (
+            {layer: self._synthetic(maps[layer]) for layer in targets}
+            for maps in (features, targets)
+        )
+        options, key = self.options, jax.random.fold_in(key, NEGATIVES)
+        defective = self._targets(frozen, found.images)
+        loss, _ = losses_plus.feature_contrast(
+            key,
+            student,
+            normal,
+            defective,
+            found.mask,
+            negatives=options.negatives,
+            temperature=options.temperature,
+            alike=options.alike,
+        )
+        return loss
+
+    def _token_contrast(self, variables, features, found, batch) -> jax.Array:
+        """SupCon of visible tokens, with and without a defect in their patch."""
+        h, w = (side // self.student.patch for side in batch["image"].shape[1:3])
+        mask = self._with_synthetic(jnp.zeros(batch["image"].shape[:3], bool), found.mask)
+        is_defective = losses_plus.cells(mask, (h, w)).reshape(-1, h * w)
+        student = self.config.student
+        if student.mask_form == "drop":
+            ids, _ = masking.shuffle(masking.random_noise(batch["keys"], h * w))
+            ids = ids[:, : masking.kept_tokens(h * w, student.mask_ratio)]
+            is_defective = jnp.take_along_axis(is_defective, ids, axis=1)
+        g = self._project("token_head", variables, features["latent"][:, 1:])
+        pairs = losses_plus.token_pairs(is_defective.reshape(-1))
+        return losses_plus.supervised_contrast(
+            g.reshape(-1, g.shape[-1]), *pairs, self.options.temperature
+        )
+
+    def _aligned(self, variables, features, found, batch) -> jax.Array:
+        """SupCon of whole images across domains (spec, section 5)."""
+        g = self._project("domain_head", variables, _pooled(features))
+        is_defective = found.mask.any(axis=(1, 2))
+        is_defective = self._with_synthetic(jnp.zeros(len(g), bool), is_defective)
+        pairs = losses_plus.domain_pairs(batch["domain"], is_defective, batch["weight"])
+        return losses_plus.supervised_contrast(g, *pairs, self.options.temperature)
+
+    def _moments(self, variables, features, batch) -> dict:
+        """The domains' moments of pooled tokens, this batch included."""
+        pooled, domain = _pooled(features), batch["domain"]
+        return losses_plus.running_moments(variables["moments"], pooled, domain, batch["weight"])
+
+    def _project(self, name: str, variables: dict, x: jax.Array) -> jax.Array:
+        return self.heads[name].apply({"params": variables["params"][name]}, x)
+
+
+def _pooled(features: dict) -> jax.Array:
+    """The mean of the visible tokens, float32 [b, d]."""
+    return features["latent"][:, 1:].astype(jnp.float32).mean(axis=1)

@@ -1,0 +1,246 @@
+"""Hybrid attention of MMR+: local heads see a window of the image, global heads a sparse lattice.
+
+The proposal (papers/mmr_plus_proposal) names "local attention (3x3 window)" and "global attention
+(sparse sampling)" and no more; a window is read as patches, since one patch is all of 3 x 3 px.
+There are no new parameters: only which keys a query may see differs from head to head. Windows and
+lattices lie on the grid of the whole image, not on the shortened sequence of visible tokens.
+
+Every query sees itself and the class token, so no row is empty; the class token sees everything.
+Called by `vit.Attention`; public JAX code for two-dimensional neighbourhoods was not found.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FULL, LOCAL, GLOBAL = 0, 1, 2  # kinds of heads
+HARD = 1e9  # taken off a logit, it leaves a weight of exactly 0 in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid:
+    """What the heads of each layer see.
+
+    Attributes:
+      kinds: FULL, LOCAL or GLOBAL of every head before any choice by distance, [depth][heads].
+      window: side of a local head's window in patches, odd.
+      stride: of the lattice that global heads see; its phase rotates through stride² layers.
+      gather: collect the keys that are seen instead of masking all pairs. The same result, for
+        large grids; asks for LOCAL and GLOBAL heads alone, in equal numbers in every layer, for a
+        lattice, and for a hard limit.
+    """
+
+    kinds: tuple[tuple[int, ...], ...]
+    window: int = 3
+    stride: int = 2
+    gather: bool = False
+
+    @property
+    def local_heads(self) -> int:
+        """LOCAL heads of the first layer."""
+        return self.kinds[0].count(LOCAL)
+
+
+@flax.struct.dataclass
+class Tokens:
+    """Which patches the tokens of a call are, class token excepted.
+
+    Attributes:
+      ids: int [b or 1, k], row-major numbers on the image's grid.
+      penalty: float32 scalar >= 0, taken off the logits of pairs that are not allowed.
+      sample: bool [b or 1, n], the keys of global heads among all n patches; None for the lattice.
+      grid: patches per column and per row of the whole image.
+    """
+
+    ids: jax.Array
+    penalty: jax.Array | float
+    sample: jax.Array | None
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
+
+
+def fixed_kinds(
+    depth: int, heads: int, local: int, layers: str = "all", far: int = GLOBAL
+) -> tuple[tuple[int, ...], ...]:
+    """The first `local` heads LOCAL and the others `far`, in the hybrid layers; FULL in the rest.
+
+    `layers`: all | last_half | alternate (every second one, the first not).
+    """
+    chosen = {
+        "all": range(depth),
+        "last_half": range(depth // 2, depth),
+        "alternate": range(1, depth, 2),
+    }[layers]
+    own, plain = (LOCAL,) * local + (far,) * (heads - local), (FULL,) * heads
+    return tuple(own if layer in chosen else plain for layer in range(depth))
+
+
+def local_pairs(ids: jax.Array, grid: tuple[int, int], window: int) -> jax.Array:
+    """Whether two patches are in one window: bool [b, k, k], self included, clipped at borders."""
+
+    def near(x: jax.Array) -> jax.Array:
+        return jnp.abs(x[:, :, None] - x[:, None, :]) <= window // 2
+
+    row, column = jnp.divmod(ids, grid[1])
+    return near(row) & near(column)
+
+
+def on_lattice(
+    ids: jax.Array, grid: tuple[int, int], stride: int, layer: jax.Array | int
+) -> jax.Array:
+    """Whether each patch is on the lattice of a layer (from 0); bool, shaped as `ids`."""
+    row, column = jnp.divmod(ids, grid[1])
+    return ((row - layer) % stride == 0) & ((column - layer // stride) % stride == 0)
+
+
+def allowed_pairs(
+    hybrid: Hybrid, tokens: Tokens, layer: jax.Array | int, kinds: jax.Array
+) -> jax.Array:
+    """Which query may see which key, class token first: bool [b or 1, heads, 1 + k, 1 + k].
+
+    Args:
+      hybrid: window and stride.
+      tokens: k of them.
+      layer: number of the layer, from 0.
+      kinds: int [heads], of this layer.
+    """
+    if tokens.sample is None:
+        keys = on_lattice(tokens.ids, tokens.grid, hybrid.stride, layer)
+    else:
+        keys = jnp.take_along_axis(tokens.sample, tokens.ids, axis=1)
+    local = local_pairs(tokens.ids, tokens.grid, hybrid.window)
+    sparse = keys[:, None, :] | jnp.eye(keys.shape[1], dtype=bool)
+    kind = kinds[:, None, None]
+    pairs = (kind == FULL) | jnp.where(kind == LOCAL, local[:, None], sparse[:, None])
+    return jnp.pad(pairs, ((0, 0), (0, 0), (1, 0), (1, 0)), constant_values=True)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    hybrid: Hybrid,
+    tokens: Tokens,
+    layer: jax.Array | int,
+    kinds: jax.Array,
+) -> jax.Array:
+    """Attention of one layer; softmax in float32.
+
+    Args:
+      q: queries [b, 1 + k, heads, c], class token first.
+      k: keys, the same shape.
+      v: values, the same shape.
+      hybrid: settings.
+      tokens: k of them.
+      layer: number of the layer, from 0.
+      kinds: int [heads], of this layer.
+
+    Returns:
+      [b, 1 + k, heads, c].
+    """
+    if not hybrid.gather:
+        allowed = allowed_pairs(hybrid, tokens, layer, kinds)
+        bias = jnp.where(allowed, 0.0, -jnp.asarray(tokens.penalty, jnp.float32))
+        return jax.nn.dot_product_attention(q, k, v, bias)
+    order = jnp.argsort(kinds)  # LOCAL before GLOBAL
+    ordered = [x[:, :, order] for x in (q, k, v)]
+    split = hybrid.local_heads
+    local = _gathered_local(*(x[:, :, :split] for x in ordered), hybrid, tokens)
+    sparse = _gathered_global(*(x[:, :, split:] for x in ordered), hybrid, tokens, layer)
+    patches = jnp.concatenate([local, sparse], axis=2)[:, :, jnp.argsort(order)]
+    return jnp.concatenate([jax.nn.dot_product_attention(q[:, :1], k, v), patches], axis=1)
+
+
+def _slots(tokens: Tokens) -> jax.Array:
+    """Where each patch stands in the sequence, int [b or 1, n + 1]; -1: dropped or no patch."""
+    b, k = tokens.ids.shape
+    table = jnp.full((b, tokens.grid[0] * tokens.grid[1] + 1), -1)
+    return table.at[jnp.arange(b)[:, None], tokens.ids].set(jnp.arange(1, k + 1))
+
+
+def _gathered_local(q, k, v, hybrid: Hybrid, tokens: Tokens) -> jax.Array:
+    """Patches' outputs of local heads, [b, k, heads, c], from window² + 1 keys per query."""
+    near = jnp.asarray(_windows(tokens.grid, hybrid.window))[tokens.ids]  # [b, k, s] patch numbers
+    slots = jax.vmap(lambda table, ids: table[ids])(_slots(tokens), near)
+    slots = jnp.pad(slots, ((0, 0), (0, 0), (1, 0)))  # the class token, in slot 0
+    slots = jnp.broadcast_to(slots, (q.shape[0], *slots.shape[1:]))
+    keys, values = (jax.vmap(lambda x, s: x[s])(x, jnp.maximum(slots, 0)) for x in (k, v))
+    logits = jnp.einsum("bqhc,bqshc->bhqs", q[:, 1:], keys, preferred_element_type=jnp.float32)
+    weights = _softmax(logits * q.shape[-1] ** -0.5, (slots >= 0)[:, None])
+    return jnp.einsum("bhqs,bqshc->bqhc", weights.astype(v.dtype), values)
+
+
+def _gathered_global(q, k, v, hybrid: Hybrid, tokens: Tokens, layer) -> jax.Array:
+    """Patches' outputs of global heads, [b, k, heads, c], from lattice, class token and self."""
+    ids = _lattice_ids(tokens.grid, hybrid.stride, layer)
+    slots = jnp.pad(_slots(tokens)[:, ids], ((0, 0), (1, 0)))  # [b, 1 + m], class token first
+    slots = jnp.broadcast_to(slots, (q.shape[0], slots.shape[1]))
+    keys, values = (jax.vmap(lambda x, s: x[s])(x, jnp.maximum(slots, 0)) for x in (k, v))
+    q, scale, own = q[:, 1:], q.shape[-1] ** -0.5, jnp.arange(1, q.shape[1])
+    logits = jnp.einsum("bqhc,bshc->bhqs", q, keys, preferred_element_type=jnp.float32)
+    itself = jnp.einsum("bqhc,bqhc->bhq", q, k[:, 1:], preferred_element_type=jnp.float32)
+    seen = (slots[:, None] >= 0) & (slots[:, None] != own[:, None])  # itself is counted once, below
+    seen = jnp.pad(seen, ((0, 0), (0, 0), (0, 1)), constant_values=True)[:, None]
+    logits = jnp.concatenate([logits, itself[..., None]], axis=-1)
+    weights = _softmax(logits * scale, seen).astype(v.dtype)
+    mixed = jnp.einsum("bhqs,bshc->bqhc", weights[..., :-1], values)
+    return mixed + jnp.moveaxis(weights[..., -1], 1, 2)[..., None] * v[:, 1:]
+
+
+def _softmax(logits: jax.Array, seen: jax.Array) -> jax.Array:
+    return jax.nn.softmax(jnp.where(seen, logits, -HARD), axis=-1)
+
+
+def _windows(grid: tuple[int, int], window: int) -> np.ndarray:
+    """The patches of every patch's window, int [n, window²]; n stands for one beyond the border."""
+    h, w = grid
+    row, column = np.indices(grid).reshape(2, -1, 1)
+    offset = np.indices((window, window)).reshape(2, 1, -1) - window // 2
+    row, column = row + offset[0], column + offset[1]
+    inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+    return np.where(inside, row * w + column, h * w)
+
+
+def _lattice_ids(grid: tuple[int, int], stride: int, layer: jax.Array | int) -> jax.Array:
+    """The patches on a layer's lattice, int [m], m its largest size; n: beyond the border."""
+    h, w = grid
+    row = layer % stride + stride * jnp.arange(-(-h // stride))
+    column = (layer // stride) % stride + stride * jnp.arange(-(-w // stride))
+    inside = (row < h)[:, None] & (column < w)
+    return jnp.where(inside, row[:, None] * w + column, h * w).reshape(-1)
+
+
+def mean_distances(q: jax.Array, k: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """How far each head looks on average in each image, in patches: float32 [b, heads].
+
+    The attention of the patches to the patches, class token left out, as mean attention distance
+    is measured in Dosovitskiy et al. 2021, figure 7.
+
+    Args:
+      q: queries [b, 1 + n, heads, c] of whole images, class token first.
+      k: keys, the same shape.
+      grid: patches per column and per row, n in all.
+    """
+    logits = jnp.einsum("bqhc,bshc->bhqs", q[:, 1:], k[:, 1:], preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+    place = np.indices(grid).reshape(2, -1)
+    distance = np.hypot(*(place[:, :, None] - place[:, None, :]))
+    return (
+        jnp.einsum("bhqs,qs->bh", weights, jnp.asarray(distance, jnp.float32)) / q[0, 1:].shape[0]
+    )
+
+
+def shortest_local(distances: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Gives the LOCAL places of every layer to the heads that look least far; int [depth, heads].
+
+    Args:
+      distances: [depth, heads], see `mean_distances`.
+      kinds: [depth, heads], in any order; FULL layers stay as they are.
+    """
+    rank = np.argsort(np.argsort(distances, axis=1, kind="stable"), axis=1, kind="stable")
+    # LOCAL, then GLOBAL (or FULL, where global heads see everything), by rank of distance.
+    key = np.where(kinds == LOCAL, 0, 1)
+    ordered = np.take_along_axis(kinds, np.argsort(key, axis=1, kind="stable"), axis=1)
+    return np.take_along_axis(ordered, rank, axis=1)

@@ -1,0 +1,208 @@
+"""Synthetic defects keep the promises of MMR+'s section 7."""
+
+import collections
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrjax.data import defect_shapes, defects
+
+SIZE, BATCH = 96, 24
+draw = jax.jit(defects.synthesise, static_argnames="settings")
+ALL = defects.DefectSettings()
+HELD_OUT = defects.DefectSettings(kinds=defects.HELD_OUT)
+
+
+def surfaces(n: int, size: int = SIZE, seed: int = 0) -> np.ndarray:
+    """Ground metal of different brightness, uint8 [n, size, size, 3]."""
+    rng = np.random.default_rng(seed)
+    level = rng.uniform(25, 215, (n, 1, 1, 1))
+    stripes, grain = rng.normal(0, 6, (n, 1, size, 1)), rng.normal(0, 3, (n, size, size, 1))
+    return np.clip(level + stripes + grain + np.zeros(3), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return surfaces(BATCH)
+
+
+@pytest.fixture(scope="module")
+def part():
+    """A disc in the first half of the pictures, everything in the others."""
+    y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
+    inside = np.ones((BATCH, SIZE, SIZE), bool)
+    inside[: BATCH // 2] = np.hypot(y, x) < 36
+    return inside
+
+
+@pytest.fixture(scope="module")
+def drawn(images, part):
+    """Three batches with all kinds of the training generator."""
+    keys = jax.random.split(jax.random.key(0), (3, BATCH))
+    batches = [jax.device_get(draw(key, images, part, settings=ALL)) for key in keys]
+    return defects.Defects(*(np.concatenate(field) for field in zip(*batches, strict=True)))
+
+
+def components(mask: np.ndarray) -> np.ndarray:
+    """Rows x, y, w, h, area of the 8-connected components."""
+    return cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)[2][1:]
+
+
+def check_labels(images: np.ndarray, found: defects.Defects) -> None:
+    """The mask is what changed, and the tiny mask its small components."""
+    change = np.abs(found.images - images).mean(-1)
+    closed = np.ones((3, 3), np.uint8)
+    for i, mask in enumerate(found.mask):
+        assert mask[change[i] > defects.CHANGED].all()  # from one pixel upward, also at borders
+        changed = (change[i] > defects.CHANGED).astype(np.uint8)
+        assert not mask[cv2.dilate(changed, closed) == 0].any()
+        labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)[1]
+        small = [j + 1 for j, c in enumerate(components(mask)) if max(c[2], c[3]) < 10]
+        np.testing.assert_array_equal(found.tiny[i], np.isin(labels, small))
+        assert mask.any() == (found.kind[i] != defects.NONE)
+
+
+def check_tiny(images: np.ndarray, part: np.ndarray, found: defects.Defects) -> int:
+    """Every tiny defect fits its box, shows and lies on the part; returns their number."""
+    count = 0
+    for i in np.flatnonzero(np.isin(found.kind, [defects.KINDS.index(k) for k in defects.TINY])):
+        boxes = components(found.mask[i])
+        assert 1 <= len(boxes) <= 3
+        for x, y, w, h, area in boxes:
+            assert max(w, h) <= defects.BOX
+            where = np.s_[y : y + h, x : x + w]
+            change = np.abs(found.images[i][where] - images[i][where]).mean(-1)
+            assert np.sort(change.ravel())[-max(1, area // 3) :].mean() >= defects.VISIBLE
+            on_part = (found.mask[i][where] & part[i][where]).sum()
+            assert on_part >= 0.6 * found.mask[i][where].sum()  # 70 % of the shape itself
+            count += 1
+    return count
+
+
+def test_labels_are_what_changed(images, drawn):
+    check_labels(np.tile(images, (3, 1, 1, 1)), drawn)
+
+
+def test_tiny_defects_fit_show_and_lie_on_the_part(images, part, drawn):
+    assert check_tiny(np.tile(images, (3, 1, 1, 1)), np.tile(part, (3, 1, 1)), drawn) > 40
+
+
+def test_every_kind_is_drawn_and_nearly_every_picture_gets_one(drawn):
+    assert set(np.unique(drawn.kind)) >= {defects.KINDS.index(k) for k in defects.TRAINING}
+    assert (drawn.kind == defects.NONE).mean() < 0.06
+
+
+def test_pixels_are_whole_grey_levels_and_untouched_elsewhere(images, drawn):
+    np.testing.assert_array_equal(drawn.images, np.round(drawn.images))
+    assert drawn.images.min() >= 0
+    assert drawn.images.max() <= 255
+    images = np.tile(images, (3, 1, 1, 1))
+    tiny = np.isin(drawn.kind, [defects.KINDS.index(name) for name in defects.TINY])
+    far = np.stack([cv2.dilate(m.astype(np.uint8), np.ones((17, 17))) == 0 for m in drawn.mask])
+    far &= tiny[:, None, None]
+    np.testing.assert_array_equal(drawn.images[far], images[far])
+    none = drawn.kind == defects.NONE
+    np.testing.assert_array_equal(drawn.images[none], images[none])
+
+
+def test_a_picture_depends_on_its_own_key_alone(images, part, drawn):
+    keys = jax.random.split(jax.random.key(0), (3, BATCH))[0]
+    order = np.random.default_rng(1).permutation(BATCH)
+    again = jax.device_get(draw(keys[order], images[order], part[order], settings=ALL))
+    for ours, theirs in zip(again, drawn, strict=True):
+        np.testing.assert_array_equal(ours, theirs[:BATCH][order])
+
+
+def test_held_out_kinds_keep_the_same_promises(images):
+    found = jax.device_get(draw(jax.random.key(3), images, None, settings=HELD_OUT))
+    names = {defects.KINDS[k] for k in found.kind if k != defects.NONE}
+    assert names <= set(defects.HELD_OUT)
+    assert len(names) >= 3
+    assert not set(defects.HELD_OUT) & set(defects.TRAINING)
+    check_labels(images, found)
+
+
+def test_nothing_is_drawn_where_there_is_no_part(images):
+    nowhere = np.zeros(images.shape[:3], bool)
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    found = jax.device_get(draw(keys, images, nowhere, settings=ALL))
+    assert (found.kind == defects.NONE).all()
+    np.testing.assert_array_equal(found.images, images)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_small_components_equal_opencv(seed):
+    rng = np.random.default_rng(seed)
+    noise = cv2.GaussianBlur(rng.normal(size=(80, 90)), (0, 0), 1 + seed)
+    mask = noise > np.quantile(noise, 0.7)
+    labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)[1]
+    small = [i + 1 for i, c in enumerate(components(mask)) if max(c[2], c[3]) < 10]
+    found = defect_shapes.small_components(jnp.asarray(mask))
+    np.testing.assert_array_equal(found, np.isin(labels, small))
+
+
+def test_outlines_are_rough_as_broken_edges_are():
+    radius = jax.vmap(lambda k: defect_shapes.outline(k, 3.0))(
+        jax.random.split(jax.random.key(0), 200)
+    )
+    rough = np.asarray(defect_shapes.roughness(radius))
+    low, high = defect_shapes.ROUGHNESS
+    assert ((rough >= low) & (rough <= high)).all()
+    circle = defect_shapes.roughness(jnp.ones(defect_shapes.ANGLES))
+    assert float(circle) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_kinds_share_their_group_equally():
+    shares = ALL.probabilities
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert shares["spot"] == shares["groove"] == pytest.approx(0.3)
+    assert {shares[k] for k in ("fracture", "chip", "stain", "scratch")} == {pytest.approx(0.1)}
+    assert set(HELD_OUT.probabilities.values()) == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"kinds": ("dent",)}, "dent"),
+        ({"kinds": ()}, "choose"),
+        ({"spatial_distribution": "corner"}, "uniform"),
+        ({"tiny_share": 1.5}, "tiny_share"),
+        ({"noise_intensity": -0.1}, "noise_intensity"),
+        ({"contrast": (0.3, 0.1)}, "contrast"),
+    ],
+)
+def test_bad_settings_are_named(change, word):
+    with pytest.raises(ValueError, match=word):
+        defects.DefectSettings(**change)
+
+
+def test_bad_arrays_are_named(images):
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="64"):
+        defects.synthesise(key, images[:, :40], None, ALL)
+    with pytest.raises(ValueError, match="foreground"):
+        defects.synthesise(key, images, np.ones((2, SIZE, SIZE), bool), ALL)
+    with pytest.raises(ValueError, match="bank"):
+        defects.synthesise(key, images, None, defects.DefectSettings(kinds=("real",)))
+    with pytest.raises(ValueError, match="key"):
+        defects.synthesise(jax.random.split(key, 3), images, None, ALL)
+
+
+@pytest.mark.slow
+def test_ten_thousand_tiny_defects_and_balanced_kinds():
+    pictures = surfaces(64, 224, seed=5)
+    everywhere = np.ones(pictures.shape[:3], bool)
+    counts, tiny = collections.Counter(), 0
+    for step in range(140):
+        key = jax.random.fold_in(jax.random.key(7), step)
+        found = jax.device_get(draw(key, pictures, None, settings=ALL))
+        tiny += check_tiny(pictures, everywhere, found)
+        counts.update(found.kind.tolist())
+    assert tiny >= 10_000
+    total = sum(counts.values())
+    for name, share in ALL.probabilities.items():  # within five standard deviations
+        spread = 5 * (share * (1 - share) / total) ** 0.5
+        assert abs(counts[defects.KINDS.index(name)] / total - share) < spread + 0.01

@@ -1,0 +1,403 @@
+"""MMR+: with every switch off it is MMR bit for bit; what each switch does to a step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrjax import losses_plus, methods, state, train
+from mmrjax import mesh as mesh_lib
+from mmrjax.data import defects
+from mmrjax.models import attention
+
+OFF = {
+    "hybrid": False,
+    "synthetic_every": 0,
+    "tiny_weight": 1.0,
+    "contrast": "none",
+    "domain": "none",
+}
+STEPS_PER_EPOCH = 2
+DOMAIN = np.arange(20, dtype=np.int32) % 3
+
+
+def dark_square(key, images, foreground, settings, bank=None):
+    """In place of the synthesiser, which is tested apart: a black square of 8 px."""
+    corner = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, images.shape[1] - 8))(key)
+    place = jnp.arange(images.shape[1]) - corner[..., None]  # [b, 2, h]
+    inside = (place >= 0) & (place < 8)
+    mask = inside[:, 0, :, None] & inside[:, 1, None, :]
+    painted = jnp.where(mask[..., None], 0.0, images.astype(jnp.float32))
+    return defects.Defects(painted, mask, mask, jnp.zeros(len(images), jnp.int32))
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    monkeypatch.setattr(defects, "synthesise", dark_square)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.optim.warmup = 0.0
+    config.train.epochs = 20  # soft start until 2, ramps from 2 to 5
+    config.mmr_plus.update(OFF)
+    return config
+
+
+@pytest.fixture
+def make(base):
+    """(name, switches) -> the method."""
+
+    def build(name="mmr_plus", **switches):
+        config = base.copy_and_resolve_references()
+        config.mmr_plus.update(switches)
+        return methods.create(name, config)
+
+    return build
+
+
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
+
+
+def whole(key, image, size):
+    """In place of augmentation."""
+    return image / 255.0
+
+
+def run(method, steps=3, devices=1, first=0):
+    """(state, logs of every step, compiled step) after some steps of batches of 8."""
+    mesh = mesh_lib.make_mesh(devices)
+    frozen = mesh_lib.replicate(method.load_frozen()[0], mesh)
+    variables, _ = method.init(jax.random.key(0), frozen)
+    tx = method.optimiser(STEPS_PER_EPOCH)
+    step = state.make_train_step(method, tx, whole, STEPS_PER_EPOCH, mesh)
+    resident = {"image": pictures(), "size": np.tile(np.int32([[64, 64]]), (20, 1))}
+    resident = mesh_lib.replicate({**resident, "domain": DOMAIN}, mesh)
+    current = state.create(variables, tx)
+    current = mesh_lib.replicate(current.replace(step=jnp.int32(first)), mesh)
+    logs = []
+    for i in range(steps):
+        index = (np.arange(8)[None] * 3 + i) % 20
+        chunk = {"index": index.astype(np.int32), "weight": np.ones((1, 8), np.float32)}
+        chunk = mesh_lib.put_batch(chunk, mesh, axis=1)
+        current, found = step(current, frozen, resident, chunk, jax.random.key(7))
+        logs.append({name: float(value[0]) for name, value in found.items()})
+    return jax.device_get(current), logs, step
+
+
+@pytest.fixture(scope="module")
+def plain(base):
+    return run(methods.create("mmr", base))
+
+
+# --- off
+
+
+def test_with_every_switch_off_three_steps_are_those_of_mmr_bit_for_bit(make, plain):
+    current, logs, _ = run(make())
+    assert logs == plain[1]
+    for name in ("params", "collections", "opt_state"):
+        got, want = getattr(current, name), getattr(plain[0], name)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_with_every_switch_off_the_score_is_that_of_mmr(make, plain):
+    images = pictures()[:3] / 255.0
+    results = []
+    for method in (make("mmr"), make()):
+        frozen, _ = method.load_frozen()
+        results.append(jax.jit(method.predict)(plain[0].variables, frozen, images))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+# --- each switch
+
+SWITCHES = {
+    "all": {
+        "hybrid": True,
+        "synthetic_every": 4,
+        "tiny_weight": 2.0,
+        "contrast": "features",
+        "domain": "supcon",
+    },
+    "others": {
+        "hybrid": True,
+        "sampling": "random",
+        "synthetic_every": 4,
+        "tiny_weight": 5.0,
+        "tiny_mode": "balanced",
+        "contrast": "tokens",
+        "domain": "coral",
+    },
+}
+
+
+@pytest.fixture(scope="module", params=sorted(SWITCHES))
+def trained(request, base):
+    """A run from epoch 1 to 7, through the soft start and the ramps."""
+    config = base.copy_and_resolve_references()
+    config.mmr_plus.update(SWITCHES[request.param])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(defects, "synthesise", dark_square)
+        return request.param, *run(methods.create("mmr_plus", config), steps=12, first=2)
+
+
+def test_all_switches_train_and_compile_once_over_all_ramps(trained, plain):
+    _, current, logs, step = trained
+    assert step._cache_size() == 1
+    assert all(np.isfinite(list(line.values())).all() for line in logs)
+    assert logs[-1]["loss_layer3"] < logs[0]["loss_layer3"]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(current.params))
+    extra = {"loss_contrast", "loss_domain", "defects"}
+    assert logs[0].keys() - plain[1][0].keys() == extra
+    assert all(line["defects"] == 2 for line in logs)
+
+
+def test_extra_losses_have_no_weight_before_the_ramp_and_their_own_after_it(trained):
+    """20 epochs: the ramp is from epoch 2 to 5, two steps each; the run began at step 2."""
+    shares = [0, 0, 0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1, 1]
+    for line, share in zip(trained[2], shares, strict=True):
+        parts = sum(v for k, v in line.items() if k.startswith("loss_layer"))
+        extra = 0.1 * line["loss_contrast"] + 0.05 * line["loss_domain"]
+        assert line["loss"] == pytest.approx(parts + share * extra, rel=1e-5)
+
+
+def test_moments_of_domains_travel_with_the_state(trained):
+    name, current, logs, _ = trained
+    if name == "others":
+        moments = current.collections["moments"]
+        np.testing.assert_array_equal(moments["count"], [8, 8, 8] + [0] * 13)  # two in each batch
+        assert float(losses_plus.coral(moments)) == pytest.approx(logs[-1]["loss_domain"], rel=1e-4)
+    assert logs[0]["loss_domain"] > 0
+
+
+def test_the_number_of_devices_does_not_change_the_loss_curve(make, trained):
+    name, _, logs, _ = trained
+    if name != "all":
+        return
+    _, split, _ = run(make(**SWITCHES[name]), steps=4, devices=4, first=2)
+    for one, four in zip(logs, split, strict=False):
+        assert one == pytest.approx(four, abs=2e-5, rel=1e-5)
+
+
+def batch_of(b=8):
+    images = jnp.asarray(pictures()[:b] / np.float32(255))
+    keys = jax.random.split(jax.random.key(3), b)
+    return {"image": images, "weight": jnp.ones(b), "keys": keys, "domain": jnp.asarray(DOMAIN[:b])}
+
+
+def test_defects_are_offered_the_part_alone_cropped_as_the_picture(make, monkeypatch):
+    """The fourth channel of the canvas comes through crop and flip as the picture does."""
+    method = make(synthetic_every=4, foreground="otsu")
+    assert method.plan(Table(), np.arange(20)).foreground
+    assert not make(foreground="otsu").plan(Table(), np.arange(20)).foreground
+    offered = {}
+
+    def loss(variables, frozen, batch, key, progress):
+        method._synthesise(batch)
+        agree = (batch["image"].mean(axis=-1) > 0.5) == batch["foreground"]
+        part = batch["foreground"].mean()
+        return jnp.sum(variables["params"]["kernel"]), ({}, {"agree": agree.mean(), "part": part})
+
+    def synthesise(keys, images, foreground, settings):
+        offered["shape"] = foreground.shape
+        return dark_square(keys, images, foreground, settings)
+
+    monkeypatch.setattr(defects, "synthesise", synthesise)
+    monkeypatch.setattr(method, "loss", loss)
+    tx = method.optimiser(2)
+    augment, one = train.make_augment(method.config), mesh_lib.make_mesh(1)
+    step = state.make_train_step(method, tx, augment, 2, one)
+    picture = np.zeros((2, 70, 80, 4), np.uint8)
+    picture[:, 20:50, 30:60] = 255  # a white part, and its foreground
+    resident = {"image": picture, "size": np.int32([[70, 80]] * 2)}
+    chunk = {"index": np.int32([[0, 1] * 4]), "weight": np.ones((1, 8), np.float32)}
+    current = state.create({"params": {"kernel": jnp.ones((2, 2))}}, tx)
+    _, logs = step(current, {}, resident, chunk, jax.random.key(0))
+    assert offered["shape"] == (2, 64, 64)
+    assert float(logs["agree"][0]) == 1
+    assert 0.05 < float(logs["part"][0]) < 0.5
+
+
+class Recorded:
+    """A method whose networks are replaced by fixed maps, and which pictures went into them."""
+
+    def __init__(self, method, monkeypatch, repaired=False):
+        rng = np.random.default_rng(1)
+        maps = [{i: rng.standard_normal((8, n, n, 5)) for i, n in ((2, 8), (3, 4))} for _ in "zf"]
+        maps = jax.tree.map(jnp.asarray, maps)
+        self.method = method
+        monkeypatch.setattr(method, "_reconstruct", self._student)
+        monkeypatch.setattr(method, "_targets", self._teacher)
+        self._maps = maps[1] if repaired else maps[0], maps[1]
+
+    def _student(self, variables, images, keys):
+        self.student = images
+        return self._maps[0]
+
+    def _teacher(self, frozen, images):
+        self.teacher = images
+        return self._maps[1]
+
+    def loss(self):
+        progress = {"epoch": jnp.int32(9)}
+        loss, (_, logs) = self.method.loss({}, {}, batch_of(), jax.random.key(0), progress)
+        return float(loss), logs
+
+
+def test_a_quarter_of_the_rows_gets_a_defect_and_the_target_is_the_normal_twin(make, monkeypatch):
+    recorded = Recorded(make(synthetic_every=4), monkeypatch, repaired=True)
+    loss, logs = recorded.loss()
+    assert loss == pytest.approx(0, abs=1e-5)
+    images = batch_of()["image"]
+    np.testing.assert_array_equal(recorded.teacher, images)
+    assert float(logs["defects"]) == 2
+    differs = np.asarray(recorded.student != methods.mmr.resnet.normalise(images)).any(axis=-1)
+    np.testing.assert_array_equal(differs.any(axis=(1, 2)), [True, False, False, False] * 2)
+    assert differs.sum(axis=(1, 2)).max() <= 64  # the rest of a picture is untouched
+
+
+def test_a_heavier_weight_counts_only_where_tiny_defects_are(make, monkeypatch):
+    values = [
+        Recorded(make(synthetic_every=4, tiny_weight=w), monkeypatch).loss()[0] for w in (1, 2, 3)
+    ]
+    assert values[0] < values[1] < values[2]
+    assert values[2] - values[0] == pytest.approx(2 * (values[1] - values[0]), rel=1e-3)
+
+
+def test_heads_of_contrasts_are_trained_and_ignored_by_the_score(make, trained):
+    name, current, _, _ = trained
+    method = make(**SWITCHES[name])
+    initial, _ = method.init(jax.random.key(0), {})
+    (head,) = method.heads
+    for before, after in zip(
+        *(jax.tree.leaves(x["params"][head]) for x in (initial, current.variables)), strict=True
+    ):
+        assert np.abs(before - after).max() > 1e-3  # weight decay alone: 1e-4 of it a step
+    images = methods.mmr.resnet.normalise(batch_of()["image"])
+    without = {n: v for n, v in current.params.items() if n != head}
+    variables = {**current.variables, "params": without}
+    shape = jax.eval_shape(lambda v, x: method._whole(v, x)[3], variables, images).shape
+    assert shape == (8, 4, 4, 256)
+
+
+# --- attention
+
+
+def test_limits_grow_to_30_and_are_hard_afterwards(make):
+    method = make(hybrid=True)  # a tenth of 20 epochs
+    got = [float(method._limits(batch_of(), jnp.int32(e))["penalty"]) for e in range(4)]
+    assert got == [0, 15, attention.HARD, attention.HARD]
+    assert method._limits(batch_of(), jnp.int32(0)).keys() == {"penalty"}
+    assert make(hybrid=True, soft_start=0.0)._limits(batch_of(), jnp.int32(0)) == {}
+    assert make()._limits(batch_of(), jnp.int32(0)) == {}
+
+
+def test_half_of_the_heads_are_local_rounded_down(make):
+    kinds = make(hybrid=True).student.hybrid.kinds  # three heads
+    assert kinds == ((attention.LOCAL, attention.GLOBAL, attention.GLOBAL),) * 2
+    kinds = make(hybrid=True, local_heads=1.0, sampling="full").student.hybrid.kinds
+    assert kinds == ((attention.LOCAL,) * 3,) * 2
+    kinds = make(hybrid=True, local_heads=0.0, sampling="full").student.hybrid.kinds
+    assert kinds == ((attention.FULL,) * 3,) * 2
+
+
+def test_random_keys_differ_by_image_in_training_and_are_the_same_in_every_score(make):
+    method = make(hybrid=True, sampling="random")
+    sample = method._limits(batch_of(), jnp.int32(0))["sample"]
+    np.testing.assert_array_equal(sample.sum(axis=1), [4] * 8)  # a quarter of 16
+    assert len({tuple(row) for row in np.asarray(sample).tolist()}) > 1
+    variables, _ = method.init(jax.random.key(0), {})
+    images = jnp.broadcast_to(batch_of()["image"][:1], (3, 64, 64, 3))
+    features = jax.jit(lambda v, x: method._whole(v, x)[3])(variables, images)
+    assert np.abs(features - features[:1]).max() < 1e-5
+
+
+def test_large_grids_collect_keys_and_small_ones_mask(make):
+    method = make(hybrid=True)
+    assert not method._gathers((2, 224, 224, 3))
+    assert method._gathers((2, 448, 448, 3))
+    assert not make()._gathers((2, 448, 448, 3))
+    for other in ({"sampling": "random"}, {"sampling": "full"}, {"layers": "alternate"}):
+        assert not make(hybrid=True, **other)._gathers((2, 448, 448, 3))
+
+
+def test_the_nearest_heads_are_chosen_on_training_images(make):
+    method = make(hybrid=True, heads="by_distance")
+    assert method.prepares
+    frozen, _ = method.load_frozen()
+    variables, _ = method.init(jax.random.key(0), frozen)
+    blocks = variables["params"]["encoder"]["blocks"]["attn"]["qkv"]
+    kernel = np.array(blocks["kernel"])  # [depth, d, 3 d]
+    kernel[:, :, 8:16] *= 30  # queries of head 1: sharp attention, whatever it looks at
+    blocks["kernel"] = jnp.asarray(kernel)
+    images = pictures()
+    found, facts = method.prepare(variables, frozen, [(images[:8], 8), (images[8:16], 3)])
+    distances = np.array(facts["attention"]["mean_distances"])
+    assert distances.shape == (2, 3)
+    shortest = distances.argmin(axis=1)
+    np.testing.assert_array_equal(facts["attention"]["local_heads"], shortest[:, None])
+    for layer in range(2):
+        (local,) = np.flatnonzero(found["attention"]["kinds"][layer] == attention.LOCAL)
+        assert local == shortest[layer]
+    other = [(images[:8], 8), (np.concatenate([images[8:11], 0 * images[:5]]), 3)]
+    assert method.prepare(variables, frozen, other)[1] == facts  # padding does not count
+
+
+def test_heads_are_chosen_by_distance_where_the_student_begins_pretrained(make, base):
+    assert not make(hybrid=True).prepares
+    config = base.copy_and_resolve_references()
+    config.mmr_plus.hybrid = True
+    config.student.init = "some_file.safetensors"
+    assert methods.create("mmr_plus", config).prepares
+    config.mmr_plus.heads = "fixed"
+    assert not methods.create("mmr_plus", config).prepares
+
+
+# --- batches and what does not fit
+
+
+class Table:
+    def __init__(self, **columns):
+        self.table = columns
+
+
+def test_domains_of_a_data_set_and_of_joined_ones(make):
+    names = np.array(["b", "a", "b", "c"] * 8)
+    plan = make(domain="coral").plan(Table(domain=names), np.delete(np.arange(32), np.s_[3::4]))
+    np.testing.assert_array_equal(plan.domain, [1, 0, 1] * 8)
+    assert plan.synthetic == 0
+    part = np.repeat(["x/1", "y/2"], 16)
+    plan = make(synthetic_every=4, domain="supcon").plan(
+        Table(domain=names, part=part), np.arange(32)
+    )
+    np.testing.assert_array_equal(plan.domain, np.repeat([0, 1], 16))
+    assert (plan.synthetic, plan.batch_size) == (2, 8)
+    assert make().plan(Table(domain=names), np.arange(4)).domain is None
+    with pytest.raises(ValueError, match="8 different training images, there are 4; lower"):
+        make(synthetic_every=4).plan(Table(domain=names), np.arange(4))
+
+
+def test_one_domain_cannot_be_aligned(make):
+    with pytest.raises(ValueError, match=r"two or more domains; all 3 are of 'a'; set mmr_plus.d"):
+        make(domain="coral").plan(Table(domain=np.array(["a"] * 3)), np.arange(3))
+    many = Table(domain=np.arange(17).astype(str))
+    with pytest.raises(ValueError, match="up to 16 domains, there are 17"):
+        make(domain="coral").plan(many, np.arange(17))
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"contrast": "features"}, r"contrast=features needs synthetic defects; set .*=4, or"),
+        ({"contrast": "tokens"}, "contrast=tokens needs synthetic"),
+        ({"domain": "supcon"}, r"domain=supcon needs synthetic .*domain=coral"),
+        ({"synthetic_every": 3}, r"every 3th row of train.batch_size=8 cannot"),
+    ],
+)
+def test_switches_that_do_not_fit_together_say_what_to_set(make, switches, message):
+    with pytest.raises(ValueError, match=message):
+        make(**switches)
