@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
 
+from mmrjax import files
+
 PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -271,6 +273,9 @@ def validate(config: ConfigDict) -> None:
     for name, known in choices.items():
         if flat[name] not in known:
             raise ValueError(f"--config.{name}={flat[name]}: choose one of {', '.join(known)}")
+    for name in ("data.raw_dir", "data.data_dir"):
+        if files.is_remote(flat[name]):
+            raise ValueError(f"--config.{name}={flat[name]}: {files.MOUNT_IT}")
     batches = ("train.batch_size", "aminet.batch_size", "eval.batch_size")
     for name in ("train.epochs", "aminet.epochs", *batches, "ckpt.keep"):
         if flat[name] < 1:

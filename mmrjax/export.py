@@ -66,7 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Writes the scorer of a run as a serialised JAX program or as ONNX.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of a run")
+    parser.add_argument("--workdir", required=True, type=files.local_path, help="of a run")
     parser.add_argument(
         "--output", required=True, type=pathlib.Path, help="scorer.jax or scorer.onnx"
     )

@@ -1,12 +1,33 @@
 """Small files written so that nobody ever sees half of one, and what to say of a full disk."""
 
+import argparse
 import errno
 import json
 import os
 import pathlib
 
+MOUNT_IT = (
+    "work directories and data lie in folders here; mount the bucket as one (gcsfuse), or copy. "
+    "Only teacher.weights and student.init may be gs:// addresses"
+)
 # What the system says when a disk takes no more: full, over the quota, over the limit of a file.
 FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def local_path(text: str) -> pathlib.Path:
+    """A folder or file of a command line, as argparse's `type`.
+
+    Raises:
+      argparse.ArgumentTypeError: a bucket's address, of which pathlib would make a folder "gs:".
+    """
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(f"{text}: {MOUNT_IT}")
+    return pathlib.Path(text)
+
+
+def is_remote(text: str) -> bool:
+    """Whether a path is an address such as gs://bucket/name."""
+    return "://" in text
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -103,7 +103,9 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
         exit_on_error=False,
     )
     parser.add_argument("--config", required=True, help="configs/<name>.py[:argument]")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="holds all of a run")
+    parser.add_argument(
+        "--workdir", required=True, type=files.local_path, help="holds all of a run"
+    )
     parser.add_argument("--mode", default="train", choices=("train", "evaluate"))
     parser.add_argument("--distributed", action="store_true", help="one of several processes")
     parser.add_argument("--coordinator", help="host:port of the first process, where not detected")

@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Scores images or a video with a trained run.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of a run")
+    parser.add_argument("--workdir", required=True, type=files.local_path, help="of a run")
     parser.add_argument("--input", help="an image, a folder, a quoted glob or a video")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to write into")
     parser.add_argument("--raw_maps", choices=("npy", "tiff"), help="also write float32 maps")

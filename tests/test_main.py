@@ -172,3 +172,24 @@ def test_weights_of_another_architecture_name_the_tensors(tiny_args, shared, cap
     args = [*tiny_args, f"--config.teacher.weights={weights}", "--config.teacher.name=resnet50"]
     assert main.main(args) == 1
     assert "layer1.0.conv3.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "--workdir=gs://shop/runs",
+        "--config.data.raw_dir=gs://shop/parts",
+        "--config.data.data_dir=gs://x/r",
+    ],
+)
+def test_a_bucket_is_refused_in_words_where_folders_are_needed(
+    field, tiny_args, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    name = field.split("=")[0]
+    args = [a for a in tiny_args if not a.startswith(f"{name}=")]
+    assert main.main([*args, field]) == 1
+    message = capsys.readouterr().err
+    assert field.split("=")[1] in message
+    assert "mount the bucket" in message
+    assert list(tmp_path.iterdir()) == []  # pathlib would make a folder "gs:"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from mmrjax import files
 from mmrjax.models import resnet
 from mmrjax.weights import layouts, source, storage, torch_names
 
@@ -67,6 +68,11 @@ def student_file(init: str, size: str) -> pathlib.Path | None:
 
 
 def _local(field: str, value: str, words: str) -> pathlib.Path:
+    if files.is_remote(value):
+        try:
+            return source.remote_file(value)
+        except (OSError, ValueError) as e:
+            raise type(e)(f"{field}={value!r}: {e}") from e
     path = pathlib.Path(value).expanduser()
     if not path.is_file():
         raise FileNotFoundError(

@@ -25,6 +25,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from absl import logging
+from etils import epath
+
+from mmrjax import files
 
 IMAGENET_LICENCE = "BSD-3-Clause code; ImageNet terms of access apply to the weights"
 MAE_LICENCE = "CC BY-NC 4.0 (non-commercial)"
@@ -118,6 +121,33 @@ def published_file(published: Published) -> pathlib.Path:
         )
     if not published.sha256_prefix:
         logging.info("%s: no published hash; its own sha256 is %s", path.name, digest)
+    return path
+
+
+def remote_file(address: str) -> pathlib.Path:
+    """A weights file in a bucket (gs://…), copied into the cache when it is not there.
+
+    The copy lies under the address's own hash: another file under the same address is not noticed,
+    but the sha256 in results.json tells.
+
+    Raises:
+      ValueError: no bucket that can be read, or the gcs extra is not installed.
+      FileNotFoundError: the address holds no file, or cannot be reached.
+    """
+    if not address.startswith("gs://"):
+        raise ValueError("expected a file here or a gs:// address")
+    folder = cache_dir() / "weights" / hashlib.sha256(address.encode()).hexdigest()[:16]
+    path = folder / address.rsplit("/", 1)[-1]
+    if path.exists():
+        return path
+    logging.info("fetching %s", address)
+    try:
+        data = epath.Path(address).read_bytes()
+    except ImportError as e:
+        raise ValueError(f"{e}: pip install 'mmrjax[gcs]'") from e
+    except Exception as e:  # whatever gcsfs, its HTTP client and its credentials raise
+        raise FileNotFoundError(f"it cannot be read ({type(e).__name__}: {e})") from e
+    files.write_bytes(path, data)
     return path
 
 

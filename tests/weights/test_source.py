@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from mmrjax import weights
 from mmrjax.weights import source
 
 STATE = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.ones(2)}
@@ -381,3 +382,46 @@ def test_without_torch_the_message_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "x.pth").write_bytes(b"?")
     with pytest.raises(ValueError, match="pip install torch, or convert it"):
         source.read_state(tmp_path / "x.pth")
+
+
+# --- buckets
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """gs:// is a file system in memory; returns it."""
+    memory = pytest.importorskip("fsspec.implementations.memory").MemoryFileSystem()
+    backend = type(importlib.import_module("etils.epath.backend").fsspec_backend)
+    monkeypatch.setattr(backend, "fs", lambda self, path: memory)
+    yield memory
+    memory.store.clear()
+
+
+def test_weights_in_a_bucket_are_copied_once_into_the_cache(cache, bucket):
+    address = "gs://shop/teachers/mine.safetensors"
+    with bucket.open(address, "wb") as file:
+        file.write(CONTENT)
+    path = source.remote_file(address)
+    assert path.read_bytes() == CONTENT
+    assert path.name == "mine.safetensors"
+    assert cache in path.parents
+    bucket.store.clear()
+    assert source.remote_file(address) == path
+    assert source.remote_file(address).read_bytes() == CONTENT
+
+
+def test_an_address_without_a_file_is_named_with_its_field(cache, bucket):
+    with pytest.raises(FileNotFoundError, match=r"teacher.weights='gs://shop/no.npz': it cannot"):
+        weights.teacher_file("resnet18", "gs://shop/no.npz")
+    assert not cache.exists()
+
+
+def test_a_bucket_without_its_package_says_what_to_install(cache, monkeypatch):
+    def read(self):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(type(source.epath.Path("gs://shop/x.npz")), "read_bytes", read)
+    with pytest.raises(ValueError, match=r"student.init=.*gcsfs.*pip install 'mmrjax\[gcs\]'"):
+        weights.student_file("gs://shop/x.npz", "base")
+    with pytest.raises(ValueError, match=r"expected a file here or a gs:// address"):
+        weights.student_file("ftp://shop/x.npz", "base")
