@@ -21,12 +21,11 @@ import time
 import jax
 import numpy as np
 import torch
-import torch_reference
 from absl import logging
 from procedural import objective, stream
 from torch import nn
 
-from mmrjax import files, logs
+from mmrjax import files, logs, torch_reference
 from mmrjax.models import resnet
 from mmrjax.weights import storage, torch_names
 

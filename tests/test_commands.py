@@ -7,6 +7,7 @@ command stands in a fenced block, in backticks, or on a line of a docstring. Of 
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -37,7 +38,7 @@ FIELD_SOURCES = [
     *sorted((ROOT / "scripts").glob("*.sh")),
     ROOT / "scripts" / "colab.ipynb",
 ]
-FIRST_WORDS = re.compile(r"(python|pip|export|sbatch|scripts/\w+(\.sh)?)(\s|$)|\w+=\"")
+FIRST_WORDS = re.compile(r"(python|pip|export|sbatch|tensorboard|scripts/\w+(\.sh)?)(\s|$)|\w+=\"")
 # Not what code builds, f"--config.{field}", and not --config.<group>.<field>.
 FIELD = re.compile(r"--config\.(\w+\.\w+)(?:=([^\s`\"'\\);]*[^\s`\"'\\);.,]))?")
 PLACEHOLDER = "placeholder"
@@ -83,6 +84,13 @@ RUN_BY = {
     "test_command_line_builds_and_says_what_it_found",
     r"python -m data_builders.check .*": "tests/data_builders/test_builders_check.py::"
     "test_clean_data_has_no_problem",
+    r"python -m mmrjax.main .*--config.log.trackers=.*": "tests/test_trackers.py::"
+    "test_a_run_leaves_event_files_with_its_losses_and_results",
+    r"python scripts/score_onnx.py .*": "tests/test_onnx_export.py::"
+    "test_the_example_needs_neither_jax_nor_torch",
+    r"python -m mmrjax.bench_defects\b.*": "tests/test_bench_defects.py::"
+    "test_the_command_prints_json",
+    r"(python )?scripts/ablate(.py)? .*": "tests/test_ablate.py::test_a_real_grid_on_tiny_data",
     r"python -m mmrjax.bench_metrics\b.*": "tests/test_bench_metrics.py::"
     "test_the_command_prints_json",
     r"python scripts/pretrain_teacher.py .*": "tests/test_pretrain_teacher.py::"
@@ -91,6 +99,10 @@ RUN_BY = {
 NOT_RUN = {
     r"scripts/demo\b.*": "a quarter of an hour; its program runs small in tests/test_notebook.py",
     r"pip install .*": "needs a package index; scripts/environment.sh does it before the tests",
+    r"tensorboard .*": "another program, which serves until it is stopped",
+    r"scripts/bench_gpu.sh.*": "needs a GPU and ten minutes",
+    r"python -m mmrjax.main .*configs/demo_trays.py .*": "draws trays for minutes; tests/"
+    "data_builders has its builder, tests/test_detector.py the tiling",
     r"sbatch .*": "needs a cluster; the script itself is run with a pretended srun",
     r"python -m mmrjax.main .*configs/(magnetic_tile|tile_ablation).py(:\w+)? .*": "hours, and the "
     "real tiles; the loop is that of every other data set, the builder has tests of its own",
@@ -222,19 +234,26 @@ def check_main(argv: list[str]) -> None:
     config_lib.validate(config)
 
 
-def program_of(name: str):
-    """The module behind `python -m`; skips where it needs torch and there is none."""
+@contextlib.contextmanager
+def skipping_without_torch(name: str):
+    """Skips where a program needs torch and there is none."""
     try:
-        return importlib.import_module(name)
+        yield
     except ModuleNotFoundError as e:
         if e.name != "torch":
             raise
         pytest.skip(f"{name} needs the extra `torch`")
 
 
+def program_of(name: str):
+    """The module behind `python -m`."""
+    with skipping_without_torch(name):
+        return importlib.import_module(name)
+
+
 def script(path: str):
     """A file of scripts/ as a module."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, skipping_without_torch(path):
         patch.syspath_prepend(str(ROOT / "scripts"))
         spec = importlib.util.spec_from_file_location(f"shown_{pathlib.Path(path).stem}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -248,6 +267,8 @@ def check_python(words: list[str]) -> None:
         assert (ROOT / words[1]).is_file(), words[1]
         if words[1] == "scripts/score_in_torch.py":
             assert len(words) in (6, 7)  # STUDENT TEACHER ARCH IMAGE [MAP.npy]
+        elif words[1] == "scripts/score_onnx.py":
+            assert len(words) > 3  # MODEL IMAGE …
         else:
             parse_alone(script(str(ROOT / words[1])).main, words[2:])
     elif words[2] == "pytest":
@@ -288,7 +309,7 @@ def check_shell(words: list[str]) -> None:
     elif words[0] == "export":
         tpu = (ROOT / "scripts/tpu_vm.sh").read_text()
         assert all(word.split("=")[0] in tpu for word in words[1:])
-    else:
+    elif words[0] != "tensorboard":
         assert os.access(ROOT / words[0], os.X_OK), words[0]
         if words[0] == "scripts/demo":
             check_main(["--config=configs/demo.py", "--workdir=runs/demo", *words[1:]])
