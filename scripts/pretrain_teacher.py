@@ -5,142 +5,168 @@
 A ResNet-18 of reduced width, stem to layer 3, with BatchNorm; what is written has BatchNorm folded
 in and float16 numbers. No photograph and no file is read. Drawing: scripts/procedural/textures.py
 and scenes.py; what is learned: objective.py. A run that was stopped goes on from its last state
-(<output>.state, every five minutes), to the same weights on the same machine.
-
-Needs the torch extra: the job was made for two CPU cores, where PyTorch's bfloat16 convolutions
-train this network several times faster than XLA's (docs/fdsl18.md).
+(<output>.state, every five minutes); on CPU to the same weights.
 """
 
 import argparse
-import io
-import math
+import functools
 import os
 import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import torch
+import optax
 from absl import logging
+from flax import linen as nn
+from flax import serialization, struct
 from procedural import objective, stream
-from torch import nn
 
-from mmrjax import files, logs, torch_reference
+from mmrjax import files, logs
 from mmrjax.models import resnet
-from mmrjax.weights import storage, torch_names
+from mmrjax.weights import layouts, storage, torch_names
 
 NAME = "fdsl18"
 STATE_SECONDS = 300.0
 LICENCE = "Apache-2.0 (trained by mmrjax on procedural images)"
-WARM_UP = 0.05  # of the steps
-MEAN, STD = (torch.tensor(x)[:, None, None] for x in (resnet.IMAGENET_MEAN, resnet.IMAGENET_STD))
 
 
-class Network(torch_reference.ResNetTeacher):
-    """The twin's teacher, not frozen: torchvision's names, BatchNorm of the batch."""
+class NormalisedResNet(nn.Module):
+    """`models.resnet.ResNet` while it learns: BatchNorm instead of biases, the same names."""
 
-    def __init__(self, arch: resnet.Architecture):
-        super().__init__("resnet18", arch.stem, arch.widths)
-        self.requires_grad_(True)
-        nn.Module.train(self)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.05
+    arch: resnet.Architecture
 
-    def forward(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
-        """uint8 [b, h, w, 3] -> {layer: float32 [b, c, h', w']}; computed in bfloat16."""
-        x = (images.permute(0, 3, 1, 2) / 255 - MEAN) / STD  # channels stay last in memory
-        with torch.autocast("cpu", torch.bfloat16):
-            features = super().forward(x)
-        return {n: features[f"layer{n}"].float() for n in (1, 2, 3)}
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = True) -> dict[int, jax.Array]:
+        """Normalised RGB [b, h, w, 3] -> {layer: [b, h', w', c]}."""
+        norm = functools.partial(_convolution, train=train)
+        x = nn.relu(norm(images, self.arch.stem, 7, 2, "conv1"))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        features = {}
+        for layer, (blocks, width) in enumerate(
+            zip(self.arch.blocks, self.arch.widths, strict=True), 1
+        ):
+            for i in range(blocks):
+                name, stride = f"layer{layer}_{i}", 2 if layer > 1 and i == 0 else 1
+                y = nn.relu(norm(x, width, 3, stride, f"{name}/conv1"))
+                y = norm(y, width, 3, 1, f"{name}/conv2")
+                if stride != 1:
+                    x = norm(x, width, 1, stride, f"{name}/downsample")
+                x = nn.relu(x + y)
+            features[layer] = x
+        return features
+
+
+def _convolution(x, features: int, size: int, stride: int, name: str, train: bool) -> jax.Array:
+    x = nn.Conv(
+        features,
+        (size, size),
+        (stride, stride),
+        padding=size // 2,
+        use_bias=False,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        name=name.replace("/", "__"),
+    )(x)
+    return nn.BatchNorm(
+        not train, momentum=0.95, epsilon=1e-5, name=name.replace("/", "__") + "_norm"
+    )(x)
+
+
+def folded(params: dict, statistics: dict, arch: resnet.Architecture) -> dict:
+    """Variables of `models.resnet.ResNet`: every BatchNorm folded into its convolution."""
+    flat = {}
+    for _, _, path in torch_names.teacher_names(arch):
+        name = path.replace("/", "__")
+        norm, seen = params[f"{name}_norm"], statistics[f"{name}_norm"]
+        scale = norm["scale"] / np.sqrt(seen["var"] + torch_names.BATCH_NORM_EPSILON)
+        flat[f"params/{path}/kernel"] = params[name]["kernel"] * scale
+        flat[f"params/{path}/bias"] = norm["bias"] - seen["mean"] * scale
+    return layouts.unflatten({name: np.asarray(leaf, np.float16) for name, leaf in flat.items()})
+
+
+@struct.dataclass
+class State:
+    """Everything that changes in training."""
+
+    step: jax.Array
+    params: dict
+    statistics: dict
+    moments: optax.OptState
 
 
 class Training:
     """The network, its optimiser and one step of it."""
 
-    def __init__(self, arch: resnet.Architecture, steps: int, learning_rate: float, seed: int):
-        """The first state of a seed."""
-        torch.manual_seed(seed)
-        self.step, self._steps, self._seed = 0, steps, seed
-        self._learning_rate = learning_rate
-        self.network = Network(arch).to(memory_format=torch.channels_last)
-        self.scales = nn.ParameterDict(
-            {name: torch.tensor(objective.FIRST_SCALE) for name in objective.TERMS}
+    def __init__(self, arch: resnet.Architecture, steps: int, learning_rate: float):
+        """Nothing is computed yet."""
+        self.network = NormalisedResNet(arch)
+        rate = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 20, steps)
+        self._optimiser = optax.chain(
+            optax.clip_by_global_norm(2.0),
+            optax.adamw(rate, weight_decay=0.05, mask=_decayed),
         )
-        weights = list(self.network.named_parameters())
-        decayed = [p for name, p in weights if p.ndim == 4]
-        others = [p for name, p in weights if p.ndim != 4] + list(self.scales.parameters())
-        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0}]
-        self._optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-        self._parts = (self.network, self.scales, self._optimiser)
+        self.step = jax.jit(self._step, donate_argnums=0)
 
-    def update(self, images: np.ndarray, damage: np.ndarray) -> dict[str, float]:
-        """One step on [e, v, h, w, 3] and [e, v, h, w]: the values of the objective."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.step)
-        features = self.network(torch.from_numpy(images).flatten(0, 1))
-        value, terms = objective.loss(features, self.scales, torch.from_numpy(damage), generator)
-        self._optimiser.zero_grad()
-        value.backward()
-        parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, 2.0)
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._rate()
-        self._optimiser.step()
-        self.step += 1
-        return {"loss": value.item(), **terms}
+    def init(self, seed: int) -> State:
+        """The first state."""
+        side = 32
+        variables = self.network.init(jax.random.key(seed), jnp.zeros((1, side, side, 3)))
+        scales = {name: jnp.array(objective.FIRST_SCALE) for name in objective.TERMS}
+        params = {"network": variables["params"], "scales": scales}
+        moments = self._optimiser.init(params)
+        return State(jnp.zeros((), jnp.int32), params, variables["batch_stats"], moments)
 
-    def _rate(self) -> float:
-        """Linear warm-up, then half a cosine to zero."""
-        warm = WARM_UP * self._steps
-        if self.step < warm:
-            return self._learning_rate * self.step / warm
-        done = (self.step - warm) / (self._steps - warm)
-        return self._learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    def _step(self, state: State, images: jax.Array, damage: jax.Array, key: jax.Array):
+        """[e, v, h, w, 3] and [e, v, h, w] -> (state, logs)."""
+        key = jax.random.fold_in(key, state.step)
+        flat = resnet.normalise(images.reshape(-1, *images.shape[2:]) / 255.0)
 
-    def save(self, path: pathlib.Path) -> None:
-        """Writes everything that changes in training, whole or not at all."""
-        buffer = io.BytesIO()
-        torch.save((self.step, [part.state_dict() for part in self._parts]), buffer)
-        files.write_bytes(path, buffer.getvalue())
+        def objective_of(params):
+            variables = {"params": params["network"], "batch_stats": state.statistics}
+            features, changed = self.network.apply(variables, flat, mutable=["batch_stats"])
+            value, logs = objective.loss(features, params["scales"], damage, key)
+            return value, (changed["batch_stats"], logs)
 
-    def restore(self, path: pathlib.Path) -> None:
-        """The reverse of `save`."""
-        self.step, states = torch.load(path, weights_only=True)
-        for part, state in zip(self._parts, states, strict=True):
-            part.load_state_dict(state)
-
-    def folded(self) -> dict:
-        """float16 variables of `models.resnet.ResNet`: every BatchNorm in its convolution."""
-        state = {name: leaf.numpy() for name, leaf in self.network.state_dict().items()}
-        variables = torch_names.teacher_from_torch(state, resnet.architecture(NAME))
-        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), variables)
+        gradient = jax.value_and_grad(objective_of, has_aux=True)
+        (value, (statistics, terms)), grads = gradient(state.params)
+        updates, moments = self._optimiser.update(grads, state.moments, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, statistics, moments), {"loss": value, **terms}
 
 
-def train(args: argparse.Namespace) -> Training:
+def _decayed(params: dict) -> dict:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def train(args: argparse.Namespace) -> State:
     """Runs the training up to step `args.stop`, from the last state if there is one."""
-    torch.set_num_threads(args.threads)
-    training = Training(resnet.architecture(NAME), args.steps, args.learning_rate, args.seed)
+    arch = resnet.architecture(NAME)
+    training = Training(arch, args.steps, args.learning_rate)
+    state = training.init(args.seed)
     path = args.output.with_suffix(".state")
     if path.exists():
-        training.restore(path)
-        logging.info("continuing at step %d from %s", training.step, path)
-    start, began, last_saved, shown = training.step, time.monotonic(), time.monotonic(), {}
+        state = serialization.from_bytes(state, path.read_bytes())
+        logging.info("continuing at step %d from %s", state.step, path)
+    start, began, last_saved, shown = int(state.step), time.monotonic(), time.monotonic(), {}
     source = stream.batches(
         args.seed, args.classes, args.episodes, args.views, start, args.stop, args.workers
     )
+    key = jax.random.key(args.seed + 1)
     for images, damage in logs.progress(source, "pretraining", args.stop - start):
-        for name, value in training.update(images, damage).items():
+        state, values = training.step(state, images, damage, key)
+        for name, value in jax.device_get(values).items():
             shown[name] = 0.98 * shown.get(name, value) + 0.02 * value
-        if training.step % 100 == 0:
-            seen = (training.step - start) * args.episodes * args.views
-            rate = seen / (time.monotonic() - began)
+        step = int(state.step)
+        if step % 100 == 0:
+            rate = (step - start) * args.episodes * args.views / (time.monotonic() - began)
             words = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
-            logging.info("step %d of %d: %s; %.0f images/s", training.step, args.steps, words, rate)
+            logging.info("step %d of %d: %s; %.0f images/s", step, args.steps, words, rate)
         if time.monotonic() - last_saved > STATE_SECONDS:
-            training.save(path)
+            files.write_bytes(path, serialization.to_bytes(state))
             last_saved = time.monotonic()
-    training.save(path)
-    return training
+    files.write_bytes(path, serialization.to_bytes(state))
+    return jax.device_get(state)
 
 
 def command(args: argparse.Namespace) -> str:
@@ -153,27 +179,26 @@ def command(args: argparse.Namespace) -> str:
 
 def main() -> None:
     """Parses the command line, trains and writes."""
-    cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, required=True, help="a .safetensors file")
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--stop", type=int, help="leave after this step, to go on another time")
     parser.add_argument("--episodes", type=int, default=10, help="designs in a step")
     parser.add_argument("--views", type=int, default=6, help="views of a design")
-    parser.add_argument("--classes", type=int, default=4160, help="textures")
+    parser.add_argument("--classes", type=int, default=1040, help="textures")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
-    parser.add_argument("--threads", type=int, default=max(1, cores - 1), help="that train")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     args = parser.parse_args()
     args.stop = args.steps if args.stop is None else min(args.stop, args.steps)
     logs.setup()
-    training = train(args)
+    state = train(args)
     if args.stop < args.steps:
         logging.info("stopped at step %d; the same command without --stop goes on", args.stop)
         return
+    variables = folded(state.params["network"], state.statistics, resnet.architecture(NAME))
     facts = {"kind": "teacher", "arch": NAME, "licence": LICENCE, "command": command(args)}
-    storage.write(args.output, training.folded(), facts)
+    storage.write(args.output, variables, facts)
     logging.info("wrote %s, %.2f MB", args.output, args.output.stat().st_size / 1e6)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 SIZE = 96  # side of a view in pixels
 CANVAS = 128  # side of what a view is cut from
-DAMAGE = ("spot", "pit", "crack", "scratch", "stain", "chip", "smear", "warp", "tint")
+DAMAGE = ("spot", "pit", "crack", "scratch", "stain", "chip", "smear", "warp")
 _SEEN = 12  # grey levels by which damage must change a pixel to count
 
 Rng = np.random.Generator
@@ -144,20 +144,16 @@ def _damaged(
     """Damages a view once: the new view, and bool [SIZE, SIZE] where the damage can be seen."""
     centre = rng.uniform(4, SIZE - 4, 2)
     amount = rng.uniform(0.12, 0.75)
-    if kind in ("stain", "smear", "warp", "tint"):
-        soft = _blot(rng, centre, np.exp(rng.uniform(np.log(4), np.log(45))), soft=True)
+    if kind in ("stain", "smear", "warp"):
+        soft = _blot(rng, centre, np.exp(rng.uniform(np.log(5), np.log(35))), soft=True)
     elif kind in ("chip", "pit"):
-        largest = np.log(5 if kind == "pit" else 32)
-        soft = _blot(rng, centre, np.exp(rng.uniform(np.log(1.2), largest)), soft=False)
+        soft = _blot(rng, centre, rng.uniform(1.2, 5 if kind == "pit" else 16), soft=False)
     else:
         soft = _spot(rng, centre) if kind == "spot" else _line(rng, centre, kind == "crack")
     mask = soft[..., None]
     if kind == "stain":
         factor = rng.choice((-1, 1)) * 0.6 * amount + rng.normal(0, 0.1, 3)
         after = part * (1 + mask * factor.astype(np.float32))
-    elif kind == "tint":  # as heat colours a surface: bands of colour, little change of brightness
-        bands = np.cos(rng.uniform(0, 2 * np.pi, 3) + rng.uniform(0, 5) * mask)
-        after = part * (1 + 0.6 * amount * mask * bands.astype(np.float32))
     elif kind == "smear":
         after = part + mask * (cv2.GaussianBlur(part, (0, 0), rng.uniform(1.5, 5)) - part)
     elif kind == "warp":
@@ -209,7 +205,7 @@ def _blot(rng: Rng, centre: np.ndarray, radius: float, soft: bool) -> np.ndarray
 
 
 def _line(rng: Rng, centre: np.ndarray, is_crack: bool) -> np.ndarray:
-    """A scratch (smooth) or a crack (jagged, sometimes forked), 1 to 4 pixels wide."""
+    """A scratch (smooth) or a crack (jagged, sometimes forked), 1 to 3 pixels wide."""
     canvas = np.zeros((SIZE, SIZE), np.float32)
     for _ in range(1 + (is_crack and rng.random() < 0.4)):
         length = np.exp(rng.uniform(np.log(5), np.log(60)))
@@ -220,7 +216,7 @@ def _line(rng: Rng, centre: np.ndarray, is_crack: bool) -> np.ndarray:
         steps = step * np.stack([np.cos(angles), np.sin(angles)], 1)
         path = centre + np.cumsum(steps, 0) - steps.sum(0) * rng.random()
         points = [np.round(16 * path).astype(np.int32)]
-        cv2.polylines(canvas, points, False, 1.0, int(rng.integers(1, 4)), cv2.LINE_AA, 4)
+        cv2.polylines(canvas, points, False, 1.0, int(rng.integers(1, 3)), cv2.LINE_AA, 4)
     return np.minimum(1.5 * cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.4, 0.8)), 1)
 
 
