@@ -18,6 +18,8 @@ def get_config():
     config.data.reference_domain = ""
     config.data.resize = (1024, 1024)  # as drawn
     config.data.tiling = True
+    config.patchcore.enlarge = 1.0  # the windows show the picture as drawn
+    config.patchcore.candidates = 0
     config.calibration.fraction = 0.0  # four trays
     config.train.seeds = (0,)
     config.eval.batch_size = 4
