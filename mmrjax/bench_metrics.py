@@ -153,7 +153,7 @@ def _seconds(task: Callable[[], object], repeats: int) -> dict[str, float]:
         wall.append(time.perf_counter() - started)
         processor.append(time.process_time() - used)
     summary = {"median": np.median(wall), "min": min(wall), "max": max(wall), "cpu": min(processor)}
-    return {name: round(float(seconds), 3) for name, seconds in summary.items()}
+    return {name: round(float(seconds), 6) for name, seconds in summary.items()}
 
 
 if __name__ == "__main__":
