@@ -145,7 +145,7 @@ def windows(many, images_per_call: int, args: argparse.Namespace) -> list[float]
 
 def parity(folder: pathlib.Path, arch: str) -> dict[str, float]:
     """Largest differences from what `bench_model.Programs.write_parity` wrote, in float32."""
-    found = np.load(folder / "parity.npz")
+    found = np.load(folder / "parity.npz", allow_pickle=False)
     student = twin.load_student(folder / "student.safetensors")
     teacher = twin.load_teacher(folder / "teacher.safetensors", arch)
     images = twin.normalise(found["images"])
