@@ -135,7 +135,10 @@ BAD_INPUT = {
     "wrong type": (["--config.train.epochs=many"], "expected int"),
     "stray argument": (["stray"], "unknown argument 'stray'"),
     "unknown flag": (["--wrkdir=x"], "unknown argument"),
-    "unknown method": (["--config.method.names=mmx"], "known: ['aminet', 'mmr', 'mmr_plus', 'patchcore']"),
+    "unknown method": (
+        ["--config.method.names=mmx"],
+        "known: ['aminet', 'mmr', 'mmr_plus', 'patchcore']",
+    ),
     "missing folder": (["--config.data.raw_dir={tmp}/nowhere"], "nowhere"),
     "indivisible batch": (["--config.train.batch_size=12"], "divisible by 8 devices; try 8 or 16"),
     "missing weights": (["--config.teacher.weights={tmp}/no.safetensors"], "no weights file"),
