@@ -145,7 +145,9 @@ class PatchCoreScorer(Scorer):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Patch embeddings [b, h, w, d]."""
-        options, features = self.config.patchcore, self.teacher(images)
+        options = self.config.patchcore
+        size = patchcore.enlarged(tuple(images.shape[2:]), options.enlarge)
+        features = self.teacher(_resize(images.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2))
         layers = [features[f"layer{layer}"] for layer in sorted(options.layers)]
         grid, pooled = layers[0].shape[2:], []
         for x in layers:

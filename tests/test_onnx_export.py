@@ -94,6 +94,7 @@ def test_what_the_tiny_runs_do_not_have_is_traced_too(tiny_config, tmp_path):
             "student.layers": (1, 2, 3),
             "patchcore.layers": (1, 3),
             "patchcore.score": "patch",
+            "patchcore.enlarge": 1.5,
         }
     )
     images = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), np.uint8)

@@ -47,10 +47,8 @@ class PatchCore(base.Method):
     def embed(self, frozen: dict, images: jax.Array) -> jax.Array:
         """Patch embeddings [b, h, w, d] on the grid of the shallowest layer, float32."""
         options = self.config.patchcore
-        if options.enlarge != 1.0:  # a finer grid: a small defect fills more of a patch
-            b, h, w, c = images.shape
-            size = (b, round(h * options.enlarge), round(w * options.enlarge), c)
-            images = jax.image.resize(images, size, "bilinear")
+        # A finer grid: a small defect fills more of a patch.
+        images = _resize(images, enlarged(images.shape[1:3], options.enlarge))
         features = self.backbone.apply(frozen["teacher"], resnet.normalise(images))
         grid = None
         pooled = []
@@ -108,6 +106,11 @@ class PatchCore(base.Method):
         by_patch = self.config.patchcore.score == "patch"
         score = anomaly_map.max_score(distance if by_patch else total)
         return {"map": total, "score": score, "parts": {"patches": total}}
+
+
+def enlarged(size_hw: tuple[int, int], factor: float) -> tuple[int, int]:
+    """Sides of what the teacher sees."""
+    return round(size_hw[0] * factor), round(size_hw[1] * factor)
 
 
 def _sample(key: jax.Array, image: int, n: int, kept: int) -> np.ndarray:
