@@ -262,7 +262,8 @@ def _print_ours(found: dict) -> None:
         f"metrics {whole['metrics_seconds']:.1f} s"
     )
     if "recipe" in found:
-        words = ", ".join(f"{k} {v:.1f}" for k, v in found["recipe"].items())
+        phases = {k: v for k, v in found["recipe"].items() if k != "images"}
+        words = ", ".join(f"{k.removesuffix('_seconds')} {v:.1f}" for k, v in phases.items())
         print(f"whole run, seconds: {words}")
 
 
