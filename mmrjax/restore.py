@@ -153,7 +153,8 @@ def teacher(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, dict]:
 
 
 def _check_teacher(config: ConfigDict, folder: pathlib.Path, facts: dict) -> None:
-    used = results_facts(folder).get("teacher", {}).get("sha256")
+    noted = files.read_json(folder / train.TEACHER) or results_facts(folder).get("teacher", {})
+    used = noted.get("sha256")
     if used and used != facts.get("sha256"):
         raise ValueError(
             f"the run was trained with teacher weights of sha256 {used[:8]}…, "

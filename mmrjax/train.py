@@ -5,6 +5,7 @@ A checkpoint holds everything that training changes; the position in the data is
 """
 
 import dataclasses
+import json
 import pathlib
 import signal
 import threading
@@ -17,13 +18,14 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mmrjax import checkpoint, logs, methods, optim, processes, trackers
+from mmrjax import checkpoint, files, logs, methods, optim, processes, trackers
 from mmrjax import mesh as mesh_lib
 from mmrjax import state as state_lib
 from mmrjax.data import augment, epochs, feed, geometry
 from mmrjax.data.records import Records
 
 LOG = "metrics.jsonl"
+TEACHER = "teacher.json"  # the sha256 of the weights that a run is trained with
 PREPARED = 64  # training images that a method may look at beforehand
 STEPS_PER_CALL = 64  # on accelerators: about a second of work, never more than an epoch
 
@@ -132,6 +134,7 @@ def train(
     if method.dtype == jnp.float32:  # also on accelerators, whose default is less
         jax.config.update("jax_default_matmul_precision", "highest")
     frozen, facts = method.load_frozen()
+    processes.first(lambda: _hold_teacher(folder, facts.get("teacher", {}).get("sha256")))
     frozen = mesh_lib.replicate(frozen, mesh)
     key_init, key_train, key_fit = jax.random.split(jax.random.key(seed), 3)
     variables, init_facts = method.init(key_init, frozen)
@@ -154,6 +157,31 @@ def train(
         if fitted:
             facts["seconds"]["fitting"] = round(time.monotonic() - started, 1)
     return Trained(method, variables, frozen, facts, mesh)
+
+
+def has_saved(folder: pathlib.Path) -> bool:
+    """Whether a run holds anything trained or fitted."""
+    saved = [p for stage in ("checkpoints", "fitted") for p in folder.glob(f"{stage}/*")]
+    return any(path.name.isdigit() for path in saved)
+
+
+def _hold_teacher(folder: pathlib.Path, sha256: str | None) -> None:
+    """Notes the teacher's weights when a run begins; a begun one refuses others.
+
+    The configuration tells a file's name only, and what is in it may have been exchanged.
+
+    Raises:
+      ValueError: the run was begun with weights of another sha256.
+    """
+    path, begun = folder / TEACHER, has_saved(folder)
+    used = (files.read_json(path) or {}).get("sha256", sha256)  # older runs noted none
+    if begun and used != sha256:
+        raise ValueError(
+            f"{folder} was begun with teacher weights of sha256 {str(used)[:8]}…, the file has "
+            f"{str(sha256)[:8]}… now; put the first ones back, or use another --workdir"
+        )
+    if not begun:
+        files.write_text(path, json.dumps({"sha256": sha256}))
 
 
 def _gradient_stage(run: Run, variables: dict, key: jax.Array) -> dict:

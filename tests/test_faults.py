@@ -90,7 +90,7 @@ def the_line(output: str) -> str:
 
 @contextlib.contextmanager
 def full_disk(limit: int):
-    """No file may grow beyond `limit` bytes: what a full disk is to whoever writes, in C++ as well."""
+    """No file may grow beyond `limit` bytes: a full disk to whoever writes, in C++ as well."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_run_goes_on_from_the_one_befor
     parts = (p for p in newest.rglob("*") if p.is_file())
     flip_a_bit(max(parts, key=lambda p: p.stat().st_size))
     assert program()[0] == 0
-    told = (f"checkpoint {LAST} is damaged", f"checkpoint {LAST} cannot be read")  # as the bit falls
+    told = (f"checkpoint {LAST} is damaged", f"checkpoint {LAST} cannot be read")
     assert any(m.startswith(told) for m in caplog.messages)
     assert f"resuming at step {LAST - 1} of {LAST}" in caplog.messages
     assert (run_dir / f"checkpoints-damaged-{LAST}").is_dir()

@@ -1,0 +1,29 @@
+"""What a begun run holds fast to. That it can be stopped and resumed: test_resume.py."""
+
+import pytest
+
+from mmrjax import train
+
+FIRST, OTHER = "1" * 64, "2" * 64
+
+
+@pytest.mark.parametrize("stage", ["checkpoints", "fitted"])
+@pytest.mark.parametrize("other", [OTHER, None])
+def test_a_begun_run_refuses_another_teacher(tmp_path, stage, other):
+    train._hold_teacher(tmp_path, FIRST)
+    (tmp_path / stage / "6").mkdir(parents=True)
+    train._hold_teacher(tmp_path, FIRST)
+    with pytest.raises(ValueError, match=r"sha256 11111111…, the file has .* another --workdir"):
+        train._hold_teacher(tmp_path, other)
+
+
+def test_a_run_without_checkpoints_may_take_another_teacher(tmp_path):
+    train._hold_teacher(tmp_path, FIRST)
+    train._hold_teacher(tmp_path, OTHER)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    train._hold_teacher(tmp_path, OTHER)
+
+
+def test_a_run_older_than_the_note_goes_on(tmp_path):
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    train._hold_teacher(tmp_path, FIRST)
