@@ -21,6 +21,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    check_output(arguments.output)
     detector = detector_lib.load(arguments.workdir)
     detector.full_scale = arguments.full_scale
     detector = choose_threshold(detector, arguments)
@@ -73,13 +75,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--raw_maps", choices=("npy", "tiff"), help="also write float32 maps")
     parser.add_argument("--no_pictures", action="store_true", help="only scores")
     parser.add_argument("--target_fpr", type=float, help="false-positive rate of the threshold")
-    parser.add_argument("--recalibrate", help="good images that the threshold is taken from")
-    parser.add_argument("--calibration", type=pathlib.Path, help="a calibration.json to use")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--recalibrate", help="good images that the threshold is taken from")
+    other.add_argument("--calibration", type=pathlib.Path, help="a calibration.json to use")
     parser.add_argument("--full_scale", type=int, default=0, help="white of 16-bit images")
     arguments = parser.parse_args(argv)
     if arguments.input is None and arguments.recalibrate is None:
         parser.error("--input is missing")
+    if arguments.full_scale < 0:
+        parser.error(f"--full_scale={arguments.full_scale}: a grey level such as 4095 or 65535")
     return arguments
+
+
+def check_output(output: pathlib.Path) -> None:
+    """Makes the folder and tries to write there, before hours of scoring are spent.
+
+    Raises:
+      OSError: neither is possible.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as e:
+        raise OSError(f"--output={output}: no folder to write into ({e.strerror})") from e
 
 
 def choose_threshold(
@@ -96,20 +115,26 @@ def choose_threshold(
             raise FileNotFoundError(f"--calibration={arguments.calibration}: no such file")
         detector = detector.with_calibration(calibration)
     if arguments.recalibrate is not None:
-        paths, _ = find_images(arguments.recalibrate)
+        paths, _ = find_images(arguments.recalibrate, "--recalibrate")
         detector = detector.recalibrated(paths, f"good images of {arguments.recalibrate}")
+        target = detector.target_fpr if arguments.target_fpr is None else arguments.target_fpr
+        detector = detector.with_target(target)  # refused before an older file is replaced
         detector.calibration.write(arguments.output / "calibration.json")
+        print(
+            f"threshold {detector.thresholds[0]:.6g} from {len(paths)} good images\n"
+            f"wrote {arguments.output / 'calibration.json'}"
+        )
+        return detector
     if arguments.target_fpr is not None:
         return detector.with_target(arguments.target_fpr)
-    asked = arguments.recalibrate is not None or arguments.calibration is not None
-    if asked:
+    if arguments.calibration is not None:
         return detector.with_target(detector.target_fpr)  # raises where that is not possible
     if detector.thresholds[2]:
         logging.warning("scores only, no verdicts: %s", detector.thresholds[2])
     return detector
 
 
-def find_images(given: str) -> tuple[list[pathlib.Path], pathlib.Path]:
+def find_images(given: str, flag: str = "--input") -> tuple[list[pathlib.Path], pathlib.Path]:
     """The image files that an argument means, sorted, and the folder their names begin at.
 
     Raises:
@@ -129,7 +154,7 @@ def find_images(given: str) -> tuple[list[pathlib.Path], pathlib.Path]:
         root = pathlib.Path(os.path.commonpath([p.parent for p in found])) if found else path
     if not found:
         raise FileNotFoundError(
-            f"--input={given}: no image there; expected a file, a folder or a quoted glob of "
+            f"{flag}={given}: no image there; expected a file, a folder or a quoted glob of "
             f"{', '.join(image_folders.images.SUFFIXES)}, or a video of {', '.join(video.SUFFIXES)}"
         )
     return found, root

@@ -90,6 +90,36 @@ def test_recalibration_is_written_and_can_be_used_again(run, tiny_raw, tmp_path)
         (run / "results.json").read_text())["calibration"]["threshold"]  # fmt: skip
 
 
+def test_what_the_command_line_contradicts_is_refused(run, tiny_raw, tmp_path, capsys):
+    both = [f"--recalibrate={tiny_raw}", f"--calibration={tmp_path}/x.json"]
+    for extra, message in ((both, "not allowed with"), (["--full_scale=-5"], "a grey level")):
+        with pytest.raises(SystemExit) as ended:
+            command(run, tmp_path / "out", f"--input={tiny_raw}", *extra)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_refused_recalibration_leaves_the_older_one(run, tiny_raw, tmp_path, capsys):
+    good, path = tiny_raw / "good", tmp_path / "calibration.json"
+    assert command(run, tmp_path, f"--recalibrate={good}", "--target_fpr=0.1") == 0
+    assert f"wrote {path}" in capsys.readouterr().out
+    before = path.read_bytes()
+    assert command(run, tmp_path, f"--recalibrate={good / '00.png'}") == 1
+    assert path.read_bytes() == before
+    assert command(run, tmp_path, f"--recalibrate={tmp_path / 'none'}") == 1
+    assert "error: --recalibrate=" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_scoring(
+    run, tiny_raw, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(predict.detector_lib, "load", lambda _: pytest.fail("loaded the model"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert command(run, out, f"--input={tiny_raw}", "--no_pictures") == 1
+        assert f"error: --output={out}: no folder to write into" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
