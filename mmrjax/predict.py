@@ -4,7 +4,8 @@ Reads an image, a folder (with all its sub-folders), a quoted glob or a video. W
 
     scores.csv, scores.jsonl   path, score, threshold, verdict, p-value, boxes (x y w h in px)
     overlays/, heat/           pictures on one fixed colour scale, the same for every image
-    maps/                      with --raw_maps=npy|tiff: float32 at the image's own size
+    maps/                      with --raw_maps=npy|tiff: float32 at the image's own size; of a
+                               video maps/<video>/<frame>
     <video>_overlay.mp4        of a video (see video.py); its scores have a row per frame
 
 A verdict needs a threshold (see calibrate.py). `--recalibrate=<folder>` takes it from other good
@@ -52,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.input is None:
         return 0
     if video.is_video(arguments.input):
-        rows, unreadable = video.run(detector, pathlib.Path(arguments.input), arguments.output)
+        rows, unreadable = score_video(detector, arguments)
     else:
         rows, unreadable = score_images(detector, arguments)
     write_scores(arguments.output, rows)
@@ -198,6 +199,19 @@ def score_images(
     if not rows:
         raise ValueError(f"none of {len(paths)} files could be read; the first: {unreadable[0]}")
     return rows, unreadable
+
+
+def score_video(
+    detector: detector_lib.Detector, arguments: argparse.Namespace
+) -> tuple[list[dict], list[str]]:
+    """As `score_images`: a row per frame; raw maps as maps/<video>/<frame>."""
+    path = pathlib.Path(arguments.input)
+
+    def keep(number: int, found: detector_lib.Prediction) -> None:
+        write_map(arguments.output / "maps" / path.name / f"{number:06d}", found.map, kind)
+
+    kind, draws = arguments.raw_maps, not arguments.no_pictures
+    return video.run(detector, path, arguments.output, draws, keep if kind else None)
 
 
 def facts(found: detector_lib.Prediction) -> dict:

@@ -6,7 +6,7 @@ only the scores and, on disk, the maps at the model's size are kept. Called by p
 
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
@@ -55,9 +55,20 @@ def properties(path: pathlib.Path) -> tuple[float, int]:
 
 
 def run(
-    detector: detector_lib.Detector, path: pathlib.Path, output: pathlib.Path
+    detector: detector_lib.Detector,
+    path: pathlib.Path,
+    output: pathlib.Path,
+    draws: bool = True,
+    keep: Callable[[int, detector_lib.Prediction], None] | None = None,
 ) -> tuple[list[dict], list[str]]:
-    """Scores a video and writes <output>/<name>_overlay.mp4.
+    """Scores a video and, if it `draws`, writes <output>/<name>_overlay.mp4.
+
+    Args:
+      detector: a trained run.
+      path: of the video.
+      output: folder to write into.
+      draws: False = scores only.
+      keep: gets the number of each frame and what was found in it.
 
     Returns:
       A row per frame for scores.csv, and a line if the video ends before its header says.
@@ -69,8 +80,10 @@ def run(
         items = logs.progress(enumerate(frames(path)), "scoring", promised or None)
         for number, _, found in detector.stream(items):
             rows.append(_row(path, number, rate, found))
+            if keep:
+                keep(number, found)
             maps.write(found.view_map.astype(np.float16).tobytes())
-        if detector.scale is not None:
+        if draws and detector.scale is not None:
             maps.seek(0)
             _write_overlay(detector, path, output, rate, rows, maps)
     short = promised - len(rows)

@@ -165,6 +165,15 @@ def test_a_video_gets_an_overlay_with_its_curve_and_a_row_per_frame(run, film, t
     assert frame[128:].mean() < 90  # the panel of the curve is dark
 
 
+def test_a_video_heeds_the_flags_of_images(run, film, tmp_path):
+    extra = [f"--input={film}", "--raw_maps=npy", "--no_pictures"]
+    assert command(run, tmp_path / "out", *extra) == 0
+    assert not list((tmp_path / "out").glob("*.mp4"))
+    maps = sorted((tmp_path / "out" / "maps" / film.name).iterdir())
+    assert [path.name for path in maps] == [f"{i:06d}.npy" for i in range(12)]
+    assert np.load(maps[3]).shape == (128, 144)
+
+
 def test_a_video_that_is_none_is_refused(run, tmp_path, capsys):
     (tmp_path / "a.mp4").write_bytes(b"nothing")
     assert command(run, tmp_path / "out", f"--input={tmp_path / 'a.mp4'}") == 1
