@@ -169,8 +169,10 @@ class Detector:
           images: paths, or RGB pixels uint8 [h, w, 3] of any sizes.
 
         Raises:
-          ValueError: an image cannot be read, or is no RGB uint8.
+          ValueError: an image cannot be read, or is no RGB uint8; or a path stands alone.
         """
+        if isinstance(images, str | os.PathLike):  # whose letters would be taken for paths
+            raise ValueError(f"expected a list of images, found one path; give [{str(images)!r}]")
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             loaded = ahead(self._loaded, images, pool)
             return [found for _, _, found in self.stream(enumerate(loaded))]
@@ -205,7 +207,7 @@ class Detector:
         if isinstance(image, str | os.PathLike):
             return read_image(image, self.full_scale)
         image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(
                 f"expected paths or RGB pixels uint8 [h, w, 3], found {image.dtype} {image.shape}"
             )

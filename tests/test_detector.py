@@ -87,6 +87,10 @@ def test_what_is_no_picture_is_refused_by_name(loaded, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             detector.predict([given])
+    with pytest.raises(ValueError, match="expected a list of images, found one path"):
+        detector.predict(str(tmp_path / "deep.png"))
+    with pytest.raises(ValueError, match=r"uint8 \(0, 4, 3\)"):
+        detector.predict([np.zeros((0, 4, 3), np.uint8)])
     assert detector_lib.read_image(tmp_path / "deep.png", 1023)[0, 0].tolist() == [224] * 3
 
 
