@@ -2,6 +2,7 @@
 
 SCORER.onnx and SCORER.onnx.json come from `python -m mmrjax.export --output=SCORER.onnx`. Needs
 onnxruntime, numpy and Pillow, and nothing else. Prints a line per image: score, verdict, path.
+Files that cannot be read are named and skipped; the exit status is then 3.
 
 With Pillow 11 or 12 and 8-bit PNG or BMP files the scores are those of `mmrjax.predict`. They
 differ a little where pixels do: Pillow 13 resizes in another order, by a grey level here and there,
@@ -22,8 +23,8 @@ def load_image(path: str, about: dict) -> np.ndarray:
     uint8 [h, w, 3].
     """
     with Image.open(path) as file:
-        if file.mode.startswith("I"):
-            raise ValueError(f"{path}: 16 bits a pixel; scale it to 8 first")
+        if file.mode.startswith(("I", "F")):
+            raise ValueError("more than 8 bits a pixel; scale it to 8 first")
         image = ImageOps.exif_transpose(file).convert("RGB")
     how = Image.Resampling[about["interpolation"].upper()]
     pixels = np.asarray(image.resize(about["resize"][::-1], how))
@@ -67,12 +68,21 @@ def main() -> None:
     with open(f"{scorer}.json", encoding="utf-8") as file:
         about = json.load(file)
     session = onnxruntime.InferenceSession(scorer, providers=["CPUExecutionProvider"])
+    status = 0
     for path in paths:
-        found, _ = score(session, load_image(path, about), about)
+        try:
+            pixels = load_image(path, about)
+        except (OSError, SyntaxError, ValueError) as e:  # Pillow's, of damaged files
+            print(f"skipped: {path}: {e}", file=sys.stderr)
+            status = 3
+            continue
+        found, _ = score(session, pixels, about)
         verdict = "-"  # without a threshold
         if about["threshold"] is not None:
             verdict = "anomaly" if found > about["threshold"] else "good"
         print(f"{found:.6f} {verdict:7} {path}")
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

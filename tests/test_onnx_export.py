@@ -82,6 +82,20 @@ def test_the_example_needs_neither_jax_nor_torch(exported, tmp_path):
         assert name == str(picture)
 
 
+def test_the_example_skips_what_it_cannot_read(exported, tmp_path):
+    _, path, pictures = exported
+    (tmp_path / "cut.png").write_bytes(pictures[0].read_bytes()[:-40])
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "deep.tif")
+    given = [tmp_path / "cut.png", pictures[0], tmp_path / "deep.tif", tmp_path]
+    command = [sys.executable, EXAMPLE, path, *given]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert [line.split()[-1] for line in done.stdout.splitlines()] == [str(pictures[0])]
+    assert [line.split(": ")[1] for line in done.stderr.splitlines()] == [
+        str(given[i]) for i in (0, 2, 3)
+    ]
+
+
 def test_what_the_tiny_runs_do_not_have_is_traced_too(tiny_config, tmp_path):
     """Oblong images, all three layers, the patch score, a bank of two chunks, no threshold."""
     from mmrjax import onnx_export
