@@ -71,7 +71,10 @@ class Builder(common.RecordBuilder):
         """Yields what `layout` understood, and logs it in one line."""
         items, description = layout.read_layout(self.category_folders(raw_dir)[category])
         self.log(description)
-        self.full_scale = full_scale(max(images.largest_value(item.path) for item in items))
+        largest = max(images.largest_value(item.path) for item in items)
+        self.full_scale = full_scale(largest)
+        if largest:  # the same is needed wherever such images are scored later
+            self.log(f"white of 16-bit images: {self.full_scale} (predict: --full_scale)")
         for item in items:
             yield (
                 item.split,

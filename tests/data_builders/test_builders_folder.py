@@ -170,7 +170,9 @@ def test_sixteen_bit_images_share_one_white_level(make, tmp_path, built):
     root = make("good/0.png")
     for name, value in (("dark", 1000), ("bright", 4000)):
         cv2.imwrite(str(root / f"good/{name}.png"), np.full((24, 32), value, np.uint16))
-    splits = built("folder", root, tmp_path / "data")["my_parts"]
+    log = []
+    splits = built("folder", root, tmp_path / "data", log=log)["my_parts"]
+    assert any("white of 16-bit images: 4095" in line for line in log)
     records = {**splits["train"], **splits["test"]}
     means = [records[f"good/{name}.png"]["image"].mean() for name in ("dark", "bright")]
     assert means == [round(1000 * 255 / 4095), round(4000 * 255 / 4095)]
