@@ -52,11 +52,13 @@ def _run(arguments: argparse.Namespace) -> int:
     detector = choose_threshold(detector, arguments)
     if arguments.input is None:
         return 0
-    if video.is_video(arguments.input):
-        rows, unreadable = score_video(detector, arguments)
-    else:
-        rows, unreadable = score_images(detector, arguments)
-    write_scores(arguments.output, rows)
+    score = score_video if video.is_video(arguments.input) else score_images
+    rows = []
+    try:
+        unreadable = score(detector, arguments, rows)
+    finally:  # an interrupted call keeps what it has scored
+        if rows:
+            write_scores(arguments.output, rows)
     print(summary(detector, rows, arguments.output))
     for line in unreadable:
         print(f"skipped: {line}", file=sys.stderr)
@@ -181,11 +183,11 @@ def readable(
 
 
 def score_images(
-    detector: detector_lib.Detector, arguments: argparse.Namespace
-) -> tuple[list[dict], list[str]]:
-    """Scores all images and writes their pictures: (a row per image, a line per unreadable one)."""
+    detector: detector_lib.Detector, arguments: argparse.Namespace, rows: list[dict]
+) -> list[str]:
+    """Adds a row per image to `rows` and writes its pictures; a line per unreadable one."""
     paths, root = find_images(arguments.input)
-    rows, unreadable = [], []
+    unreadable = []
     if detector.scale is None:
         logging.warning("no pictures: the run was never evaluated, so it has no colour scale")
     items = readable(logs.progress(paths, "scoring"), detector.full_scale, unreadable)
@@ -198,12 +200,12 @@ def score_images(
             write_map(arguments.output / "maps" / name, found.map, arguments.raw_maps)
     if not rows:
         raise ValueError(f"none of {len(paths)} files could be read; the first: {unreadable[0]}")
-    return rows, unreadable
+    return unreadable
 
 
 def score_video(
-    detector: detector_lib.Detector, arguments: argparse.Namespace
-) -> tuple[list[dict], list[str]]:
+    detector: detector_lib.Detector, arguments: argparse.Namespace, rows: list[dict]
+) -> list[str]:
     """As `score_images`: a row per frame; raw maps as maps/<video>/<frame>."""
     path = pathlib.Path(arguments.input)
 
@@ -211,7 +213,7 @@ def score_video(
         write_map(arguments.output / "maps" / path.name / f"{number:06d}", found.map, kind)
 
     kind, draws = arguments.raw_maps, not arguments.no_pictures
-    return video.run(detector, path, arguments.output, draws, keep if kind else None)
+    return video.run(detector, path, arguments.output, rows, draws, keep if kind else None)
 
 
 def facts(found: detector_lib.Prediction) -> dict:

@@ -58,24 +58,25 @@ def run(
     detector: detector_lib.Detector,
     path: pathlib.Path,
     output: pathlib.Path,
+    rows: list[dict],
     draws: bool = True,
     keep: Callable[[int, detector_lib.Prediction], None] | None = None,
-) -> tuple[list[dict], list[str]]:
+) -> list[str]:
     """Scores a video and, if it `draws`, writes <output>/<name>_overlay.mp4.
 
     Args:
       detector: a trained run.
       path: of the video.
       output: folder to write into.
+      rows: gets a row per frame, for scores.csv.
       draws: False = scores only.
       keep: gets the number of each frame and what was found in it.
 
     Returns:
-      A row per frame for scores.csv, and a line if the video ends before its header says.
+      A line if the video ends before its header says.
     """
     rate, promised = properties(path)
     output.mkdir(parents=True, exist_ok=True)
-    rows = []
     with tempfile.TemporaryFile(dir=output) as maps:
         items = logs.progress(enumerate(frames(path)), "scoring", promised or None)
         for number, _, found in detector.stream(items):
@@ -87,7 +88,7 @@ def run(
             maps.seek(0)
             _write_overlay(detector, path, output, rate, rows, maps)
     short = promised - len(rows)
-    return rows, [f"{path}: the last {short} of {promised} frames"] if short > 0 else []
+    return [f"{path}: the last {short} of {promised} frames"] if short > 0 else []
 
 
 def _row(path: pathlib.Path, number: int, rate: float, found: detector_lib.Prediction) -> dict:

@@ -178,3 +178,18 @@ def test_a_video_that_is_none_is_refused(run, tmp_path, capsys):
     (tmp_path / "a.mp4").write_bytes(b"nothing")
     assert command(run, tmp_path / "out", f"--input={tmp_path / 'a.mp4'}") == 1
     assert "reads no frame" in capsys.readouterr().err
+
+
+def test_an_interrupted_call_keeps_what_it_has_scored(run, tiny_raw, tmp_path, monkeypatch, capsys):
+    write, calls = predict.write_map, []
+
+    def interrupted(*args):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(write(*args))
+
+    monkeypatch.setattr(predict, "write_map", interrupted)
+    status = command(run, tmp_path, f"--input={tiny_raw}", "--raw_maps=npy", "--no_pictures")
+    assert status == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert len(rows_of(tmp_path)[0]) == 4
