@@ -10,8 +10,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from mmrjax import checkpoint, evaluate, files, methods
 from mmrjax import config as config_lib
-from mmrjax import evaluate, files, methods
 
 # What may change between two calls on one work directory without touching what was trained.
 FREE_FIELDS = (
@@ -111,7 +111,7 @@ def settle(config: ConfigDict, name: str, run: pathlib.Path, digest: str, mode: 
     """
     path = run / "config.json"
     stored = files.read_json(path)
-    begun = any(p.name.isdigit() for sub in ("checkpoints", "fitted") for p in run.glob(f"{sub}/*"))
+    begun = any(checkpoint.present(run / sub) for sub in ("checkpoints", "fitted"))
     if begun and stored is None:
         raise ValueError(
             f"{path} is absent or damaged, so nothing tells what the checkpoints beside it were "
