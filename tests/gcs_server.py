@@ -18,23 +18,21 @@ import urllib.parse
 
 import google_crc32c
 
-
-class Bucket(dict):
-    """{object name: (bytes, generation)}."""
+Bucket = dict[str, tuple[bytes, int]]  # {name of an object: (content, generation)}
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `buckets`, {name: Bucket}, at `address`; `requests` counts them by method."""
+    """Serves `buckets`, {name: Bucket}, at `address`."""
 
     daemon_threads = True
 
     def __init__(self, *names: str):
         super().__init__(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.server_port}"
-        self.buckets = {name: Bucket() for name in names}
+        self.buckets: dict[str, Bucket] = {name: {} for name in names}
         self.sessions: dict[str, tuple[str, str, dict, bytearray]] = {}
         self.lock, self.numbers = threading.Lock(), itertools.count(int(time.time() * 1e6))
-        self.fail = None  # (method, path) -> status to answer with, or None
+        self.fail = None  # (method, body) -> status to answer with instead, or None
 
     def handle_error(self, request, client_address):
         """A client that has heard enough hangs up."""
@@ -46,6 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
             "TENSORSTORE_GCS_HTTP_URL": self.address,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "abc",
             "GOOGLE_CLOUD_PROJECT": "pretended",
+            "NO_GCE_CHECK": "true",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
 
@@ -68,7 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         parts = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(parts.query))
         try:
-            if self.server.fail and (status := self.server.fail(self.command, self.path)):
+            if self.server.fail and (status := self.server.fail(self.command, body)):
                 raise Failed(status)
             if parts.path.startswith("/batch/"):
                 return self._batch(body)
@@ -176,6 +175,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if "rewriteTo" in path:
                 facts = {"done": True, "resource": facts, "objectSize": facts["size"],
                          "totalBytesRewritten": facts["size"]}  # fmt: skip
+            return 200, {}, json.dumps(facts)
+        if found := re.fullmatch(r"([^/]+)/moveTo/o/([^/]+)", path):
+            name, target = urllib.parse.unquote(found[1]), urllib.parse.unquote(found[2])
+            if name not in bucket:
+                raise Failed(404)
+            facts = self._put(bucket, target, bucket[name][0], query)
+            del bucket[name]
             return 200, {}, json.dumps(facts)
         name = urllib.parse.unquote(path)
         if name not in bucket:
