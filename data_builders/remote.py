@@ -58,10 +58,10 @@ def fetch(records: store.CategoryRecords, address: str) -> None:
         part = records.workplace / "fetched"
         shutil.rmtree(records.workplace, ignore_errors=True)
         try:
-            buckets.download(address, part, digests)
-            wrong = [name for name, digest in digests.items() if sha256(part / name) != digest]
-            if wrong:
-                raise ValueError(f"{address}: {wrong[0]} is damaged; delete it and build again")
+            buckets.download(address, part, digests.keys() & buckets.contents(address).keys())
+            for name, digest in digests.items():
+                if not (part / name).is_file() or sha256(part / name) != digest:
+                    raise ValueError(f"{address}: {name} is damaged; delete it and build again")
             (part / store.FINGERPRINT).write_bytes(stored)
             records.replace(part)
         finally:
