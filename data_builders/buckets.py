@@ -12,6 +12,10 @@ import pathlib
 from collections.abc import Iterable, Iterator
 
 SCHEME = "gs://"
+RIGHTS = (
+    "log in with gcloud auth application-default login, or ask for the roles storage.objectUser "
+    "and storage.legacyBucketReader on it"
+)
 
 
 def is_remote(place: str | os.PathLike) -> bool:
@@ -125,14 +129,12 @@ def naming(address: str) -> Iterator[None]:
         bucket = address.removeprefix(SCHEME).split("/")[0]
         raise FileNotFoundError(
             f"{address}: there is no bucket {bucket!r}, or you may not see it; create it with "
-            f"gcloud storage buckets create {SCHEME}{bucket}, or log in with "
-            "gcloud auth application-default login"
+            f"gcloud storage buckets create {SCHEME}{bucket}, {RIGHTS}"
         ) from e
     except Exception as e:  # whatever gcsfs, its HTTP client and its credentials raise
         text = " ".join(str(e).split())[:300]
         raise OSError(
-            f"{address} cannot be used ({type(e).__name__}: {text}); see to the network, and log "
-            "in with gcloud auth application-default login"
+            f"{address} cannot be used ({type(e).__name__}: {text}); see to the network, {RIGHTS}"
         ) from e
 
 

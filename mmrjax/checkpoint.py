@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from data_builders import buckets
 from mmrjax import files, mesh, processes, staging
 
 
@@ -47,7 +48,8 @@ class Checkpoints:
             create=not read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        with self._naming():
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def steps(self) -> list[int]:
         """Steps of all finished checkpoints, oldest first."""
@@ -76,11 +78,17 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         """A save fails in the background: the next call of any kind raises what it met."""
         try:
-            yield
+            with self._naming():
+                yield
         except Exception as e:  # Orbax raises whatever its writers raise
             if not (reason := files.full_disk(e)):
                 raise
             raise OSError(f"no checkpoint could be written to {self._directory} ({reason})") from e
+
+    def _naming(self) -> contextlib.AbstractContextManager:
+        """Makes one line of what a bucket's clients raise."""
+        address = str(self._directory)
+        return buckets.naming(address) if buckets.is_remote(address) else contextlib.nullcontext()
 
     def restore(self, target) -> tuple[int, object] | None:
         """Restores the newest intact checkpoint.

@@ -32,7 +32,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.buckets: dict[str, Bucket] = {name: {} for name in names}
         self.sessions: dict[str, tuple[str, str, dict, bytearray]] = {}
         self.lock, self.numbers = threading.Lock(), itertools.count(int(time.time() * 1e6))
-        self.fail = None  # (method, body) -> status to answer with instead, or None
+        self.fail = None  # (method, path, body) -> status to answer with instead, or None
 
     def handle_error(self, request, client_address):
         """A client that has heard enough hangs up."""
@@ -67,7 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         parts = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(parts.query))
         try:
-            if self.server.fail and (status := self.server.fail(self.command, body)):
+            if self.server.fail and (status := self.server.fail(self.command, self.path, body)):
                 raise Failed(status)
             if parts.path.startswith("/batch/"):
                 return self._batch(body)

@@ -363,7 +363,7 @@ def test_a_bucket_that_does_not_exist_is_one_line(bucket, programs, name, capfd,
 def test_a_bucket_without_the_right_to_it_is_one_line(
     bucket, storage, programs, name, capfd, monkeypatch
 ):
-    monkeypatch.setattr(storage, "fail", lambda method, body: 403)
+    monkeypatch.setattr(storage, "fail", lambda *request: 403)
     assert programs(name, bucket[0]) == 1
     line = the_line(capfd)
     assert f"{bucket[0]}/r" in line
@@ -382,17 +382,31 @@ def test_without_the_package_the_line_says_what_to_install(programs, name, capfd
     assert "gcsfs to access Google Storage: pip install 'mmrjax[gcs]'" in the_line(capfd)
 
 
+def while_saving(method: str, path: str, body: bytes) -> bool:
+    """Orbax's own small files beside the arrays."""
+    return method == "POST" and b"fitted/0" in body
+
+
+def while_sending(method: str, path: str, body: bytes) -> bool:
+    """After the checkpoint, among the results."""
+    return method == "POST" and b"curves.json" in body
+
+
+@pytest.mark.parametrize("lost", [while_saving, while_sending])
 def test_a_bucket_that_is_lost_on_the_way_ends_in_one_line(
-    bucket, storage, tiny_raw, tiny_fields, tmp_path, capfd, monkeypatch
+    bucket, storage, tiny_raw, tiny_fields, tmp_path, capfd, monkeypatch, lost
 ):
     """What is in the bucket by then stays, and the same command continues."""
     address, objects = bucket
-    args = arguments(f"{address}/lost", tiny_fields(tiny_raw, tmp_path / "records"))
+    args = arguments(f"{address}/{lost.__name__}", tiny_fields(tiny_raw, tmp_path / "records"))
     args.append("--config.method.names=patchcore")
-    monkeypatch.setattr(storage, "fail", lambda method, body: 403 if b"curves" in body else None)
+    monkeypatch.setattr(storage, "fail", lambda *request: 403 if lost(*request) else None)
     assert main.main(args) == 1
-    assert f"{address}/lost cannot be used" in the_line(capfd)
-    assert "lost/patchcore/parts/seed1/fitted/0/commit_success.txt" in objects
+    line = the_line(capfd)
+    assert f"error: {address}/{lost.__name__}" in line
+    assert "the roles storage.objectUser and storage.legacyBucketReader on it" in line
+    saved = f"{lost.__name__}/patchcore/parts/seed1/fitted/0/commit_success.txt" in objects
+    assert saved == (lost is while_sending)
     monkeypatch.setattr(storage, "fail", None)
     assert main.main(args) == 0
-    assert "lost/report.html" in objects
+    assert f"{lost.__name__}/report.html" in objects
