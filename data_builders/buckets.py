@@ -19,8 +19,8 @@ RIGHTS = (
 
 
 def is_remote(place: str | os.PathLike) -> bool:
-    """Whether a path is an address such as gs://bucket/name."""
-    return "://" in str(place)
+    """Whether a path is meant as an address such as gs://bucket/name; with one slash too."""
+    return "://" in str(place) or str(place).startswith("gs:")
 
 
 def check(address: str) -> str:
@@ -29,11 +29,10 @@ def check(address: str) -> str:
     Raises:
       ValueError: it is no gs:// address, or has names that mean something else in a folder.
     """
-    address = address.rstrip("/")
-    names = address.removeprefix(SCHEME).split("/")
+    names = address.removeprefix(SCHEME).rstrip("/").split("/")
     if not address.startswith(SCHEME) or {"", ".", ".."} & {*names}:
         raise ValueError(f"{address}: expected a folder here, or gs://<bucket>/<folder>")
-    return address
+    return address.rstrip("/")
 
 
 def cache_dir() -> pathlib.Path:

@@ -129,7 +129,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(place, bucket):
     with pytest.raises(ValueError, match="leads out of a folder"), staging.opened(address):
         pass
     del bucket[1][f"{own}/../../evil.json"]
-    for wrong in ("gs://a/../b", "gs://", "gs://a//b", "s3://a/b"):
+    for wrong in ("gs://a/../b", "gs://", "gs://a//b", "gs:/a/b", "s3://a/b"):
         with pytest.raises(ValueError, match="expected a folder here, or gs://"):
             staging.opened(wrong).__enter__()
 
