@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import tqdm
 from absl import logging
 
-from data_builders import common, download, files, store
+from data_builders import buckets, common, download, files, remote, store
 
 # Data set -> module with its class `Builder`, imported when asked for.
 BUILDERS: dict[str, str] = {
@@ -49,7 +49,7 @@ def build(
       name: the data set, one of BUILDERS.
       raw_dir: the folder with the raw images; None or absent if the records exist already, and
         for data sets that a program draws.
-      data_dir: where records live; created if need be.
+      data_dir: where records live; created if need be. May be in a bucket, gs://… (see `remote`).
       categories: which ones; None takes all that the raw folder holds or that are built.
       log: receives what is done, line by line.
 
@@ -62,7 +62,8 @@ def build(
       FileNotFoundError: neither raw data nor records; the message says how to get the data.
     """
     builder_cls = load_builder(name)
-    data_dir = pathlib.Path(data_dir).expanduser()
+    address = f"{buckets.check(str(data_dir))}/{name}" if buckets.is_remote(data_dir) else ""
+    data_dir = remote.local_dir(str(data_dir)) if address else pathlib.Path(data_dir).expanduser()
     for place in (data_dir, *data_dir.parents):
         if place.is_file():
             raise ValueError(f"data_dir={data_dir}: {place} is a file; name another folder")
@@ -72,6 +73,8 @@ def build(
         in_raw = set(builder_cls.CATEGORIES)
     else:
         in_raw = set(builder_cls.category_folders(root)) if root else set()
+    if address:
+        fetch(name, address.rpartition("/")[0], categories, log)
     record_dirs = {}
     for category in _wanted(builder_cls, raw_dir, data_dir / name, in_raw, categories):
         records = store.CategoryRecords(builder_cls, category, root, data_dir / name, log)
@@ -80,6 +83,39 @@ def build(
         else:
             records.check_usable()
             log(f"{records.title}: no raw data at hand, using the records in {records.path}")
+        if address:
+            remote.send(records, address)
+        record_dirs[category] = records.path
+    return record_dirs
+
+
+def fetch(
+    name: str,
+    data_dir: str,
+    categories: Sequence[str] | None = None,
+    log: Callable[[str], None] = logging.info,
+) -> dict[str, pathlib.Path]:
+    """Copies finished records of a data set from a bucket into this machine's cache.
+
+    Args:
+      name: the data set, one of BUILDERS.
+      data_dir: where records live, gs://….
+      categories: which ones, where they are there; None takes all.
+      log: receives what is done, line by line.
+
+    Returns:
+      Category -> directory of its copy.
+
+    Raises:
+      ValueError, OSError: a bucket that cannot be used, or damaged records.
+    """
+    builder_cls, address = load_builder(name), f"{data_dir.rstrip('/')}/{name}"
+    found = remote.categories(address, str(builder_cls.VERSION))
+    record_dirs = {}
+    for category in found if categories is None else [c for c in found if c in categories]:
+        home = remote.local_dir(address)
+        records = store.CategoryRecords(builder_cls, category, None, home, log)
+        remote.fetch(records, address)
         record_dirs[category] = records.path
     return record_dirs
 
@@ -193,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("name", help=f"data set: {', '.join(sorted(BUILDERS))}")
     parser.add_argument("--raw_dir", help="folder of the raw images (not for demo_parts)")
-    parser.add_argument("--data_dir", required=True, help="folder of the records")
+    parser.add_argument("--data_dir", required=True, help="of the records: a folder, or gs://…")
     parser.add_argument(
         "--category", action="append", help="only this category; may be given several times"
     )

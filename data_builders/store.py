@@ -19,7 +19,7 @@ import tqdm
 
 from data_builders import common
 
-_FINGERPRINT = "fingerprint.json"
+FINGERPRINT = "fingerprint.json"
 
 
 def read_fingerprint(record_dir: pathlib.Path) -> dict | None:
@@ -27,7 +27,7 @@ def read_fingerprint(record_dir: pathlib.Path) -> dict | None:
     if not (record_dir / "dataset_info.json").is_file():
         return None
     try:
-        stored = json.loads((record_dir / _FINGERPRINT).read_text())
+        stored = json.loads((record_dir / FINGERPRINT).read_text())
     except (OSError, ValueError):
         return None
     is_complete = isinstance(stored, dict) and {"schema", "fingerprint", "built"} <= stored.keys()
@@ -82,7 +82,7 @@ class CategoryRecords:
         """Builds the records if they are missing or stale."""
         fingerprint = self.builder_cls.fingerprint(self.root, self.category)
         if self._reason_to_build(fingerprint) or self.workplace.exists():
-            with self._lock():
+            with self.lock():
                 # Another process may have built them while this one waited for the lock.
                 if reason := self._reason_to_build(fingerprint):
                     self.log(f"{self.title}: {reason}")
@@ -120,16 +120,20 @@ class CategoryRecords:
                 "counts": counts,
             }
             made = pathlib.Path(builder.data_path)
-            (made / _FINGERPRINT).write_text(json.dumps(stored, indent=1))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                self.path.rename(self.workplace / "replaced")
-            made.rename(self.path)
+            (made / FINGERPRINT).write_text(json.dumps(stored, indent=1))
+            self.replace(made)
         finally:
             shutil.rmtree(self.workplace, ignore_errors=True)
         expected = self.builder_cls.EXPECTED.get(self.category, {})
         self.log(f"{self.title}: {describe_counts(counts, expected)}")
         self.log(f"{self.title}: built in {time.monotonic() - start:.1f} s: {self.path}")
+
+    def replace(self, made: pathlib.Path) -> None:
+        """Moves a complete folder, which lies in `workplace`, to the records' place."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self.path.rename(self.workplace / "replaced")
+        made.rename(self.path)
 
     def _write(self) -> common.RecordBuilder:
         """Runs the TFDS builder under a progress bar, which shows on a terminal only."""
@@ -151,7 +155,7 @@ class CategoryRecords:
         return builder
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Lets one process at a time build this category; a killed process loses the lock."""
         self.home.mkdir(parents=True, exist_ok=True)
         with (self.home / f".{self.category}.lock").open("w") as file:

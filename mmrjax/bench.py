@@ -179,7 +179,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vs", choices=("torch",), help="what to compare with")
     parser.add_argument("--only_vs", action="store_true", help="nothing but the comparison")
     parser.add_argument("--variants", type=lambda s: tuple(s.split(",")), help="of the twin")
-    parser.add_argument("--json", type=pathlib.Path, help="file for all numbers")
+    parser.add_argument("--json", type=files.local_path, help="file for all numbers")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments, arguments.overrides = parser.parse_known_args(argv)
     unknown = [o for o in arguments.overrides if not o.startswith("--config.")]

@@ -13,7 +13,6 @@ import contextlib
 import json
 import pathlib
 import re
-import shutil
 import zlib
 from collections.abc import Iterator
 
@@ -22,8 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
-from mmrjax import files, mesh, processes
+from data_builders import buckets
+from mmrjax import files, mesh, processes, staging
+
+
+def present(directory: pathlib.Path) -> bool:
+    """Whether there is a checkpoint in a directory, whole or not."""
+    place = staging.origin(directory.absolute())
+    return place.is_dir() and any(path.name.isdigit() for path in place.iterdir())
 
 
 class Checkpoints:
@@ -34,20 +41,26 @@ class Checkpoints:
 
         With `read_only` nothing in it is touched: a run that is still training may own it.
         """
-        self._directory, self._read_only = directory.absolute(), read_only
+        self._folder, self._read_only = directory.absolute(), read_only
+        self._directory = staging.origin(self._folder)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             create=not read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        with self._naming():
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def steps(self) -> list[int]:
         """Steps of all finished checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, tree) -> None:
-        """Starts to save `tree`; returns as soon as it is copied from the device."""
+        """Starts to save `tree`; returns as soon as it is copied from the device.
+
+        To a bucket, the files of the run go first: a checkpoint without them could not be used.
+        """
+        staging.send(self._folder)
         meta = {"checksums": checksums(tree), "leaves": _describe(tree)}
         meta["crc"] = _crc(meta)
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
@@ -65,11 +78,17 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         """A save fails in the background: the next call of any kind raises what it met."""
         try:
-            yield
+            with self._naming():
+                yield
         except Exception as e:  # Orbax raises whatever its writers raise
             if not (reason := files.full_disk(e)):
                 raise
             raise OSError(f"no checkpoint could be written to {self._directory} ({reason})") from e
+
+    def _naming(self) -> contextlib.AbstractContextManager:
+        """Makes one line of what a bucket's clients raise."""
+        address = str(self._directory)
+        return buckets.naming(address) if buckets.is_remote(address) else contextlib.nullcontext()
 
     def restore(self, target) -> tuple[int, object] | None:
         """Restores the newest intact checkpoint.
@@ -108,7 +127,7 @@ class Checkpoints:
         def move() -> None:
             for step in steps:
                 aside = self._directory.with_name(f"{self._directory.name}-damaged-{step}")
-                shutil.rmtree(aside, ignore_errors=True)
+                aside.rmtree(missing_ok=True)
                 (self._directory / str(step)).rename(aside)
 
         if steps:
@@ -197,7 +216,7 @@ def _stored_dict(leaves: dict, sharding: jax.sharding.Sharding) -> dict:
     return tree
 
 
-def _check_leaves(stored: dict, wanted: dict, where: pathlib.Path) -> None:
+def _check_leaves(stored: dict, wanted: dict, where: epath.Path) -> None:
     wrong = [
         f"{k}: stored {stored.get(k, 'nothing')}, expected {wanted.get(k, 'nothing')}"
         for k in sorted(stored.keys() | wanted.keys())

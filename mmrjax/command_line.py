@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from mmrjax import files
+from mmrjax import files, staging
 
 INTERRUPTED = 130  # as shells say of a program that Ctrl-C has ended
 
@@ -29,5 +29,5 @@ def run(program: Callable[[], int], ending: str = "") -> int:
     except (ValueError, RuntimeError, OSError) as e:
         if os.environ.get("MMRJAX_TRACEBACK"):
             raise
-        print(f"error: {files.explain(e)}{ending}", file=sys.stderr)
+        print(staging.named(f"error: {files.explain(e)}{ending}"), file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmrjax import command_line, files, metrics
+from mmrjax import command_line, files, metrics, staging
 
 
 class OtherImages(ValueError):
@@ -135,16 +135,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compare two finished runs on the same test images, paired.",
     )
     for name in ("first", "second"):
-        parser.add_argument(name, type=pathlib.Path, help="<workdir>/<method>/<category>")
+        parser.add_argument(name, type=staging.place, help="<workdir>/<method>/<category>")
     arguments = parser.parse_args(argv)
     return command_line.run(lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    first, second = (read(_seed_folders(folder)) for folder in (arguments.first, arguments.second))
+    first, second = (_of_runs(place) for place in (arguments.first, arguments.second))
     print(table(first, second))
     print(f"seeds: {len(first.values)} and {len(second.values)}; images: {len(first.images)}")
     return 0
+
+
+def _of_runs(place: str) -> Scores:
+    with staging.opened(place, "/scores.csv") as folder:
+        return read(_seed_folders(folder))
 
 
 def _seed_folders(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
 
+from data_builders import buckets
 from mmrjax import files
 
 PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -273,9 +274,10 @@ def validate(config: ConfigDict) -> None:
     for name, known in choices.items():
         if flat[name] not in known:
             raise ValueError(f"--config.{name}={flat[name]}: choose one of {', '.join(known)}")
-    for name in ("data.raw_dir", "data.data_dir"):
-        if files.is_remote(flat[name]):
-            raise ValueError(f"--config.{name}={flat[name]}: {files.MOUNT_IT}")
+    if buckets.is_remote(flat["data.raw_dir"]):
+        raise ValueError(f"--config.data.raw_dir={flat['data.raw_dir']}: {files.LOCAL_ONLY}")
+    if buckets.is_remote(flat["data.data_dir"]):
+        buckets.check(flat["data.data_dir"])
     batches = ("train.batch_size", "aminet.batch_size", "eval.batch_size")
     for name in ("train.epochs", "aminet.epochs", *batches, "ckpt.keep"):
         if flat[name] < 1:

@@ -9,15 +9,17 @@ of weights/torch_names.py.
 """
 
 import argparse
+import contextlib
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from mmrjax import command_line, restore
+from data_builders import buckets
+from mmrjax import command_line, files, restore, staging
 from mmrjax.data import geometry
 from mmrjax.methods import mmr
 from mmrjax.models import resnet
@@ -60,7 +62,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.output.exists():
         raise ValueError(f"--output={arguments.output} exists; choose another name or delete it")
     convert = from_torch if arguments.verb == "from-torch" else to_torch
-    lines = convert(arguments.kind, arguments.arch, arguments.input, arguments.output)
+    with _opened(arguments.input) as path:
+        lines = convert(arguments.kind, arguments.arch, path, arguments.output)
     print("\n".join([*lines, f"wrote {arguments.output}"]))
     return 0
 
@@ -82,14 +85,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="",
         help=f"{sizes}. Optional where a file or run says it itself, as all from mmrjax do",
     )
-    parser.add_argument("--input", required=True, type=_path, help="a file or a run folder")
+    parser.add_argument(
+        "--input", required=True, type=staging.place, help="a file or a run folder, or gs://…"
+    )
     parser.add_argument("--output", required=True, type=_path, help="a file, not yet there")
     return parser.parse_args(argv)
 
 
 def _path(text: str) -> pathlib.Path:
     """With ~ as the home folder: shells leave it alone behind an equals sign."""
-    return pathlib.Path(text).expanduser()
+    return files.local_path(text).expanduser()
+
+
+@contextlib.contextmanager
+def _opened(place: str) -> Iterator[pathlib.Path]:
+    """The file or run folder that --input means; a copy of it where it is in a bucket."""
+    if not buckets.is_remote(place):
+        yield _path(place)
+    elif pathlib.PurePath(place).suffix in source.SUFFIXES:
+        yield source.remote_file(place)
+    else:
+        with staging.opened(place, ".json") as folder:
+            yield folder
 
 
 def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> list[str]:

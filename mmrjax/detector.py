@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_builders import images as image_files
-from mmrjax import calibrate, files, restore, scoring, train
+from mmrjax import calibrate, files, restore, scoring, staging, train
 from mmrjax.data import geometry
 
 FULL_SCALE = 65535  # of 16-bit images, where nothing else is said
@@ -233,16 +233,18 @@ def load(workdir: str | os.PathLike, target_fpr: float | None = None) -> Detecto
     """A trained run, ready to predict.
 
     Args:
-      workdir: <workdir>/<method>/<category>/seed<k>, or a work directory with one run.
+      workdir: <workdir>/<method>/<category>/seed<k>, or a work directory with one run; a folder or
+        an address in a bucket, gs://….
       target_fpr: false-positive rate of the threshold; None = the run's calibration.target_fpr.
 
     Raises:
       FileNotFoundError, ValueError: no run, several, or one that cannot be read, saying what to do.
     """
-    run = restore.find_run(pathlib.Path(workdir))
-    trained, config = restore.trained(run)
-    calibration = calibrate.read(run / "calibration.json")
-    gallery = files.read_json(run / "maps" / "gallery.json") or {}
+    with staging.opened(workdir, ".json") as folder:
+        run = restore.find_run(folder)
+        trained, config = restore.trained(run)
+        calibration = calibrate.read(run / "calibration.json")
+        gallery = files.read_json(run / "maps" / "gallery.json") or {}
     scale = tuple(gallery["scale"]) if "scale" in gallery else None
     detector = Detector(trained, config, calibration, scale)
     return detector if target_fpr is None else detector.with_target(target_fpr)

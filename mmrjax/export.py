@@ -17,7 +17,6 @@ file is loaded again and compared with the model before the command succeeds.
 import argparse
 import importlib.util
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -27,8 +26,8 @@ import numpy as np
 from jax import export
 
 from data_builders import files as image_folders
+from mmrjax import command_line, files, methods, staging
 from mmrjax import detector as detector_lib
-from mmrjax import files, methods
 from mmrjax.data import geometry
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -38,21 +37,19 @@ TOLERANCE = 1e-5  # of scores and maps; relative where the map exceeds 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = parse(argv)
-    try:
-        detector = detector_lib.load(arguments.workdir, arguments.target_fpr)
-        images = inputs(detector, arguments.images)
-        is_onnx = arguments.output.suffix == ".onnx"
-        form = _onnx() if is_onnx else sys.modules[__name__]
-        files.write_bytes(arguments.output, form.serialise(detector))
-        found = form.run(arguments.output, images)
-        difference = compare(detector, arguments.output, found, images, is_onnx)
-        text = json.dumps(description(detector, is_onnx), indent=1)
-        files.write_text(arguments.output.with_name(f"{arguments.output.name}.json"), text)
-    except (ValueError, RuntimeError, OSError) as e:
-        if os.environ.get("MMRJAX_TRACEBACK"):
-            raise
-        print(f"error: {files.explain(e)}", file=sys.stderr)
-        return 1
+    return command_line.run(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    detector = detector_lib.load(arguments.workdir, arguments.target_fpr)
+    images = inputs(detector, arguments.images)
+    is_onnx = arguments.output.suffix == ".onnx"
+    form = _onnx() if is_onnx else sys.modules[__name__]
+    files.write_bytes(arguments.output, form.serialise(detector))
+    found = form.run(arguments.output, images)
+    difference = compare(detector, arguments.output, found, images, is_onnx)
+    text = json.dumps(description(detector, is_onnx), indent=1)
+    files.write_text(arguments.output.with_name(f"{arguments.output.name}.json"), text)
     size = arguments.output.stat().st_size / 2**20
     print(f"loaded again: differs by {difference:.1e} on {len(images)} images")
     print(f"wrote {arguments.output} ({size:.1f} MiB)")
@@ -66,9 +63,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Writes the scorer of a run as a serialised JAX program or as ONNX.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=files.local_path, help="of a run")
+    parser.add_argument("--workdir", required=True, type=staging.place, help="of a run")
     parser.add_argument(
-        "--output", required=True, type=pathlib.Path, help="scorer.jax or scorer.onnx"
+        "--output", required=True, type=files.local_path, help="scorer.jax or scorer.onnx"
     )
     parser.add_argument("--images", help="folder of images to compare on; otherwise noise")
     parser.add_argument("--target_fpr", type=float, help="false-positive rate of the threshold")

@@ -6,9 +6,11 @@ import json
 import os
 import pathlib
 
-MOUNT_IT = (
-    "work directories and data lie in folders here; mount the bucket as one (gcsfuse), or copy. "
-    "Only teacher.weights and student.init may be gs:// addresses"
+from data_builders import buckets
+
+LOCAL_ONLY = (
+    "expected a file or folder here; copy what is in a bucket, or mount it as one (gcsfuse). Work "
+    "directories, data.data_dir, teacher.weights and student.init may be gs:// addresses"
 )
 # What the system says when a disk takes no more: full, over the quota, over the limit of a file.
 FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -20,14 +22,9 @@ def local_path(text: str) -> pathlib.Path:
     Raises:
       argparse.ArgumentTypeError: a bucket's address, of which pathlib would make a folder "gs:".
     """
-    if is_remote(text):
-        raise argparse.ArgumentTypeError(f"{text}: {MOUNT_IT}")
+    if buckets.is_remote(text):
+        raise argparse.ArgumentTypeError(f"{text}: {LOCAL_ONLY}")
     return pathlib.Path(text)
-
-
-def is_remote(text: str) -> bool:
-    """Whether a path is an address such as gs://bucket/name."""
-    return "://" in text
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

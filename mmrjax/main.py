@@ -8,6 +8,9 @@ work directory per row, <workdir>/<row>/, and its comparison on top (see sweep.p
 
 Several processes (`--distributed` on TPU pods, SLURM and Open MPI) run the same command together;
 work directory, records and raw data lie on storage that all of them see. The first one writes.
+
+The work directory and `data.data_dir` may be in a bucket, gs://… (see staging.py and
+data_builders/remote.py).
 """
 
 import argparse
@@ -21,7 +24,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from data_builders import build
+from data_builders import buckets, build
 from mmrjax import (
     aggregate,
     evaluate,
@@ -33,6 +36,7 @@ from mmrjax import (
     report,
     report_sweep,
     report_tables,
+    staging,
     sweep,
     trackers,
     train,
@@ -62,11 +66,12 @@ def _run(argv: Sequence[str]) -> int:
             processes.initialize(
                 arguments.coordinator, arguments.num_processes, arguments.process_id
             )
-        if config.sweep.rows:
-            table, report_path = run_sweep(config, arguments.workdir, arguments.mode)
-        else:
-            results, report_path = run_all(config, arguments.workdir, arguments.mode)
-            table = results_table(results)
+        with staging.opened(arguments.workdir) as workdir:
+            if config.sweep.rows:
+                table, report_path = run_sweep(config, workdir, arguments.mode)
+            else:
+                results, report_path = run_all(config, workdir, arguments.mode)
+                table = results_table(results)
     except train.Interrupted as e:
         message, number = e.args
         _complain(f"{message}; the same command continues")
@@ -81,12 +86,12 @@ def _run(argv: Sequence[str]) -> int:
         return 1
     if processes.is_first():
         print(table)
-        print(f"\nreport: {report_path} ({time.monotonic() - started:.0f} s)")
+        print(f"\nreport: {staging.named(str(report_path))} ({time.monotonic() - started:.0f} s)")
     return 0
 
 
 def _complain(line: str) -> None:
-    print(f"{processes.own_name()}{line}", file=sys.stderr)
+    print(staging.named(f"{processes.own_name()}{line}"), file=sys.stderr)
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
@@ -104,7 +109,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
     )
     parser.add_argument("--config", required=True, help="configs/<name>.py[:argument]")
     parser.add_argument(
-        "--workdir", required=True, type=files.local_path, help="holds all of a run"
+        "--workdir", required=True, type=staging.place, help="holds all of a run; may be gs://…"
     )
     parser.add_argument("--mode", default="train", choices=("train", "evaluate"))
     parser.add_argument("--distributed", action="store_true", help="one of several processes")
@@ -144,6 +149,8 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
         wanted = processes.first(lambda: workdir_lib.trained_runs(workdir))
     processes.first(lambda: workdir_lib.check(config, workdir))
     directories = processes.first(lambda: build_records(config))
+    if buckets.is_remote(config.data.data_dir) and not processes.is_first():
+        directories = build.fetch(config.data.name, config.data.data_dir, [*directories])
     root = workdir_lib.results_root(config, workdir)
     parts = map(records_lib.load, directories.values())
     for records in splits.units(parts, config.data.protocol):
@@ -210,6 +217,7 @@ def run_one(
     results = evaluate.evaluate(trained, records, test_rows, config, seed, folder, held_out)
     if folder == run:
         processes.first(lambda: trackers.tell_results(config, run, results))
+    staging.send(folder)
 
 
 def _settle(config, name, records, run, folder, mode) -> tuple[ConfigDict, bool]:

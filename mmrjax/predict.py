@@ -31,7 +31,7 @@ from PIL import Image
 
 from data_builders import files as image_folders
 from data_builders.folder import layout
-from mmrjax import calibrate, command_line, files, logs, video, visualize
+from mmrjax import calibrate, command_line, files, logs, staging, video, visualize
 from mmrjax import detector as detector_lib
 
 SOME_UNREADABLE = 3  # exit status
@@ -72,15 +72,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Scores images or a video with a trained run.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=files.local_path, help="of a run")
+    parser.add_argument("--workdir", required=True, type=staging.place, help="of a run")
     parser.add_argument("--input", help="an image, a folder, a quoted glob or a video")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to write into")
+    parser.add_argument(
+        "--output", required=True, type=files.local_path, help="folder to write into"
+    )
     parser.add_argument("--raw_maps", choices=("npy", "tiff"), help="also write float32 maps")
     parser.add_argument("--no_pictures", action="store_true", help="only scores")
     parser.add_argument("--target_fpr", type=float, help="false-positive rate of the threshold")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--recalibrate", help="good images that the threshold is taken from")
-    other.add_argument("--calibration", type=pathlib.Path, help="a calibration.json to use")
+    other.add_argument("--calibration", type=files.local_path, help="a calibration.json to use")
     parser.add_argument("--full_scale", type=int, default=0, help="white of 16-bit images")
     arguments = parser.parse_args(argv)
     if arguments.input is None and arguments.recalibrate is None:

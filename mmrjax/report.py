@@ -35,6 +35,7 @@ from mmrjax import (
     report_tables,
     report_threshold,
     report_words,
+    staging,
 )
 
 CATEGORY_BYTES = 2_400_000  # all embedded pictures of one category, as base64
@@ -382,11 +383,14 @@ def _fact(value: object) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: renders the report of a work directory again."""
     parser = argparse.ArgumentParser(prog="python -m mmrjax.report", description=main.__doc__)
-    parser.add_argument("--workdir", required=True, help="folder with results.json and its runs")
+    parser.add_argument(
+        "--workdir", required=True, type=staging.place, help="of results.json and its runs"
+    )
     options = parser.parse_args(arguments)
 
     def render() -> int:
-        print(write_report(options.workdir))
+        with staging.opened(options.workdir) as workdir:
+            print(staging.named(str(write_report(workdir))))
         return 0
 
     return command_line.run(render)

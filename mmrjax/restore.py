@@ -72,7 +72,7 @@ def trained(folder: pathlib.Path) -> tuple[train.Trained, ConfigDict]:
 
 def _fitted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict:
     directory = folder / "fitted"
-    if directory.is_dir():
+    if checkpoint.present(directory):
         with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
             restored = checkpoints.restore(mesh_lib.replicated(mesh))
         if restored is not None:
@@ -83,7 +83,7 @@ def _fitted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict:
 def _last_state(method, variables: dict, folder: pathlib.Path, mesh: jax.sharding.Mesh):
     """(state, step) of the newest intact checkpoint."""
     directory = folder / "checkpoints"
-    if not directory.is_dir():
+    if not checkpoint.present(directory):
         raise FileNotFoundError(f"{folder} has no checkpoints of a trained student")
     tx = method.optimiser(steps_per_epoch=1)  # the state's structure does not depend on it
     target = jax.eval_shape(lambda variables: state_lib.create(variables, tx), variables)

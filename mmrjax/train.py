@@ -161,8 +161,7 @@ def train(
 
 def has_saved(folder: pathlib.Path) -> bool:
     """Whether a run holds anything trained or fitted."""
-    saved = [p for stage in ("checkpoints", "fitted") for p in folder.glob(f"{stage}/*")]
-    return any(path.name.isdigit() for path in saved)
+    return any(checkpoint.present(folder / stage) for stage in ("checkpoints", "fitted"))
 
 
 def _hold_teacher(folder: pathlib.Path, sha256: str | None) -> None:

@@ -280,9 +280,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", required=True, help="configs/<name>.py[:argument]")
     parser.add_argument(
-        "--workdir", required=True, type=pathlib.Path, help="one folder a row in it"
+        "--workdir", required=True, type=files.local_path, help="one folder a row in it"
     )
-    parser.add_argument("--evidence", required=True, type=pathlib.Path, help="results and table")
+    parser.add_argument(
+        "--evidence", required=True, type=files.local_path, help="results and table"
+    )
     parser.add_argument("--seeds", default="54,55,56,57,58")
     parser.add_argument("--grid", default="parts", choices=sorted(GRIDS))
     parser.add_argument("--rows", default="", help="some rows of the grid; the base always runs")

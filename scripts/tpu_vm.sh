@@ -5,10 +5,14 @@
 #   export TPU_NAME=mmr TPU_ZONE=<zone> TPU_TYPE=v6e-8
 #   scripts/tpu_vm.sh create              # asks for the machines and waits until they are there
 #   scripts/tpu_vm.sh install             # the last commit of this checkout, on every worker
-#   scripts/tpu_vm.sh run --config=configs/demo.py --workdir=<storage that every worker sees>
+#   scripts/tpu_vm.sh run --config=configs/demo.py --workdir=gs://<bucket>/demo \
+#       --config.data.data_dir=gs://<bucket>/records
 #   scripts/tpu_vm.sh keep --config=…     # all three, and again after every preemption, to the end
 #   scripts/tpu_vm.sh status
 #   scripts/tpu_vm.sh delete
+#
+# Work directory and records are in a bucket, or on another storage that every worker sees; the
+# machines' service account needs the roles storage.objectUser and storage.legacyBucketReader on it.
 #
 # `scripts/tpu_vm.sh --dry-run VERB …` prints the commands and runs none. Needs gcloud, logged in.
 #
@@ -109,7 +113,7 @@ install() {
 rm -rf mmrjax-source && mkdir mmrjax-source && tar -xzf mmrjax.tar.gz -C mmrjax-source
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.12 mmrjax-env
-python3 -m uv pip install --quiet --python mmrjax-env/bin/python './mmrjax-source[tpu]'"
+python3 -m uv pip install --quiet --python mmrjax-env/bin/python './mmrjax-source[tpu,gcs]'"
 }
 
 run() {

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import threading
 
 import cv2
 import jax
@@ -80,6 +81,32 @@ def tiny_raw(tmp_path_factory) -> pathlib.Path:
                 cv2.imwrite(str(folder / kind / f"{i:02d}_mask.png"), mask)
             cv2.imwrite(str(folder / kind / f"{i:02d}.png"), np.clip(ramp, 0, 255).astype(np.uint8))
     return folder
+
+
+@pytest.fixture(scope="session")
+def storage():
+    """A server that stands in for Google Cloud Storage; see gcs_server.py."""
+    pytest.importorskip("gcsfs", reason="needs gcsfs: pip install '.[gcs]'")
+    path = ROOT / "tests" / "gcs_server.py"
+    spec = importlib.util.spec_from_file_location("gcs_server", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    server = module.Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bucket(storage, tmp_path_factory):
+    """(address, {name: (bytes, number)}) of an empty bucket; copies lie in a cache of its own."""
+    name = f"shop{len(storage.buckets)}"
+    storage.buckets[name] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in storage.environment().items():
+            patch.setenv(variable, value)
+        patch.setenv("MMRJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield f"gs://{name}", storage.buckets[name]
 
 
 # A model that trains in a second: enough to run the whole program.

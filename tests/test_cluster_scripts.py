@@ -92,7 +92,7 @@ def test_shellcheck_finds_nothing(script):
 
 def test_dry_run_of_a_pod_slice_prints_every_command_and_runs_none(call, gcloud, tmp_path):
     gcloud(["ACTIVE"])
-    arguments = ["--config=configs/demo.py", "--workdir=/mnt/my runs"]
+    arguments = ["--config=configs/demo.py", "--workdir=gs://shop/my runs"]
     lines = call(TPU, "--dry-run", "keep", *arguments).stdout.splitlines()
     assert [line.rstrip() for line in lines] == [
         f"{QUEUE} create mmr --zone=here --accelerator-type=v6e-8 "
@@ -103,10 +103,11 @@ def test_dry_run_of_a_pod_slice_prints_every_command_and_runs_none(call, gcloud,
         "--worker=all",
         lines[4].rstrip(),
         f"{QUEUE} ssh mmr --zone=here --node=all --worker=all --command=mmrjax-env/bin/python\\ -m"
-        "\\ mmrjax.main\\ --distributed\\ --config=configs/demo.py\\ --workdir=/mnt/my\\\\\\ runs",
+        "\\ mmrjax.main\\ --distributed\\ --config=configs/demo.py"
+        "\\ --workdir=gs://shop/my\\\\\\ runs",
     ]
     assert lines[4].startswith(f"{QUEUE} ssh mmr --zone=here --node=all --worker=all $'--command=")
-    assert "./mmrjax-source[tpu]" in lines[4]
+    assert "./mmrjax-source[tpu,gcs]" in lines[4]
     assert not (tmp_path / "calls").exists()
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mmrjax import files
+from data_builders import buckets
 from mmrjax.models import resnet
 from mmrjax.weights import layouts, source, storage, torch_names
 
@@ -68,7 +68,7 @@ def student_file(init: str, size: str) -> pathlib.Path | None:
 
 
 def _local(field: str, value: str, words: str) -> pathlib.Path:
-    if files.is_remote(value):
+    if buckets.is_remote(value):
         try:
             return source.remote_file(value)
         except (OSError, ValueError) as e:

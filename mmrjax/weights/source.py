@@ -27,6 +27,7 @@ import safetensors.numpy
 from absl import logging
 from etils import epath
 
+from data_builders import buckets
 from mmrjax import files
 
 IMAGENET_LICENCE = "BSD-3-Clause code; ImageNet terms of access apply to the weights"
@@ -36,6 +37,7 @@ LOCAL = "unknown: a local file"
 # Where facts lie in the `_metadata` of a state dict: PyTorch keeps the versions of modules there,
 # each under its module's name, and load_state_dict asks for no other.
 TORCH_FACTS = "mmrjax"
+SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")  # of weights files
 MOST_UNPACKED = 100  # times the size of an .npz file: weights hardly compress
 # What safetensors and NumPy raise on damaged or foreign files (TypeError: a bare .npy array;
 # AttributeError: a number format that NumPy does not have).
@@ -93,11 +95,6 @@ MAE = {
 EMBEDDED = {"fdsl18": pathlib.Path(__file__).with_name("fdsl18.safetensors")}
 
 
-def cache_dir() -> pathlib.Path:
-    """$MMRJAX_CACHE, or ~/.cache/mmrjax."""
-    return pathlib.Path(os.environ.get("MMRJAX_CACHE", "~/.cache/mmrjax")).expanduser()
-
-
 def published_file(published: Published) -> pathlib.Path:
     """The published file in the cache, fetched when it is not there, its hash checked.
 
@@ -105,7 +102,7 @@ def published_file(published: Published) -> pathlib.Path:
       FileNotFoundError: offline, with the URL and where to put the file by hand.
       ValueError: the hash differs; the file is left for inspection.
     """
-    path = cache_dir() / "weights" / published.filename
+    path = buckets.cache_dir() / "weights" / published.filename
     if not path.exists():
         if path.suffix == ".pth" and importlib.util.find_spec("torch") is None:
             raise ValueError(
@@ -136,7 +133,7 @@ def remote_file(address: str) -> pathlib.Path:
     """
     if not address.startswith("gs://"):
         raise ValueError("expected a file here or a gs:// address")
-    folder = cache_dir() / "weights" / hashlib.sha256(address.encode()).hexdigest()[:16]
+    folder = buckets.cache_dir() / "weights" / hashlib.sha256(address.encode()).hexdigest()[:16]
     path = folder / address.rsplit("/", 1)[-1]
     if path.exists():
         return path

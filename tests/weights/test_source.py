@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from data_builders import buckets
 from mmrjax import weights
 from mmrjax.weights import source
 
@@ -91,9 +92,9 @@ def test_file_is_fetched_once_into_the_cache_that_the_variable_names(cache, onli
 def test_without_the_variable_the_cache_lies_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("MMRJAX_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert source.cache_dir() == tmp_path / ".cache" / "mmrjax"
+    assert buckets.cache_dir() == tmp_path / ".cache" / "mmrjax"
     monkeypatch.setenv("MMRJAX_CACHE", "~/elsewhere")
-    assert source.cache_dir() == tmp_path / "elsewhere"
+    assert buckets.cache_dir() == tmp_path / "elsewhere"
 
 
 def test_file_put_into_the_cache_by_hand_needs_no_network(cache, offline):
