@@ -40,7 +40,13 @@ class Painted(NamedTuple):
     mixed: jax.Array
 
 
-def real(key: jax.Array, place: Place, images: jax.Array, masks: jax.Array) -> Painted:
+def real(
+    key: jax.Array,
+    place: Place,
+    images: jax.Array,
+    masks: jax.Array,
+    chances: jax.Array | None = None,
+) -> Painted:
     """A labelled defect cut out of another picture, turned or mirrored at random.
 
     Args:
@@ -48,9 +54,13 @@ def real(key: jax.Array, place: Place, images: jax.Array, masks: jax.Array) -> P
       place: where it goes.
       images: uint8 [m, s, s, 3].
       masks: bool [m, s, s].
+      chances: float32 [m], how likely each is, up to a factor; None: all alike.
     """
     key_which, key_flip = jax.random.split(key)
-    which = jax.random.randint(key_which, (), 0, len(images))
+    if chances is None:
+        which = jax.random.randint(key_which, (), 0, len(images))
+    else:
+        which = jax.random.categorical(key_which, jnp.log(chances))
     flip_y, flip_x, swap = jax.random.bernoulli(key_flip, 0.5, (3,))
     side = images.shape[1]
     y, x = jnp.where(swap, place.x, place.y), jnp.where(swap, place.y, place.x)
