@@ -181,8 +181,9 @@ def mark_dark(records: Records, parts: Sequence[str]) -> Records:
 
 def part_of(records: Records) -> np.ndarray:
     """The part of each record, "<dataset>/<category>" as str [n]."""
-    own = np.full(len(records), f"{records.dataset}/{records.category}")
-    return records.table.get("part", own)
+    if "part" in records.table:
+        return records.table["part"]
+    return np.full(len(records), f"{records.dataset}/{records.category}")
 
 
 def condition_of(records: Records) -> np.ndarray:
