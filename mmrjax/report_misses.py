@@ -55,7 +55,7 @@ def combinations(aggregate: Mapping, footnotes: report_tables.Footnotes) -> list
 
     Empty but for the cross-domain tracks.
     """
-    tables, heads = [], ("data set", "condition", "defect", "good / defective", "in training")
+    tables, heads = [], ("data set", "condition", "defect", "good / defective", "combination")
     for method, content in aggregate["methods"].items():
         entries = content.get("combinations") or []
         rows = []
