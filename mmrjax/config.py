@@ -340,10 +340,3 @@ def _check_tracks(flat: dict) -> None:
         raise ValueError("--config.data.labelled: only protocol=track_b has labelled defects")
     if flat["data.held_out"] and protocol != "track_b":
         raise ValueError("--config.data.held_out: only protocol=track_b holds combinations out")
-    sets = {name.split("/")[0] for name in names or (flat["data.name"],)}
-    for text in (*flat["data.held_out"], *([flat["data.target"]] if flat["data.target"] else ())):
-        if text.split("/")[0] not in sets:
-            raise ValueError(
-                f"--config: {text} (data.held_out, data.target) is of none of the data sets "
-                f"{', '.join(sorted(sets))}"
-            )

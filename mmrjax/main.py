@@ -139,6 +139,8 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
         if name not in methods.METHODS:
             known = sorted(methods.METHODS)
             raise ValueError(f"--config.method.names={name}: unknown; known: {known}")
+    for part, _, _ in tracks.combinations(config.data.held_out):
+        build.load_builder(part.split("/")[0])  # a misspelled one would hold nothing out
     wanted = None
     if mode == "evaluate":
         wanted = processes.first(lambda: workdir_lib.trained_runs(workdir))
