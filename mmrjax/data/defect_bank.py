@@ -183,7 +183,7 @@ def from_records(records: Records, rows: Sequence[int], view: geometry.View) -> 
             continue
         image = geometry.view_image(records.image(i), view.resize, view.frame, view.interpolation)
         mask = geometry.view_mask(records.mask(i), view.resize, view.frame, "standard")
-        own, left_out = cut_out(image, mask)
+        own, left_out = cut_out(image, mask, defects.LARGE_WINDOW)  # all that can be blended
         cut, too_large = cut + own, too_large + left_out
         parts += [str(part[i])] * len(own)
         kinds += [str(records.table["defect"][i])] * len(own)

@@ -103,7 +103,7 @@ def test_labelled_defects_are_cut_from_the_rows_given_with_part_and_type():
     assert found.part.tolist() == ["x/a", "x/a", "x/a", "y/b"]  # the last has no mask
     assert found.defect.tolist() == ["dent", "dent", "crack", "dent"]
     assert found.counts() == {"x/a": {"dent": 2, "crack": 1}, "y/b": {"dent": 1}}
-    assert found.bank.images.shape == (4, 96, 96, 3)
+    assert found.bank.images.shape == (4, 128, 128, 3)
     for i, own in zip((0, 1, 6, 9), range(4), strict=True):
         assert found.bank.masks[own].sum() == 8 * (8 + i)
         assert (found.bank.images[own][found.bank.masks[own]] == 10 * i).all()
