@@ -7,6 +7,8 @@ IEEE TASE 2024 and luow23/AMI-Net (AMI-Net).
 
 from ml_collections import ConfigDict
 
+SETS = ("aebad", "btad", "folder", "kolektor_sdd2", "magnetic_tile", "mvtec_ad", "rsdds", "visa")
+
 
 def get_config() -> ConfigDict:
     """Returns the full configuration."""
@@ -21,10 +23,17 @@ def get_config() -> ConfigDict:
     data.categories = ()  # () = all of them, in turn
     data.raw_dir = ""  # the data set as its publisher ships it
     data.data_dir = "~/.cache/mmrjax/records"  # where records are built
+    # Data sets, or single categories as aebad/s, that train one model together; () = data.name
+    # alone. Each lies where the group raw_dirs says; one that is given nowhere is left out.
+    data.join = ()
     # one_class | k_shot | one_for_all (one model, all categories) | image_split (leaks groups; for
-    # comparison only)
+    # comparison only) | track_a | track_b (see configs/cross_domain.py)
     data.protocol = "one_class"
     data.shots = 4  # training images of k_shot, drawn by the seed
+    data.target = ""  # track_a: whose published test is kept, such as aebad/s; "" = the first one
+    data.held_out = ()  # track_b: <dataset>/<category>:<defect>:<condition> never trained; * = any
+    data.labelled = False  # track_b: defects of the training side are cut out and blended (MMR+)
+    data.split_seed = -1  # track_b: of the draw; -1 = the run's seed
     data.image_size = (224, 224)  # what the networks see, (height, width) in px
     data.resize = (256, 256)  # evaluation: resize to this, then centre-crop to image_size
     data.interpolation = "bilinear"  # of that resize: bilinear | bicubic | lanczos
@@ -34,6 +43,11 @@ def get_config() -> ConfigDict:
     data.feed = "auto"  # resident (uint8 in device memory) | stream (Grain) | auto
     data.resident_gib = 4.0  # "auto" keeps the training images resident up to this size
     data.reference_domain = ""  # the unshifted domain, to which gaps are reported
+
+    # Where the data sets of data.join lie, each as its publisher ships it. demo_parts is drawn.
+    config.raw_dirs = ConfigDict()
+    for name in SETS:
+        config.raw_dirs[name] = ""
 
     config.teacher = teacher = ConfigDict()
     teacher.name = "wide_resnet50_2"
@@ -105,7 +119,9 @@ def get_config() -> ConfigDict:
     # Where defects lie: all (textures, surfaces that fill the picture) | otsu (on the part, found
     # by its colour distance to the picture's border)
     plus.foreground = "all"
+    plus.surfaces = ()  # joined data sets to which otsu does not apply: they fill the picture
     plus.defect_tiny = 0.6  # share of defects under 10 px
+    plus.defect_labelled = 0.5  # share of labelled real defects, where data.labelled gives some
     plus.noise_intensity = 0.02  # grain inside a defect, as a share of 255
     plus.spatial_distribution = "uniform"  # uniform | edge | texture (where the picture is busy)
     plus.tiny_weight = 2.0  # of cells with a defect under 10 px, in the reconstruction
@@ -149,6 +165,7 @@ def get_config() -> ConfigDict:
     config.eval = evaluation = ConfigDict()
     evaluation.batch_size = 32
     evaluation.resize = ()  # () = data.resize; another view of a finished run otherwise
+    evaluation.stress = "none"  # none | dark (test images as in dim light; another view of a run)
     evaluation.metrics_mode = "standard"  # standard | mmr (official masks, labels and rounding)
     # exact | streaming (histograms, with error bounds) | auto (exact up to 200 million pixels)
     evaluation.pixel_metrics = "auto"

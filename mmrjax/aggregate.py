@@ -51,6 +51,7 @@ def _method(runs: list[dict], reference_domain: str) -> dict:
     return {
         "metrics": table,
         "summary": metrics.summarise(table, reference_domain or None),
+        "combinations": _combinations(runs),
         "runs": [{name: run[name] for name in ("category", "seed", "path")} for run in runs],
         "notes": sorted({note for run in runs for note in run["facts"]["notes"]}) + _notes(runs),
     }
@@ -83,18 +84,58 @@ def _over_seeds(seeds: dict[str, dict]) -> dict:
     """Mean, sample standard deviation and single values; interval ends are averaged over seeds."""
     first = next(iter(seeds.values()))
     merged = {"counts": first["counts"], "reasons": first.get("reasons", {})}
-    for name in metrics.METRICS:
-        values = {seed: domain[name] for seed, domain in seeds.items()}
-        defined = [value for value in values.values() if value is not None]
-        merged[name] = {
-            "mean": float(np.mean(defined)) if defined else None,
-            "std": float(np.std(defined, ddof=1)) if len(defined) > 1 else None,
-            "ci95": _mean_interval([domain.get("ci95", {}).get(name) for domain in seeds.values()]),
-            "seeds": values,
-        }
+    merged |= {name: _one_over_seeds(seeds, name) for name in metrics.METRICS}
+    merged["defects"] = _defects_over_seeds(
+        {seed: domain.get("defects", {}) for seed, domain in seeds.items()}
+    )
     if errors := metrics.largest_errors(seeds.values()):
         merged["error_at_most"] = errors
     return merged
+
+
+def _one_over_seeds(seeds: dict[str, dict], name: str) -> dict:
+    values = {seed: entry.get(name) for seed, entry in seeds.items()}
+    defined = [value for value in values.values() if value is not None]
+    return {
+        "mean": float(np.mean(defined)) if defined else None,
+        "std": float(np.std(defined, ddof=1)) if len(defined) > 1 else None,
+        "ci95": _mean_interval([entry.get("ci95", {}).get(name) for entry in seeds.values()]),
+        "seeds": values,
+    }
+
+
+def _defects_over_seeds(seeds: dict[str, dict]) -> dict[str, dict]:
+    """{kind of defect: its metrics over seeds}, of `metrics.by_defect` per seed."""
+    kinds = sorted({kind for kinds in seeds.values() for kind in kinds})
+    return {
+        kind: _kind_over_seeds({s: kinds[kind] for s, kinds in seeds.items() if kind in kinds})
+        for kind in kinds
+    }
+
+
+def _kind_over_seeds(seeds: dict[str, dict]) -> dict:
+    first = next(iter(seeds.values()))
+    counted = {name: first[name] for name in ("images", "groups")}
+    names = ("image_auroc", *metrics.MISSED)
+    return {**counted, "reasons": first["reasons"]} | {n: _one_over_seeds(seeds, n) for n in names}
+
+
+def _combinations(runs: list[dict]) -> list[dict]:
+    """What the runs tell of defects under conditions, over seeds; empty but for the tracks."""
+    found = defaultdict(dict)
+    for run in runs:
+        for entry in run.get("combinations") or []:
+            place = (entry["part"], entry["condition"], entry["defect"], entry["unseen"])
+            found[place][str(run["seed"])] = entry
+    names = ("part", "condition", "defect", "unseen")
+    return [
+        {
+            **dict(zip(names, place, strict=True)),
+            "good": next(iter(seeds.values()))["good"],
+            **_kind_over_seeds(seeds),
+        }
+        for place, seeds in sorted(found.items())
+    ]
 
 
 def _mean_interval(intervals: list[list[float] | None]) -> list[float] | None:

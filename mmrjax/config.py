@@ -23,7 +23,16 @@ PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
 
 # Types of the entries of tuples that are empty by default.
-TUPLES = {"data.categories": str, "eval.resize": int, "aminet.drops": float, "log.trackers": str}
+TUPLES = {
+    "data.categories": str,
+    "data.join": str,
+    "data.held_out": str,
+    "mmr_plus.surfaces": str,
+    "eval.resize": int,
+    "aminet.drops": float,
+    "log.trackers": str,
+}
+PROTOCOLS = ("one_class", "k_shot", "one_for_all", "image_split", "track_a", "track_b")
 # Smallest and largest value of a field, or of every entry of a tuple.
 RANGES = (
     ("optim.warmup", 0.0, 1.0),  # shares of train.epochs, not epochs
@@ -55,6 +64,7 @@ RANGES = (
     ("mmr_plus.soft_start", 0.0, 0.9),  # the last epochs train what is evaluated
     ("mmr_plus.synthetic_every", 0, 1 << 10),
     ("mmr_plus.defect_tiny", 0.0, 1.0),
+    ("mmr_plus.defect_labelled", 0.0, 1.0),
     ("mmr_plus.noise_intensity", 0.0, 1.0),
     ("mmr_plus.tiny_weight", 1.0, 1e3),
     ("mmr_plus.contrast_weight", 0.0, 1e3),
@@ -69,6 +79,7 @@ RANGES = (
     ("calibration.target_fpr", 1e-6, 0.999999),
     ("data.max_side", 0, 1 << 20),
     ("data.shots", 1, 1 << 20),
+    ("data.split_seed", -1, (1 << 32) - 1),
     ("data.resident_gib", 0.0, 1e6),
     ("train.seeds", 0, (1 << 32) - 1),
     ("train.steps_per_call", 0, 1 << 20),
@@ -249,7 +260,7 @@ def _parse_tuple(name: str, text: str, default: tuple) -> tuple:
 def validate(config: ConfigDict) -> None:
     """Raises ValueError for values that cannot work, before anything is computed."""
     choices = {
-        "data.protocol": ("one_class", "k_shot", "one_for_all", "image_split"),
+        "data.protocol": PROTOCOLS,
         "data.interpolation": ("bilinear", "bicubic", "lanczos"),
         "data.feed": ("auto", "resident", "stream"),
         "student.mask_form": ("drop", "pixel"),
@@ -265,6 +276,7 @@ def validate(config: ConfigDict) -> None:
         "mmr_plus.contrast": ("features", "tokens", "none"),
         "mmr_plus.domain": ("supcon", "coral", "none"),
         "train.compute_dtype": ("auto", "float32", "bfloat16"),
+        "eval.stress": ("none", "dark"),
         "eval.metrics_mode": ("standard", "mmr"),
         "eval.pixel_metrics": ("auto", "exact", "streaming"),
         "patchcore.score": ("smoothed", "patch"),
@@ -274,10 +286,13 @@ def validate(config: ConfigDict) -> None:
     for name, known in choices.items():
         if flat[name] not in known:
             raise ValueError(f"--config.{name}={flat[name]}: choose one of {', '.join(known)}")
-    if buckets.is_remote(flat["data.raw_dir"]):
-        raise ValueError(f"--config.data.raw_dir={flat['data.raw_dir']}: {files.LOCAL_ONLY}")
+    places = [name for name in flat if name.startswith("raw_dirs.")]
+    for name in ("data.raw_dir", *places):
+        if buckets.is_remote(flat[name]):
+            raise ValueError(f"--config.{name}={flat[name]}: {files.LOCAL_ONLY}")
     if buckets.is_remote(flat["data.data_dir"]):
         buckets.check(flat["data.data_dir"])
+    _check_tracks(flat)
     batches = ("train.batch_size", "aminet.batch_size", "eval.batch_size")
     for name in ("train.epochs", "aminet.epochs", *batches, "ckpt.keep"):
         if flat[name] < 1:
@@ -315,3 +330,16 @@ def validate(config: ConfigDict) -> None:
                 f"--config.{name}={flat[name]}: smaller than data.image_size="
                 f"{flat['data.image_size']}, which is cropped from it"
             )
+
+
+def _check_tracks(flat: dict) -> None:
+    """Raises ValueError for fields of the cross-domain tracks that do nothing or do not fit."""
+    names, protocol = flat["data.join"], flat["data.protocol"]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--config.data.join={names}: give different ones")
+    if names and protocol == "one_for_all":
+        raise ValueError("--config.data.join: joined data sets take protocol one_class or a track")
+    if flat["data.labelled"] and protocol != "track_b":
+        raise ValueError("--config.data.labelled: only protocol=track_b has labelled defects")
+    if flat["data.held_out"] and protocol != "track_b":
+        raise ValueError("--config.data.held_out: only protocol=track_b holds combinations out")

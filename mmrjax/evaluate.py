@@ -51,11 +51,13 @@ def evaluate(
     seed: int,
     folder: pathlib.Path,
     held_out: Sequence[int] = (),
+    unseen: Sequence[int] = (),
 ) -> dict:
     """Evaluates a run and writes its files into `folder`; returns results.json's content.
 
     All processes score; the first one measures and writes. From the good images `held_out`, which
-    were not trained on, comes a threshold (see calibrate.py).
+    were not trained on, comes a threshold (see calibrate.py). `unseen` are those of `indices` whose
+    combination of defect and condition was kept from training (see data/tracks.py).
     """
     started = time.monotonic()
     scorer = scoring.Scorer(trained, records, config)
@@ -66,6 +68,7 @@ def evaluate(
     found = (scorer.histograms if streaming else scorer.everything)(indices, maps_file)
     gallery = processes.first(lambda: _gallery_rows(found, config))
     shown = found.shown(gallery)  # may score these once more
+    found.table["unseen"] = np.isin(indices, unseen)
     seconds = time.monotonic() - started
     return processes.first(
         lambda: _write(trained, records, config, seed, folder, found, shown, calibration, seconds)
@@ -98,6 +101,7 @@ def _write(
     for domain, rows in rows_of.items():
         measured = found.measure(rows, is_anomaly, config.eval.bootstrap)
         domains[domain], curves[domain] = measured.report(), measured.curves()
+        domains[domain]["defects"] = _by_defect(found, rows, is_anomaly, config)
     seconds = {"scoring": scoring_seconds, "metrics": time.monotonic() - started}
     facts = _facts(trained, seconds) | {
         "ground_truth": ground_truth,
@@ -126,6 +130,7 @@ def _write(
         "method": trained.method.name,
         "seed": seed,
         "metrics": {key: domains},
+        "combinations": _combinations(found, is_anomaly, config),
         "calibration": _calibrated(calibration, config, found.scores, is_anomaly, rows_of),
         "facts": facts,
     }
@@ -143,6 +148,36 @@ def _write(
     return results
 
 
+def _by_defect(found, rows: np.ndarray, is_anomaly: np.ndarray, config: ConfigDict) -> dict:
+    """What is missed of each kind of defect, of the images where `rows` [n] is true."""
+    defect, group = found.table["defect"], found.table["group"]
+    columns = (column[rows] for column in (found.scores, is_anomaly, defect, group))
+    return metrics.by_defect(*columns, bootstrap=config.eval.bootstrap)
+
+
+def _combinations(found, is_anomaly: np.ndarray, config: ConfigDict) -> list[dict]:
+    """Each kind of defect under each condition of each data set, for the cross-domain tracks.
+
+    Held against the good images of the same data set and condition.
+    """
+    if not config.data.protocol.startswith("track_"):
+        return []
+    entries, table = [], found.table
+    condition = table.get("condition", table["domain"])
+    part = table.get("part", np.full(len(condition), ""))
+    for place in sorted(set(zip(part.tolist(), condition.tolist(), strict=True))):
+        rows = (part == place[0]) & (condition == place[1])
+        for defect, entry in _by_defect(found, rows, is_anomaly, config).items():
+            own = rows & is_anomaly & (table["defect"] == defect)
+            names = {"part": place[0], "condition": place[1], "defect": defect}
+            good = {
+                "good": int((rows & ~is_anomaly).sum()),
+                "unseen": bool(table["unseen"][own].all()),
+            }
+            entries.append({**names, **good, **entry})
+    return entries
+
+
 def domain_rows(domain: np.ndarray) -> dict[str, np.ndarray]:
     """{domain: bool [n]} of every named domain, and "all"."""
     names = [name for name in sorted(set(domain.tolist())) if name]
@@ -154,7 +189,8 @@ def eval_fields(config: ConfigDict) -> dict:
     view = geometry.View.of(config, evaluation=True)
     return {
         "view": [list(view.resize), list(view.size), view.interpolation, view.mask_mode]
-        + ([] if view.overlap is None else [f"tiles overlap by {view.overlap}"]),
+        + ([] if view.overlap is None else [f"tiles overlap by {view.overlap}"])
+        + ([] if view.stress == "none" else [f"stress: {view.stress}"]),
         "metrics_mode": config.eval.metrics_mode,
         "pixel_metrics": config.eval.pixel_metrics,
         "bootstrap": config.eval.bootstrap,
@@ -212,7 +248,8 @@ def _labels(
 
 
 def _scores_csv(table: dict[str, np.ndarray]) -> str:
-    columns = ("id", "label", "record_label", "domain", "defect", "group", "score")
+    joined = ("condition",) if "condition" in table else ()
+    columns = ("id", "label", "record_label", "domain", *joined, "defect", "group", "score")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)

@@ -45,7 +45,7 @@ from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
 from mmrjax import workdir as workdir_lib
 from mmrjax.data import records as records_lib
-from mmrjax.data import splits
+from mmrjax.data import splits, tracks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,6 +144,8 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
         if name not in methods.METHODS:
             known = sorted(methods.METHODS)
             raise ValueError(f"--config.method.names={name}: unknown; known: {known}")
+    for part, _, _ in tracks.combinations(config.data.held_out):
+        build.load_builder(part.split("/")[0])  # a misspelled one would hold nothing out
     wanted = None
     if mode == "evaluate":
         wanted = processes.first(lambda: workdir_lib.trained_runs(workdir))
@@ -153,7 +155,11 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
         directories = build.fetch(config.data.name, config.data.data_dir, [*directories])
     root = workdir_lib.results_root(config, workdir)
     parts = map(records_lib.load, directories.values())
-    for records in splits.units(parts, config.data.protocol):
+    if config.data.join:
+        units = [tracks.joined(list(parts), config.data.held_out)]
+    else:
+        units = splits.units(parts, config.data.protocol)
+    for records in units:
         category = records.category
         runs = [
             (name, category, seed) for name in config.method.names for seed in config.train.seeds
@@ -170,17 +176,52 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
 
 
 def build_records(config: ConfigDict) -> dict[str, str]:
-    """Builds what is missing or stale: {category: directory of its records}."""
+    """Builds what is missing or stale: {category or, of joined ones, part: its records' folder}."""
+    data = config.data
+    if data.join:
+        return _build_joined(config)
     try:
         directories = build.build(
-            config.data.name,
-            config.data.raw_dir or None,
-            config.data.data_dir,
-            list(config.data.categories) or None,
+            data.name, data.raw_dir or None, data.data_dir, list(data.categories) or None
         )
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{e} (here: --config.data.raw_dir=…)") from e
     return {category: str(directory) for category, directory in directories.items()}
+
+
+def _build_joined(config: ConfigDict) -> dict[str, str]:
+    """The records of data.join: {"<dataset>/<category>": folder}; what is not given is left out.
+
+    Raises:
+      FileNotFoundError: a folder that is given holds no data set, or none is given.
+      ValueError: data.join names what is none, or a category twice.
+    """
+    found, left_out = {}, []
+    for entry in config.data.join:
+        name, _, category = entry.partition("/")
+        procedural = build.load_builder(name).PROCEDURAL
+        raw_dir = config.raw_dirs.get(name, "")
+        if not raw_dir and not procedural:
+            left_out.append(name)
+            continue
+        try:
+            directories = build.build(
+                name, raw_dir or None, config.data.data_dir, [category] if category else None
+            )
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{e} (here: --config.raw_dirs.{name}=…)") from e
+        for category, directory in directories.items():
+            part = f"{name}/{category}"
+            if part in found:
+                raise ValueError(f"--config.data.join={config.data.join}: {part} comes twice")
+            found[part] = str(directory)
+    hint = ", ".join(f"--config.raw_dirs.{name}=…" for name in dict.fromkeys(left_out))
+    if not found:
+        raise FileNotFoundError(f"none of the data sets of data.join is at hand; give {hint}")
+    if left_out:
+        logging.warning("left out for want of a folder: %s (%s)", ", ".join(left_out), hint)
+    logging.info("data sets: %s", ", ".join(found))
+    return found
 
 
 def run_sweep(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[str, pathlib.Path]:
@@ -203,18 +244,24 @@ def run_one(
     if finished:
         logging.info("%s: finished before, see %s", run, folder / "results.json")
         return
-    train_rows, test_rows = splits.select(records, config.data.protocol, config.data.shots, seed)
-    train_rows, held_out = splits.hold_out(records, train_rows, config.calibration.fraction, seed)
+    track = tracks.select(records, config.data, seed)
+    is_good = records.table["label"][track.train] == records_lib.GOOD
+    train_rows, held_out = splits.hold_out(
+        records, track.train[is_good], config.calibration.fraction, seed
+    )
+    labelled = splits.apart(records, track.train[~is_good], held_out)
     note = splits.few(records, train_rows)
     if note:
         logging.warning("%s/%s: %s", records.dataset, records.category, note)
     trained = train.train(
-        config, name, records, train_rows, seed, run, evaluate_only=mode == "evaluate"
+        config, name, records, train_rows, seed, run, mode == "evaluate", labelled
     )
     trained.facts["notes"] = [note] if note else []
     if folder != run:  # another view: the report there shows the same training
         processes.first(lambda: _copy_training(run, folder))
-    results = evaluate.evaluate(trained, records, test_rows, config, seed, folder, held_out)
+    results = evaluate.evaluate(
+        trained, records, track.test, config, seed, folder, held_out, track.unseen
+    )
     if folder == run:
         processes.first(lambda: trackers.tell_results(config, run, results))
     staging.send(folder)

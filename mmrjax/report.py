@@ -31,6 +31,7 @@ from mmrjax import (
     command_line,
     files,
     report_files,
+    report_misses,
     report_sweep,
     report_tables,
     report_threshold,
@@ -87,6 +88,8 @@ def page(aggregate: dict, runs: Sequence[report_files.Run]) -> dict:
     keys = report_tables.categories(aggregate)
     facts = [_facts(method, runs) for method in aggregate["methods"]]
     tables = report_tables.metric_tables(aggregate, footnotes)
+    by_defect = report_misses.by_defect(aggregate, footnotes)
+    combinations = report_misses.combinations(aggregate, footnotes)
     columns = [report_tables.metric(name) for name in report_tables.metric_names(aggregate)]
     groups = [column.group for column in columns]
     methods = [
@@ -118,6 +121,10 @@ def page(aggregate: dict, runs: Sequence[report_files.Run]) -> dict:
         "tables": tables,
         "footnotes": footnotes.texts,
         "costs": report_tables.shift_costs(aggregate),
+        "by_defect": by_defect,
+        "combinations": combinations,
+        "missed_columns": report_misses.COLUMNS,
+        "missed_explanation": report_misses.EXPLANATION,
         "seed_rows": report_tables.seed_table(aggregate),
         "comparisons": report_words.comparison_rows(aggregate),
         "overviews": _overviews(aggregate),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 DASH = "–"
-NOT_METRICS = ("counts", "reasons", "ci95", "error_at_most")
+NOT_METRICS = ("counts", "reasons", "ci95", "error_at_most", "defects")
 
 METHOD_TITLES = {"mmr": "MMR", "patchcore": "PatchCore", "mmr_plus": "MMR+", "aminet": "AMI-Net"}
 
@@ -78,6 +78,13 @@ METRICS = {
         "Regions",
         "PRO (MMR)",
         "The per-image variant in the tables of the MMR paper; not comparable with AUPRO.",
+    ),
+    "tiny_recall": Metric(
+        "Tiny defects found",
+        "Regions",
+        "tiny found",
+        "Share of the defect regions under 10 px that have a pixel hotter than the hottest one of "
+        "all but 5 % of the good images.",
     ),
 }
 
@@ -208,7 +215,7 @@ def metric_tables(aggregate: Mapping, footnotes: Footnotes) -> list[Table]:
                 if len(domains) == 1:
                     css = "category"
                 values = metrics[domain] or {}
-                cells = [_cell(values, name, footnotes) for name in names]
+                cells = [cell(values, name, footnotes) for name in names]
                 rows.append(Row(label, css, cells, values.get("counts") or {}))
         summary = _summary_rows(content.get("summary") or {}, names, aggregate)
         tables.append(Table(method_title(method), rows, summary))
@@ -267,7 +274,7 @@ def _values(aggregate: Mapping) -> Iterator[tuple[str, str, str, Mapping]]:
                 yield method, key, domain, metrics[domain] or {}
 
 
-def _cell(values: Mapping, name: str, footnotes: Footnotes) -> Cell:
+def cell(values: Mapping, name: str, footnotes: Footnotes) -> Cell:
     """One measured number, or a dash with its footnote."""
     one = values.get(name) or {}
     if not is_number(one.get("mean")):

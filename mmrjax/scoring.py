@@ -240,20 +240,21 @@ class Scorer:
         if not len(indices):
             return None
         scores, peaks, medians = (np.zeros(len(indices)) for _ in range(3))
-        for rows, image, _, (maps, score) in self._batches(indices):
+        view = dataclasses.replace(self._view, stress="none")  # as a threshold is made in practice
+        for rows, image, _, (maps, score) in self._batches(indices, view):
             maps, scores[rows] = np.asarray(maps)[: len(image)], np.asarray(score)[: len(image)]
             peaks[rows], medians[rows] = maps.max(axis=(1, 2)), np.median(maps, axis=(1, 2))
         table = self._table(indices)
         return calibrate.Calibration.of(table["id"], table["group"], scores, peaks, medians)
 
-    def _batches(self, indices: np.ndarray) -> Iterator[tuple]:
+    def _batches(self, indices: np.ndarray, view: geometry.View | None = None) -> Iterator[tuple]:
         """(rows, images, masks, result) per batch: only real rows, but of the result on device.
 
         Every batch has one shape there, the last is filled up.
         """
         size, trained = self._config.eval.batch_size, self._trained
         own = mesh_lib.own_rows(size, trained.mesh)
-        batches = geometry.batches(self._records, indices, self._view, size, own)
+        batches = geometry.batches(self._records, indices, view or self._view, size, own)
         total = -(-len(indices) // size)
         batches = logs.progress(batches, "scoring", total)
         for i, (batch, result) in enumerate(one_behind(trained, self._predict, batches)):

@@ -10,7 +10,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +108,7 @@ def train(
     seed: int,
     folder: pathlib.Path,
     evaluate_only: bool = False,
+    labelled: Sequence[int] = (),
 ) -> Trained:
     """Trains one method on one category with one seed, or picks up where a killed run stopped.
 
@@ -119,6 +120,7 @@ def train(
       seed: of initial values, order, crops and masks.
       folder: of this run; checkpoints/, fitted/ and metrics.jsonl go there.
       evaluate_only: refuse to train what is not finished.
+      labelled: defective records that a method may learn from, if it can.
 
     Raises:
       ValueError: bad configuration or weights, or an unfinished run with `evaluate_only`.
@@ -140,6 +142,8 @@ def train(
     variables, init_facts = method.init(key_init, frozen)
     parameters = {"trained": _count(variables["params"]), "frozen": _count(frozen)}
     facts |= {**init_facts, "parameters": parameters, "compute_dtype": str(method.dtype)}
+    kept, labels = method.keep_labelled(records, np.asarray(labelled, int), indices)
+    frozen, facts = frozen | mesh_lib.replicate(kept, mesh), facts | labels
     run = Run(config, method, frozen, records, indices, seed, folder, mesh, evaluate_only)
     facts["seconds"] = {}
     if method.prepares:

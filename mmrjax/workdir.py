@@ -18,6 +18,7 @@ FREE_FIELDS = (
     "title",
     "method.names",
     "data.raw_dir",
+    "raw_dirs.",
     "data.data_dir",
     "data.categories",
     "data.feed",
@@ -66,6 +67,8 @@ def results_root(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     parts = []
     if config.eval.resize and tuple(config.eval.resize) != tuple(config.data.resize):
         parts.append("resize{}x{}".format(*config.eval.resize))
+    if config.eval.stress != "none":
+        parts.append(config.eval.stress)
     if config.eval.metrics_mode != "standard":
         parts.append(f"metrics_{config.eval.metrics_mode}")
     return workdir / "evaluations" / "-".join(parts) if parts else workdir

@@ -46,6 +46,7 @@ PLACEHOLDER = "placeholder"
 # What runs a command, by the first pattern that fits the whole of it: a test of this name, with
 # a small model and small data where the shown ones take hours. HERE is the last test of this file.
 SETS = "tests/test_data_sets_run.py"
+CROSS = "tests/test_cross_domain.py"
 MAIN = "tests/test_main.py::test_a_run_leaves_everything_the_report_needs"
 HERE = "tests/test_commands.py::test_the_way_of_a_newcomer"
 RUN_BY = {
@@ -76,6 +77,14 @@ RUN_BY = {
     "test_other_data_sets_give_image_and_pixel_metrics",
     r"python -m mmrjax.main .*configs/aebad_ablation.py(:\w+)? .*": "tests/test_sweep.py::"
     "test_every_switch_of_section_6_builds_and_gives_its_layers_a_loss",
+    r"python -m mmrjax.main .*configs/cross_domain.py .*--config.eval.stress=dark.*": f"{CROSS}::"
+    "test_the_same_command_does_nothing_and_dark_images_are_another_view",
+    r"python -m mmrjax.main .*configs/cross_domain.py:a .*": f"{CROSS}::"
+    "test_track_a_keeps_the_published_test",
+    r"python -m mmrjax.main .*configs/cross_domain.py:labelled .*": f"{CROSS}::"
+    "test_results_are_told_by_data_set_and_by_combination",
+    r"python -m mmrjax.main .*configs/cross_domain.py .*": f"{CROSS}::"
+    "test_the_split_follows_the_seed_or_its_own",
     r"python -m mmrjax.(predict|export|report|compare) .*": HERE,
     r"python -m mmrjax.convert to-torch .*": HERE,
     r"python -m mmrjax.convert from-torch .*": "tests/test_convert.py::"

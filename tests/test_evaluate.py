@@ -104,7 +104,9 @@ def test_streaming_and_exact_forms_agree_within_the_stated_error(tmp_path):
         streamed = found["metrics"]["toy/part"][domain]
         assert streamed["counts"] == values["counts"]
         assert "bounds" not in values
-        for name in metrics.METRICS:
+        assert streamed["tiny_recall"] == values["tiny_recall"]
+        assert streamed["defects"] == values["defects"]
+        for name in metrics.IMAGE_METRICS + metrics.PIXEL_METRICS:
             assert streamed[name] == pytest.approx(values[name], abs=errors.get(name, 1e-12)), name
             low, high = streamed["bounds"].get(name, [values[name]] * 2)
             assert low - 1e-12 <= values[name] <= high + 1e-12

@@ -1,16 +1,18 @@
-"""Labelled defects from any folder of (picture, mask) pairs, for cut-and-blend (kind "real").
+"""Labelled defects, from records or any folder of (picture, mask) pairs, for cut-and-blend.
 
-The masks may come from a data set or from another generator. Never give it pictures of a test
-split: what is trained on must not be tested on.
+This is the kind "real". The masks may come from a data set or from another generator. Never give it
+pictures of a test split: what is trained on must not be tested on.
 """
 
+import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
 
-from mmrjax.data import defects
+from mmrjax.data import defects, geometry, tracks
+from mmrjax.data.records import Records
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SIDE = 96  # px, of a bank's pictures
@@ -85,20 +87,110 @@ def make_bank(pairs, side: int = SIDE) -> tuple[defects.Bank, int]:
     """
     images, masks, too_large = [], [], 0
     for image, mask in pairs:
-        _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), None, None, 8)
-        for i, (x, y, w, h, _) in enumerate(stats[1:].tolist(), start=1):
-            if max(w, h) > side - 2 * MARGIN:
-                too_large += 1
-                continue
-            top, left = y + h // 2 - side // 2, x + w // 2 - side // 2
-            images.append(_cut(image, top, left, side, cv2.BORDER_REPLICATE))
-            own = (labels == i).astype(np.uint8)
-            masks.append(_cut(own, top, left, side, cv2.BORDER_CONSTANT) > 0)
+        cut, left_out = cut_out(image, mask, side)
+        too_large += left_out
+        images += [one for one, _ in cut]
+        masks += [own for _, own in cut]
     if not images:
         raise ValueError(
             f"no defect of at most {side - 2 * MARGIN} px in the pairs ({too_large} are larger)"
         )
     return defects.Bank(np.stack(images), np.stack(masks)), too_large
+
+
+def cut_out(
+    image: np.ndarray, mask: np.ndarray, side: int = SIDE
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    """The defects of one picture, each in the middle of a square.
+
+    Args:
+      image: uint8 [h, w, 3].
+      mask: bool [h, w].
+      side: px of the squares.
+
+    Returns:
+      ((uint8 [side, side, 3], bool [side, side]) per connected component that fits with its margin,
+      number of those that do not).
+    """
+    found, too_large = [], 0
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), None, None, 8)
+    for i, (x, y, w, h, _) in enumerate(stats[1:].tolist(), start=1):
+        if max(w, h) > side - 2 * MARGIN:
+            too_large += 1
+            continue
+        top, left = y + h // 2 - side // 2, x + w // 2 - side // 2
+        own = (labels == i).astype(np.uint8)
+        found.append(
+            (
+                _cut(image, top, left, side, cv2.BORDER_REPLICATE),
+                _cut(own, top, left, side, cv2.BORDER_CONSTANT) > 0,
+            )
+        )
+    return found, too_large
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Defects cut out of the records of a training side.
+
+    Attributes:
+      bank: the m defects.
+      part: str [m], "<dataset>/<category>" of each.
+      defect: str [m], its type.
+      too_large: how many were left out.
+    """
+
+    bank: defects.Bank
+    part: np.ndarray
+    defect: np.ndarray
+    too_large: int
+
+    def chances(self, parts: Sequence[str]) -> np.ndarray:
+        """How likely each defect is on a picture of each part, float32 [parts, m].
+
+        Only defects of the same part; every type of it alike, however many there are of it.
+        """
+        _, kind, count = np.unique(
+            np.stack([self.part, self.defect]), axis=1, return_inverse=True, return_counts=True
+        )
+        is_own = np.asarray(parts)[:, None] == self.part
+        return (is_own / count[kind.reshape(-1)]).astype(np.float32)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """{part: {type: number of defects}}."""
+        counts: dict[str, dict[str, int]] = {}
+        for part, defect in zip(self.part.tolist(), self.defect.tolist(), strict=True):
+            own = counts.setdefault(part, {})
+            own[defect] = own.get(defect, 0) + 1
+        return counts
+
+
+def from_records(records: Records, rows: Sequence[int], view: geometry.View) -> Labelled | None:
+    """Cuts the labelled defects out of some records, at the size that training sees.
+
+    Args:
+      records: of a category, or joined ones.
+      rows: defective ones of the training side; without pixel truth they give nothing.
+      view: how evaluation, and training but for its crops, looks at them.
+
+    Returns:
+      The defects; None where no record has one that fits.
+    """
+    part, has_mask = tracks.part_of(records), records.table["has_mask"]
+    cut, parts, kinds, too_large = [], [], [], 0
+    for i in rows:
+        if not has_mask[i]:
+            continue
+        image = geometry.view_image(records.image(i), view.resize, view.frame, view.interpolation)
+        mask = geometry.view_mask(records.mask(i), view.resize, view.frame, "standard")
+        own, left_out = cut_out(image, mask, defects.LARGE_WINDOW)  # all that can be blended
+        cut, too_large = cut + own, too_large + left_out
+        parts += [str(part[i])] * len(own)
+        kinds += [str(records.table["defect"][i])] * len(own)
+    if not cut:
+        return None
+    bank = defects.Bank(*(np.stack(arrays) for arrays in zip(*cut, strict=True)))
+    return Labelled(bank, np.array(parts), np.array(kinds), too_large)
 
 
 def _cut(array: np.ndarray, top: int, left: int, side: int, border: int) -> np.ndarray:

@@ -40,20 +40,31 @@ class Painted(NamedTuple):
     mixed: jax.Array
 
 
-def real(key: jax.Array, place: Place, images: jax.Array, masks: jax.Array) -> Painted:
-    """A labelled defect cut out of another picture, turned or mirrored at random.
+def real(
+    key: jax.Array,
+    place: Place,
+    images: jax.Array,
+    masks: jax.Array,
+    chances: jax.Array | None = None,
+) -> Painted:
+    """A labelled defect cut out of another picture, mirrored at random.
+
+    Not turned: the grain of a brushed or rolled surface comes with it and would run across.
 
     Args:
       key: of the choice.
       place: where it goes.
       images: uint8 [m, s, s, 3].
       masks: bool [m, s, s].
+      chances: float32 [m], how likely each is, up to a factor; None: all alike.
     """
     key_which, key_flip = jax.random.split(key)
-    which = jax.random.randint(key_which, (), 0, len(images))
-    flip_y, flip_x, swap = jax.random.bernoulli(key_flip, 0.5, (3,))
-    side = images.shape[1]
-    y, x = jnp.where(swap, place.x, place.y), jnp.where(swap, place.y, place.x)
+    if chances is None:
+        which = jax.random.randint(key_which, (), 0, len(images))
+    else:
+        which = jax.random.categorical(key_which, jnp.log(chances))
+    flip_y, flip_x = jax.random.bernoulli(key_flip, 0.5, (2,))
+    side, y, x = images.shape[1], place.y, place.x
     row = jnp.where(flip_y, -y, y).astype(jnp.int32) + side // 2
     column = jnp.where(flip_x, -x, x).astype(jnp.int32) + side // 2
     known = (row >= 0) & (row < side) & (column >= 0) & (column < side)

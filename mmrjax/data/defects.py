@@ -45,6 +45,7 @@ class DefectSettings:
       spatial_distribution: where defects lie: "uniform" over the foreground, "edge" within 12 px
         of its border, or "texture" (where the picture is busiest).
       contrast: range of the depth of a tiny defect, as a share of 255.
+      real_share: probability of the kind "real"; None: that of any other large kind.
     """
 
     kinds: tuple[str, ...] = TRAINING
@@ -52,6 +53,7 @@ class DefectSettings:
     noise_intensity: float = 0.02
     spatial_distribution: str = "uniform"
     contrast: tuple[float, float] = (0.10, 0.35)
+    real_share: float | None = None
 
     def __post_init__(self):
         """Refuses what cannot be drawn."""
@@ -63,8 +65,8 @@ class DefectSettings:
                 f"unknown spatial_distribution={self.spatial_distribution!r}; "
                 f"choose one of {list(DISTRIBUTIONS)}"
             )
-        for name in ("tiny_share", "noise_intensity"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("tiny_share", "noise_intensity", "real_share"):
+            if not 0 <= (getattr(self, name) or 0.0) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
         if not 0 < self.contrast[0] <= self.contrast[1] <= 1:
             raise ValueError(f"contrast={self.contrast} must be two rising shares in (0, 1]")
@@ -72,9 +74,15 @@ class DefectSettings:
     @property
     def probabilities(self) -> dict[str, float]:
         """How likely each kind is."""
-        groups = [[k for k in self.kinds if (k in TINY) == tiny] for tiny in (True, False)]
+        apart = "real" in self.kinds and self.real_share is not None
+        kinds = [k for k in self.kinds if not (apart and k == "real")]
+        groups = [[k for k in kinds if (k in TINY) == tiny] for tiny in (True, False)]
         shares = (self.tiny_share, 1 - self.tiny_share) if all(groups) else (1.0, 1.0)
-        return {k: share / len(g) for g, share in zip(groups, shares, strict=True) for k in g}
+        drawn = {k: share / len(g) for g, share in zip(groups, shares, strict=True) for k in g}
+        if not apart:
+            return drawn
+        real = self.real_share if kinds else 1.0
+        return {k: (1 - real) * share for k, share in drawn.items()} | {"real": real}
 
 
 class Defects(NamedTuple):
@@ -112,6 +120,7 @@ def synthesise(
     foreground: jax.Array | None,
     settings: DefectSettings,
     bank: Bank | None = None,
+    chances: jax.Array | None = None,
 ) -> Defects:
     """Puts defects of one random kind into each picture.
 
@@ -122,6 +131,8 @@ def synthesise(
       foreground: bool [b, h, w], where the part is (see foreground.py), or None: everywhere.
       settings: what to draw; static under jit.
       bank: real defects, needed when `settings.kinds` has "real".
+      chances: float32 [b, n], how likely each of the bank's n defects is on each picture, up to a
+        factor; None: all alike. A picture on which none is likely gets a kind other than "real".
 
     Returns:
       The defective pictures and their labels.
@@ -137,9 +148,7 @@ def synthesise(
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(b))
     key_kind, key_tiny, key_large = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
     names = tuple(settings.probabilities)
-    share = np.cumsum(list(settings.probabilities.values()))
-    drawn = jax.vmap(jax.random.uniform)(key_kind)
-    choice = jnp.minimum(jnp.searchsorted(jnp.asarray(share), drawn), len(names) - 1)
+    choice = _draw_kinds(key_kind, settings, chances)
     small = [name for name in names if name in TINY]  # the first of `names`
     painted, region = pixels, jnp.zeros((b, h, w), bool)
     is_tiny = choice < len(small)
@@ -149,7 +158,8 @@ def synthesise(
         painted, region = _blend_into(painted, region, windows)
     if len(small) < len(names):
         which = jnp.clip(choice - len(small), 0)
-        windows = _large_windows(key_large, pixels, foreground, which, ~is_tiny, settings, bank)
+        real = None if bank is None else (*bank, chances)
+        windows = _large_windows(key_large, pixels, foreground, which, ~is_tiny, settings, real)
         painted, region = _blend_into(painted, region, windows)
     change = jnp.abs(painted - pixels).mean(-1)
     mask = jax.vmap(shapes.close)(change > CHANGED) & region
@@ -158,6 +168,21 @@ def synthesise(
     painted = jnp.where(found[:, None, None, None], painted, pixels)
     position = jnp.asarray([KINDS.index(name) for name in names], jnp.int32)[choice]
     return Defects(painted, mask, tiny, jnp.where(found, position, NONE))
+
+
+def _draw_kinds(keys, settings, chances) -> jax.Array:
+    """The kind of each picture, int32 [b] into `settings.probabilities`."""
+    shares = settings.probabilities
+    drawn = jax.vmap(jax.random.uniform)(keys)
+    if chances is None or "real" not in shares:
+        cumulated = jnp.asarray(np.cumsum(list(shares.values())))
+        return jnp.minimum(jnp.searchsorted(cumulated, drawn), len(shares) - 1)
+    is_real = np.array([name == "real" for name in shares])
+    possible = (chances > 0).any(-1, keepdims=True) | ~is_real  # [b, kinds]
+    cumulated = jnp.cumsum(jnp.asarray(list(shares.values())) * possible, axis=-1)
+    drawn = drawn[:, None] * cumulated[:, -1:]
+    last = possible.shape[1] - 1 - jnp.argmax(possible[:, ::-1], axis=1)
+    return jnp.minimum((drawn > cumulated).sum(-1), last)
 
 
 class _Windows(NamedTuple):
@@ -277,18 +302,23 @@ def _groove(key, place) -> jax.Array:
     return shapes.coverage(shapes.line_depth(place.y, place.x, points, jnp.full(10, radius)))
 
 
-def _large_windows(keys, pixels, foreground, which, is_used, settings, bank) -> _Windows:
-    """One large defect in each picture where `is_used`; `which` counts the large kinds."""
+def _large_windows(keys, pixels, foreground, which, is_used, settings, real) -> _Windows:
+    """One large defect in each picture where `is_used`; `which` counts the large kinds.
+
+    `real` is None, or the bank's images and masks and the pictures' chances (or None).
+    """
     names = [name for name in settings.probabilities if name not in TINY]
     n = min(LARGE_WINDOW, *(side // 16 * 16 for side in pixels.shape[1:3]))
     is_fracture = jnp.asarray([name == "fracture" for name in names])[which]
 
-    def painter(name):
+    images, masks, chances = real or (None, None, None)
+
+    def painter(name, chance):
         if name == "real":
-            return lambda key, place: kinds_lib.real(key, place, *bank)
+            return lambda key, place: kinds_lib.real(key, place, images, masks, chance)
         return lambda key, place: kinds_lib.PAINTERS[name](key, place, settings)
 
-    def one(key, picture, part, which, is_fracture, is_used):
+    def one(key, picture, part, which, is_fracture, is_used, chance):
         key_place, key_paint = jax.random.split(key)
         anywhere = _weights(picture, part, settings.spatial_distribution)
         weights = jnp.where(is_fracture, _band(part, 4).astype(jnp.float32), anywhere)
@@ -297,7 +327,7 @@ def _large_windows(keys, pixels, foreground, which, is_used, settings, bank) -> 
         def attempt(state):
             i = state[0]
             corner, place = _window(picture, part, middles[i], n)
-            paint = [painter(name) for name in names]
+            paint = [painter(name, chance) for name in names]
             painted = jax.lax.switch(which, paint, jax.random.fold_in(key_paint, i), place)
             near = jnp.maximum(jnp.abs(place.y), jnp.abs(place.x)) < kinds_lib.reach(n)
             core = painted.core & near
@@ -313,7 +343,8 @@ def _large_windows(keys, pixels, foreground, which, is_used, settings, bank) -> 
         _, fits, corner, source, region, mixed = jax.lax.while_loop(unplaced, attempt, start)
         return _Windows(corner[None], source[None], (region & fits)[None], mixed[None])
 
-    return jax.vmap(one)(keys, pixels, foreground, which, is_fracture, is_used)
+    over = (0, 0, 0, 0, 0, 0, None if chances is None else 0)
+    return jax.vmap(one, over)(keys, pixels, foreground, which, is_fracture, is_used, chances)
 
 
 def _fits(place, core, source, is_fracture) -> jax.Array:

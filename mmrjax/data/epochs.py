@@ -22,12 +22,14 @@ class Plan:
       domain: int32 [n], of the examples; given, every batch holds as many of each domain as can be,
         and a domain with fewer examples is shown more often.
       foreground: whether a fourth channel tells where the part is, see foreground.py.
+      fills: bool [n], of the examples; true: the part is all of the picture, and is not sought.
     """
 
     batch_size: int
     synthetic_every: int = 0
     domain: np.ndarray | None = None
     foreground: bool = False
+    fills: np.ndarray | None = None
 
     def __post_init__(self):
         """Raises ValueError for a batch that cannot be cut into equal shares."""

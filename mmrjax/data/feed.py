@@ -78,7 +78,7 @@ class Feed:
         if mode == "resident":
             images = np.zeros((shared, *self.canvas, self._channels), np.uint8)
             for position in logs.progress(own, "decoding"):
-                self._paste(images[position], indices[position])
+                self._paste(images[position], position)
             images = mesh.spread(mesh.put_batch(images, device_mesh), device_mesh, count)
             self.resident = {"image": images, "size": mesh.replicate(sizes, device_mesh)}
             if plan.domain is not None:
@@ -120,16 +120,17 @@ class Feed:
         sizes = np.zeros((*shape, 2), np.int32)
         own = np.flatnonzero(mesh.own_rows(self._plan.batch_size, self._mesh))
         for where in itertools.product(range(shape[0]), own):
-            sizes[where] = self._paste(images[where], self._indices[chunk["index"][where]])
+            sizes[where] = self._paste(images[where], chunk["index"][where])
         domain = {} if self._plan.domain is None else {"domain": self._plan.domain[chunk["index"]]}
         return {**chunk, **domain, "image": images, "size": sizes}
 
-    def _paste(self, canvas: np.ndarray, i: int) -> tuple[int, int]:
-        image = self._records.image(i, self._max_side)
+    def _paste(self, canvas: np.ndarray, position: int) -> tuple[int, int]:
+        image = self._records.image(self._indices[position], self._max_side)
         h, w = image.shape[:2]
         canvas[:h, :w, :3] = image
         if self._plan.foreground:
-            canvas[:h, :w, 3] = 255 * foreground.foreground(image)
+            fills = self._plan.fills is not None and self._plan.fills[position]
+            canvas[:h, :w, 3] = 255 if fills else 255 * foreground.foreground(image)
         return h, w
 
 

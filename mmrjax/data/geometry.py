@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from mmrjax.data import stress
 from mmrjax.data.records import Records
 
 _FILTERS = {
@@ -26,7 +27,8 @@ Size = tuple[int, int]
 class View:
     """How evaluation looks at an image: `resize` and centre crop to `size`, both (h, w) in px.
 
-    With an `overlap` in px it looks at all of it instead, through windows of `size` (tiling).
+    With an `overlap` in px it looks at all of it instead, through windows of `size` (tiling). What
+    `stress` names is done to the image first, see stress.py.
     """
 
     resize: Size
@@ -34,6 +36,7 @@ class View:
     interpolation: str = "bilinear"
     mask_mode: str = "standard"
     overlap: int | None = None
+    stress: str = "none"
 
     @property
     def frame(self) -> Size:
@@ -66,6 +69,7 @@ class View:
             config.data.interpolation,
             config.eval.metrics_mode,
             config.data.tile_overlap if config.data.tiling else None,
+            config.eval.stress if evaluation else "none",
         )
 
 
@@ -87,7 +91,10 @@ def batches(
         for row, i in enumerate(rows):
             if own is not None and not own[row]:
                 continue
-            images[row] = view_image(records.image(i), view.resize, view.frame, view.interpolation)
+            image = records.image(i)
+            if view.stress == "dark":
+                image = stress.darken(image, str(records.table["id"][i]))
+            images[row] = view_image(image, view.resize, view.frame, view.interpolation)
             masks[row] = view_mask(records.mask(i), view.resize, view.frame, view.mask_mode)
         yield images, masks, len(rows)
 

@@ -1,7 +1,7 @@
 """Which records are trained on and which are tested: functions of the records, at read time.
 
-Here are the protocols that a configuration can name. The cross-domain tracks, which need several
-data sets, are in `tracks`. All but "image_split" refuse a group of images on both sides.
+Here are the protocols of one data set; the cross-domain tracks over several are in `tracks`. All
+but "image_split" refuse a group of images on both sides.
 """
 
 import dataclasses
@@ -81,6 +81,12 @@ def hold_out(
     drawn = np.random.default_rng((seed, HOLD_OUT)).permutation(groups)[:count]
     is_held_out = np.isin(records.table["group"][train], drawn)
     return train[~is_held_out], train[is_held_out]
+
+
+def apart(records: Records, rows: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Those of the indices `rows` whose group has no image among `held_out`."""
+    group = records.table["group"]
+    return rows[~np.isin(group[rows], group[held_out])]
 
 
 def few(records: Records, train: np.ndarray) -> str:

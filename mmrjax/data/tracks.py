@@ -1,8 +1,8 @@
 """Cross-domain protocols over several data sets, joined by `records.join`.
 
 Track A keeps a published test and lets the other data sets add training images. Track B splits each
-data set 70 to 30 by group, and can withhold combinations of defect and condition from training. Not
-reachable from a configuration: they are called with joined records, and return indices into them.
+data set 70 to 30 by group, and can withhold combinations of defect and condition from training.
+MMR+ spec, section 8. A configuration asks for them by data.protocol, see `select`.
 """
 
 import dataclasses
@@ -10,20 +10,14 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from mmrjax.data import records as records_lib
 from mmrjax.data import splits
 from mmrjax.data.records import GOOD, Records
 
-# (part, defect, domain) that training never sees; an empty text stands for any.
-HELD_OUT = (
-    ("aebad/s", "groove", "illumination"),
-    ("aebad/s", "fracture", "view"),
-    ("magnetic_tile/tile", "crack", "exp1"),
-    ("magnetic_tile/tile", "crack", "exp2"),
-    ("magnetic_tile/tile", "blowhole", "exp6"),
-    ("rsdds/i", "", "dark"),
-    ("rsdds/ii", "", "dark"),
-)
+ANY = "*"  # any defect or any condition, in a held-out combination
+DARK = "dark"  # the condition that `mark_dark` gives
 
 # A group that shows several defects counts for the last of these; unlisted ones come after all.
 _SEVERITY = ("good", "uneven", "blowhole", "break", "crack", "fray")
@@ -31,11 +25,76 @@ _SEVERITY = ("good", "uneven", "blowhole", "break", "crack", "fray")
 
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """Record indices, each sorted: `unseen` are those of `test` that are held-out combinations."""
+    """Record indices, each sorted.
+
+    Attributes:
+      train: trained on; where labels are asked for, with defective images.
+      test: the others, but for those left out.
+      unseen: those of `test` that are of a held-out combination.
+    """
 
     train: np.ndarray
     test: np.ndarray
     unseen: np.ndarray
+
+
+def select(records: Records, data: ConfigDict, seed: int) -> Track:
+    """What a configuration trains on and tests.
+
+    Args:
+      records: of a category, or joined ones.
+      data: the group `data` of the configuration: protocol, shots, target, held_out, labelled and
+        split_seed.
+      seed: of the run; it draws the images of k_shot and, unless split_seed does, track B.
+
+    Raises:
+      ValueError: as `splits.select`, `track_a` and `track_b`.
+    """
+    if data.protocol == "track_b":
+        drawn = seed if data.split_seed < 0 else data.split_seed
+        return track_b(records, drawn, combinations(data.held_out), data.labelled)
+    if data.protocol == "track_a":
+        target = data.target or part_of(records)[0]
+        train, test = track_a(records, target)
+    else:
+        train, test = splits.select(records, data.protocol, data.shots, seed)
+    return Track(train, test, test[:0])
+
+
+def combinations(texts: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(part, defect, condition) of each text "<dataset>/<category>:<defect>:<condition>".
+
+    `*` in place of a defect or a condition stands for any and becomes "".
+
+    Raises:
+      ValueError: a text is of another form.
+    """
+    found = []
+    for text in texts:
+        parts = text.split(":")
+        if len(parts) != 3 or not all(parts) or "/" not in parts[0]:
+            raise ValueError(
+                f"data.held_out: {text!r} is no combination; give <dataset>/<category>:<defect>:"
+                "<condition>, such as rsdds/i:*:dark, where * is any"
+            )
+        found.append((parts[0], *("" if part == ANY else part for part in parts[1:])))
+    return found
+
+
+def joined(parts: Sequence[Records], held_out: Sequence[str] = ()) -> Records:
+    """Several categories or data sets as one, told by data set in results.
+
+    The column `condition` of the table is what `domain` was, and `domain` is the part,
+    "<dataset>/<category>". Parts of which the condition "dark" is held out get it by `mark_dark`.
+    A single part stays as it is but for that.
+    """
+    records = parts[0] if len(parts) == 1 else records_lib.join(parts)
+    dark = sorted({part for part, _, condition in combinations(held_out) if condition == DARK})
+    records = mark_dark(records, dark)
+    if len(parts) == 1:
+        return records
+    changed = {"condition": records.table["domain"], "domain": records.table["part"]}
+    return dataclasses.replace(records, table={**records.table, **changed})
 
 
 def track_a(records: Records, target: str) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +132,8 @@ def track_b(
     Args:
       records: joined ones, or a single part.
       seed: of the draw.
-      held_out: combinations as in HELD_OUT; those of parts that are not there are passed over.
+      held_out: (part, defect, condition) that training never sees, "" for any; those of parts
+        that are not there are passed over.
       labelled: whether the defective images of the training side train too.
 
     Raises:
@@ -93,6 +153,7 @@ def track_b(
     in_train &= ~withheld
     in_test = ~in_train & ~is_dropped
     _check_coverage(records, in_train)
+    _check_withheld(records, in_train, held_out)
     splits.check_groups(records, np.flatnonzero(in_train), np.flatnonzero(in_test))
     if not labelled:
         in_train &= records.table["label"] == GOOD
@@ -100,8 +161,8 @@ def track_b(
     return Track(*indices)
 
 
-def mark_dark(records: Records, parts: Sequence[str] = ("rsdds/i", "rsdds/ii")) -> Records:
-    """Returns the records with domain "dark" for the darkest third of the groups of some parts.
+def mark_dark(records: Records, parts: Sequence[str]) -> Records:
+    """Returns the records with the domain "dark" for the darkest third of the groups of some parts.
 
     For data sets that name no condition. Darkness is the mean of HSV's V over all pixels of the
     group's images, which are decoded for it.
@@ -114,24 +175,31 @@ def mark_dark(records: Records, parts: Sequence[str] = ("rsdds/i", "rsdds/ii")) 
         values = np.array([records.image(i).max(axis=-1).mean() for i in rows])
         brightness = np.bincount(index, values) / np.maximum(np.bincount(index), 1)
         dark = groups[np.argsort(brightness, kind="stable")[: len(groups) // 3]]
-        domain[rows[np.isin(group[rows], dark)]] = "dark"
+        domain[rows[np.isin(group[rows], dark)]] = DARK
     return dataclasses.replace(records, table={**records.table, "domain": domain.astype(str)})
 
 
 def part_of(records: Records) -> np.ndarray:
     """The part of each record, "<dataset>/<category>" as str [n]."""
-    own = np.full(len(records), f"{records.dataset}/{records.category}")
-    return records.table.get("part", own)
+    if "part" in records.table:
+        return records.table["part"]
+    return np.full(len(records), f"{records.dataset}/{records.category}")
+
+
+def condition_of(records: Records) -> np.ndarray:
+    """The shooting condition of each record, str [n]: its domain before several were joined."""
+    return records.table.get("condition", records.table["domain"])
 
 
 def _draw(records: Records, rows: np.ndarray, seed: list[int]) -> list[str]:
     """The training groups of the part that has the records `rows`."""
     defects: dict[str, set[str]] = {}
     domains: dict[str, set[str]] = {}
+    condition = condition_of(records)
     for i in rows:
         group = str(records.table["group"][i])
         defects.setdefault(group, set()).add(str(records.table["defect"][i]))
-        domains.setdefault(group, set()).add(str(records.table["domain"][i]))
+        domains.setdefault(group, set()).add(str(condition[i]))
     one_domain = all(len(names) == 1 for names in domains.values())
     strata: dict[tuple[str, str], list[str]] = {}
     for group in sorted(defects):
@@ -151,18 +219,23 @@ def _severity(defect: str) -> tuple[int, str]:
 
 def _withheld(records: Records, held_out: Sequence[tuple[str, str, str]]) -> np.ndarray:
     """Whether each record is of a held-out combination, bool [n]."""
-    part, withheld = part_of(records), np.zeros(len(records), bool)
+    part, condition = part_of(records), condition_of(records)
+    withheld = np.zeros(len(records), bool)
     for name, defect, domain in held_out:
         found = part == name
         if not found.any():
             continue
         found &= (records.table["defect"] == defect) | (not defect)
-        found &= (records.table["domain"] == domain) | (not domain)
+        found &= (condition == domain) | (not domain)
         if not found.any():
-            hint = "; mark_dark gives this condition" if domain == "dark" else ""
+            kinds, places = (
+                ", ".join(sorted(set(column[part == name].tolist()) - {""}))
+                for column in (records.table["defect"], condition)
+            )
             raise ValueError(
-                f"held out: {name}, defect {defect or 'any'}, domain {domain or 'any'}, but no "
-                f"image is of it{hint}"
+                f"held out: {name}, defect {defect or 'any'}, condition {domain or 'any'}, but no "
+                f"image is of it; {name} has the defects {kinds} and the conditions "
+                f"{places or '(none)'}"
             )
         withheld |= found
     return withheld
@@ -173,4 +246,17 @@ def _check_coverage(records: Records, in_train: np.ndarray) -> None:
     kinds = list(zip(part_of(records).tolist(), records.table["defect"].tolist(), strict=True))
     if lacking := set(kinds) - {kinds[i] for i in np.flatnonzero(in_train)}:
         names = ", ".join(f"{part} {defect}" for part, defect in sorted(lacking)[:5])
-        raise ValueError(f"the training side has no image of: {names}")
+        raise ValueError(
+            f"the training side has no image of: {names}; every kind needs two groups, and a "
+            "condition that is not held out"
+        )
+
+
+def _check_withheld(records: Records, in_train: np.ndarray, held_out: Sequence) -> None:
+    """Raises ValueError if a record of the training side is of a held-out combination."""
+    columns = (part_of(records), records.table["defect"], condition_of(records))
+    present = set(zip(*(column[in_train].tolist() for column in columns), strict=True))
+    for part, defect, condition in held_out:
+        for found in present:
+            if found[0] == part and defect in ("", found[1]) and condition in ("", found[2]):
+                raise ValueError(f"the held-out combination {found} is on the training side")

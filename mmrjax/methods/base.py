@@ -70,6 +70,21 @@ class Method:
         )
         return {"teacher": teacher}, {"teacher": facts}
 
+    def keep_labelled(
+        self, records: Records, labelled: np.ndarray, indices: np.ndarray
+    ) -> tuple[dict, dict]:
+        """What it keeps of labelled defective images for training; by default nothing.
+
+        Args:
+          records: of the category.
+          labelled: indices of defective records; often none.
+          indices: of the good records that are trained on.
+
+        Returns:
+          ({name: arrays}, added to what is frozen while it trains; facts for results.json).
+        """
+        return {}, {}
+
     def init(self, key: jax.Array, frozen: dict) -> tuple[dict, dict]:
         """Draws or loads the variables: ({"params": …, …}, facts)."""
         raise NotImplementedError

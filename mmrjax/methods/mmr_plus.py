@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrjax import losses, losses_plus, mesh
-from mmrjax.data import defects, epochs
+from mmrjax.data import defect_bank, defects, epochs, geometry, tracks
 from mmrjax.methods import mmr
 from mmrjax.models import attention, masking, resnet, vit
 
@@ -97,28 +97,60 @@ class MMRPlus(mmr.MMR):
 
     def plan(self, records, indices):
         """Rows for synthetic defects in each batch, and domains in turn where they are aligned."""
-        domain = None if self.options.domain == "none" else self._domains(records, indices)
-        every = self.options.synthetic_every
-        on_part = bool(every) and self.options.foreground == "otsu"
-        plan = epochs.Plan(self.config.train.batch_size, every, domain, on_part)
+        every, names = self.options.synthetic_every, self._domain_names(records, indices)
+        domain = None if names is None else self._numbered(names)
+        on_part, fills = bool(every) and self.options.foreground == "otsu", None
+        if on_part and self.options.surfaces:
+            sets = [str(part).split("/")[0] for part in tracks.part_of(records)[indices]]
+            fills = np.isin(sets, self.options.surfaces)
+        plan = epochs.Plan(self.config.train.batch_size, every, domain, on_part, fills)
         plan.table(len(indices), 0, 0)  # refuses too few images before anything is compiled
         return plan
 
-    def _domains(self, records, indices) -> np.ndarray:
-        """The number of each image's domain, int32 [n]: a data set of joined ones, else its own."""
+    def _domain_names(self, records, indices) -> np.ndarray | None:
+        """What each image shares its turn in a batch with, str [n]; None: no turns.
+
+        The data set, of several joined ones. Of a single one its domain, where those are aligned.
+        """
+        parts = tracks.part_of(records)[indices]
+        if len(np.unique(parts)) > 1 and (
+            self.options.synthetic_every or self.options.domain != "none"
+        ):
+            return parts
+        return None if self.options.domain == "none" else records.table["domain"][indices]
+
+    def _numbered(self, names: np.ndarray) -> np.ndarray:
+        """The number of each image's domain, int32 [n]."""
         options = self.options
-        names = records.table.get("part", records.table["domain"])[indices]
         domains, index = np.unique(names, return_inverse=True)
         if len(domains) < 2:
             raise ValueError(
                 f"mmr_plus.domain={options.domain} needs training images of two or more domains; "
-                f"all {len(indices)} are of {str(domains[0])!r}; set mmr_plus.domain=none"
+                f"all {len(names)} are of {str(domains[0])!r}; set mmr_plus.domain=none"
             )
         if options.domain == "coral" and len(domains) > DOMAINS:
             raise ValueError(
                 f"mmr_plus.domain=coral takes up to {DOMAINS} domains, there are {len(domains)}"
             )
         return index.astype(np.int32)
+
+    def keep_labelled(self, records, labelled, indices):
+        """Labelled defects, cut out, and how likely each is on a picture of each domain."""
+        if not (len(labelled) and self.options.synthetic_every):
+            return {}, {}
+        view = geometry.View.of(self.config)
+        found = defect_bank.from_records(records, labelled, view)
+        if found is None:
+            raise ValueError(
+                f"data.labelled: none of the {len(labelled)} defective training images has a "
+                "defect with pixel truth that is small enough to be cut out; set "
+                "data.labelled=false"
+            )
+        parts, names = tracks.part_of(records)[indices], self._domain_names(records, indices)
+        first = [0] if names is None else np.unique(names, return_index=True)[1]
+        chances = found.chances(parts[first])
+        facts = {"labelled_defects": found.counts(), "labelled_too_large": found.too_large}
+        return {"labelled": {**found.bank._asdict(), "chances": chances}}, facts
 
     def init(self, key, frozen):
         """MMR's student with the same initial values, and what the switches need beside it."""
@@ -160,7 +192,7 @@ class MMRPlus(mmr.MMR):
         normal, found = batch["image"], None
         seen = normal
         if options.synthetic_every:
-            found = self._synthesise(batch)
+            found = self._synthesise(batch, frozen.get("labelled"))
             seen = self._with_synthetic(normal, found.images)
         limits = self._limits(batch, progress["epoch"])
         features = self._reconstruct(variables, resnet.normalise(seen), batch["keys"], **limits)
@@ -211,13 +243,28 @@ class MMRPlus(mmr.MMR):
         groups = x.reshape(-1, self.options.synthetic_every, *x.shape[1:])
         return jnp.concatenate([rows[:, None], groups[:, 1:]], axis=1).reshape(x.shape)
 
-    def _synthesise(self, batch: dict) -> defects.Defects:
+    def _synthesise(self, batch: dict, labelled: dict | None = None) -> defects.Defects:
         """Defects on every so-many-th picture of the batch, crop and flip done; in [0, 1]."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(self._synthetic(batch["keys"]), DEFECT)
         normal = self._synthetic(batch["image"])
         pictures = jnp.round(255 * normal)
         where = self._synthetic(batch["foreground"]) if "foreground" in batch else None
-        found = defects.synthesise(keys, pictures, where, self.settings)
+        if labelled is None:
+            found = defects.synthesise(keys, pictures, where, self.settings)
+        else:
+            domain = batch.get("domain", jnp.zeros(len(batch["image"]), jnp.int32))
+            found = defects.synthesise(
+                keys,
+                pictures,
+                where,
+                dataclasses.replace(
+                    self.settings,
+                    kinds=(*self.settings.kinds, "real"),
+                    real_share=self.options.defect_labelled,
+                ),
+                defects.Bank(labelled["images"], labelled["masks"]),
+                labelled["chances"][self._synthetic(domain)],
+            )
         # Added as a difference: what is not blended stays the same bit for bit.
         return found._replace(images=normal + (found.images - pictures) / 255)
 

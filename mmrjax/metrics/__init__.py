@@ -28,6 +28,8 @@ Every degenerate case has a value. p is the share of defect pixels (of anomalies
     ties                               one threshold        one threshold, also across FPR 0.3
     one outlier among normal pixels    -                    pro_mmr of its image 0, as the official
                                                             code has it; the others hardly move
+    no defect under 10 px in view      -                    tiny_recall alone None, with reason
+    fewer than 20 good images          -                    tiny_recall alone None, with reason
     NaN or infinity                    ValueError           ValueError: how many images, which first
     padding rows                       never counted        never counted
     maps of different sizes            -                    ValueError; streaming counts them
@@ -36,7 +38,8 @@ Every degenerate case has a value. p is the share of defect pixels (of anomalies
 
 from mmrjax.metrics.comparison import paired_difference
 from mmrjax.metrics.evaluation import curves, evaluate, measure
-from mmrjax.metrics.measured import IMAGE_METRICS, METRICS, PIXEL_METRICS
+from mmrjax.metrics.measured import IMAGE_METRICS, METRICS, PIXEL_METRICS, TINY_METRICS
+from mmrjax.metrics.misses import MISSED, by_defect
 from mmrjax.metrics.pixels import pixel_auroc_and_aupro
 from mmrjax.metrics.pro import Regions, aupro, pro_curve, pro_mmr, pro_mmr_per_image, regions
 from mmrjax.metrics.ranking import auroc, average_precision, f1_max
@@ -45,11 +48,14 @@ from mmrjax.metrics.summary import largest_errors, officially_rounded, summarise
 __all__ = [
     "IMAGE_METRICS",
     "METRICS",
+    "MISSED",
     "PIXEL_METRICS",
+    "TINY_METRICS",
     "Regions",
     "aupro",
     "auroc",
     "average_precision",
+    "by_defect",
     "curves",
     "evaluate",
     "f1_max",

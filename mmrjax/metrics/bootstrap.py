@@ -105,3 +105,13 @@ def pixel_samples(
     with np.errstate(invalid="ignore"):
         samples["pro_mmr"] = weights @ pro_mmr[defined] / weights.sum(axis=1)
     return samples
+
+
+def interval(samples: np.ndarray | None) -> list[float] | None:
+    """95 % percentile interval of the defined samples; None where fewer than half are defined."""
+    if samples is None:
+        return None
+    defined = samples[~np.isnan(samples)]
+    if 2 * len(defined) < len(samples) or not len(defined):
+        return None
+    return [float(end) for end in np.percentile(defined, [2.5, 97.5])]

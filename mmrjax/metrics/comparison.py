@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmrjax.metrics import evaluation
-from mmrjax.metrics.measured import IMAGE_METRICS, METRICS, interval
+from mmrjax.metrics.bootstrap import interval
+from mmrjax.metrics.measured import IMAGE_METRICS, METRICS
 
 
 def paired_difference(

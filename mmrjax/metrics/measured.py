@@ -10,11 +10,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mmrjax.metrics import bootstrap, pro, ranking
+from mmrjax.metrics import bootstrap, misses, pro, ranking
 
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1_max")
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_0.3", "pro_mmr")
-METRICS = IMAGE_METRICS + PIXEL_METRICS
+TINY_METRICS = ("tiny_recall",)
+METRICS = IMAGE_METRICS + PIXEL_METRICS + TINY_METRICS
 PRO_LIMIT = 0.3
 
 
@@ -23,9 +24,14 @@ class PixelCounts(Protocol):
 
     Attributes:
         pro_mmr: [m] per-image value of the images that count, NaN where undefined.
+        peaks: [m] the highest value of each map.
     """
 
     pro_mmr: np.ndarray
+    peaks: np.ndarray
+
+    def defects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each defect region the image [r] (index into the m), longer side in px, and peak."""
 
     def tables(self) -> tuple[ranking.Ranked, ranking.Ranked]:
         """Defect pixels against normal ones, each counting 1, then each weighing 1 / area."""
@@ -62,7 +68,7 @@ class Measured(NamedTuple):
         """The domain's entry in results.json, as `evaluate` returns it."""
         dropped = max((int(np.isnan(s).sum()) for s in self.samples.values()), default=0)
         extra = {"dropped_resamples": dropped} if dropped else {}
-        intervals = {name: interval(self.samples.get(name)) for name in METRICS}
+        intervals = {name: bootstrap.interval(self.samples.get(name)) for name in METRICS}
         entry = {
             **self.values,
             "counts": {**self.counts, **extra},
@@ -123,7 +129,7 @@ def assemble(
     else:
         reasons |= dict.fromkeys(IMAGE_METRICS, reason)
     if isinstance(counted, str):
-        reasons |= dict.fromkeys(PIXEL_METRICS, counted)
+        reasons |= dict.fromkeys(PIXEL_METRICS + TINY_METRICS, counted)
     else:
         pixel, region = counted.tables()
         values |= _three("pixel", pixel) | {"aupro_0.3": float(ranking.area(region, PRO_LIMIT))}
@@ -133,6 +139,14 @@ def assemble(
             values["pro_mmr"] = float(np.mean(defined))
         else:
             reasons["pro_mmr"] = "no normal pixel in any defective image"
+        shares, reason = misses.tiny_recall(
+            counted.peaks, is_anomaly[used], counted.defects(), group[used], draws
+        )
+        if reason:
+            reasons["tiny_recall"] = reason
+        else:
+            values["tiny_recall"] = float(shares[0])
+            samples |= {"tiny_recall": shares} if draws is not None else {}
         if draws is not None:
             histograms = counted.group_histograms(group[used], len(draws[0]))
             samples |= bootstrap.pixel_samples(
@@ -146,16 +160,6 @@ def assemble(
         "empty_masks": int((is_anomaly & used & empty).sum()),
     }
     return Measured(values, reasons, bounds, counts, shifted, image, region)
-
-
-def interval(samples: np.ndarray | None) -> list[float] | None:
-    """95 % percentile interval of the defined samples; None where fewer than half are defined."""
-    if samples is None:
-        return None
-    defined = samples[~np.isnan(samples)]
-    if 2 * len(defined) < len(samples) or not len(defined):
-        return None
-    return [float(end) for end in np.percentile(defined, [2.5, 97.5])]
 
 
 def checked_scores(scores: np.ndarray, is_anomaly: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

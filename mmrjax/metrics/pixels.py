@@ -22,6 +22,7 @@ class Pixels(NamedTuple):
         sorted_normal: the scores of all normal pixels, in a few ascending arrays.
         defect: [p] scores of the defect pixels, in the order of `found.pixel`.
         pro_mmr: [n] per-image value, NaN where undefined.
+        peaks: [n] the highest value of each map.
     """
 
     maps: np.ndarray
@@ -29,6 +30,11 @@ class Pixels(NamedTuple):
     sorted_normal: list[np.ndarray]
     defect: np.ndarray
     pro_mmr: np.ndarray
+    peaks: np.ndarray
+
+    def defects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each defect region the image [r], its longer side in px, and its highest value."""
+        return self.found.image, self.found.sides(), self.found.highest(self.defect)
 
     def tables(self) -> tuple[ranking.Ranked, ranking.Ranked]:
         """Defect pixels against normal ones, each counting 1, then each weighing 1 / area."""
@@ -59,7 +65,8 @@ class Pixels(NamedTuple):
 def gather(maps: np.ndarray, found: pro.Regions) -> Pixels:
     """Sorts the normal pixels, and scores every image by `pro_mmr`."""
     normal, defect = _split(maps, found)
-    return Pixels(maps, found, normal, defect, pro.pro_mmr_per_image(maps, found))
+    peaks = maps.reshape(len(maps), -1).max(axis=1)
+    return Pixels(maps, found, normal, defect, pro.pro_mmr_per_image(maps, found), peaks)
 
 
 def pixel_auroc_and_aupro(

@@ -44,6 +44,23 @@ class Regions(NamedTuple):
         """[p] index of the image that holds the pixel."""
         return np.repeat(self.image, self.area)
 
+    def sides(self) -> np.ndarray:
+        """[r] the longer side of each region's bounding box, px."""
+        if not len(self.area):
+            return np.zeros(0, np.int64)
+        starts = np.cumsum(self.area) - self.area
+        _, height, width = self.shape
+        lengths = []
+        for at in (self.pixel // width % height, self.pixel % width):
+            lengths.append(np.maximum.reduceat(at, starts) - np.minimum.reduceat(at, starts) + 1)
+        return np.maximum(*lengths)
+
+    def highest(self, values: np.ndarray) -> np.ndarray:
+        """[r] the highest of each region's values; `values` [p] in the order of `pixel`."""
+        if not len(self.area):
+            return np.zeros(0, values.dtype)
+        return np.maximum.reduceat(values, np.cumsum(self.area) - self.area)
+
     def normal(self) -> np.ndarray:
         """[n * h * w] bool, true for the pixels outside every region."""
         mask = np.ones(np.prod(self.shape), bool)

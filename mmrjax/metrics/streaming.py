@@ -32,6 +32,9 @@ class Counted(NamedTuple):
         image: [r] index of the image that holds the region.
         area: [r] pixels of the region.
         pro_mmr: [n] per-image value, NaN where undefined.
+        peaks: [n] the highest value of each map.
+        side: [r] the longer side of the region, px.
+        peak: [r] the highest value of the map in it.
     """
 
     normal: sparse.csr_array
@@ -39,6 +42,9 @@ class Counted(NamedTuple):
     image: np.ndarray
     area: np.ndarray
     pro_mmr: np.ndarray
+    peaks: np.ndarray
+    side: np.ndarray
+    peak: np.ndarray
 
     def select(self, rows: np.ndarray) -> "Counted":
         """The images where `rows` [n] is true."""
@@ -49,7 +55,14 @@ class Counted(NamedTuple):
             index[self.image[regions]],
             self.area[regions],
             self.pro_mmr[rows],
+            self.peaks[rows],
+            self.side[regions],
+            self.peak[regions],
         )
+
+    def defects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each defect region the image [r], its longer side in px, and its highest value."""
+        return self.image, self.side, self.peak
 
     def tables(self) -> tuple[ranking.Ranked, ranking.Ranked]:
         """Defect pixels against normal ones, each counting 1, then each weighing 1 / area."""
@@ -132,22 +145,26 @@ class MapHistograms:
         row.ravel()[found.pixel] = n + np.repeat(np.arange(len(found.area)), found.area)
         table = self._count(maps, row, n + len(found.area))
         self._require_finite(table, n, found.image)
-        pro_mmr = np.full(n, np.nan)
+        pro_mmr, peak = np.full(n, np.nan), np.zeros(0, np.float32)
+        peaks = np.asarray(maps.max(axis=(1, 2)))[:n]
         if len(found.area):
-            pro_mmr = pro.pro_mmr_per_image(np.asarray(maps)[:n], found)
+            host = np.asarray(maps)[:n]
+            pro_mmr = pro.pro_mmr_per_image(host, found)
+            peak = found.highest(host.ravel()[found.pixel])
         image = found.image + self._images
-        self._parts.append(Counted(table[:n], table[n:], image, found.area, pro_mmr))
+        columns = (image, found.area, pro_mmr, peaks, found.sides(), peak)
+        self._parts.append(Counted(table[:n], table[n:], *columns))
         self._images += n
 
     def counted(self) -> Counted:
         """Histograms of all images so far, in the order in which they came."""
         if not self._parts:
             raise ValueError("no map was added; add at least one batch")
-        normal, defect, image, area, pro_mmr = zip(*self._parts, strict=True)
+        normal, defect, *columns = zip(*self._parts, strict=True)
         return Counted(
             sparse.vstack(normal, format="csr"),
             sparse.vstack(defect, format="csr"),
-            *(np.concatenate(column) for column in (image, area, pro_mmr)),
+            *(np.concatenate(column) for column in columns),
         )
 
     def _count(self, maps, row: np.ndarray, rows: int) -> sparse.csr_array:

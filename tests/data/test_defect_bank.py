@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from mmrjax.data import defect_bank, defects
+from mmrjax.data import defect_bank, defects, geometry
+from mmrjax.data.records import Records
 
 
 def write(folder, layout: str, name: str, image: np.ndarray, mask: np.ndarray) -> None:
@@ -70,3 +71,91 @@ def test_what_is_missing_or_wrong_is_said(tmp_path, pair):
         list(defect_bank.load_pairs(tmp_path, (50, 60)))
     with pytest.raises(ValueError, match="no defect"):
         defect_bank.make_bank([pair], side=16)
+
+
+# --- labelled defects of records
+
+
+def labelled_records() -> Records:
+    """Two parts: in one 6 dents and 2 cracks, in the other 3 dents and a defect without mask."""
+    part = np.array(["x/a"] * 8 + ["y/b"] * 4)
+    defect = np.array(["dent"] * 6 + ["crack"] * 2 + ["dent"] * 4)
+    has_mask = np.arange(12) != 11
+    table = {"part": part, "defect": defect, "has_mask": has_mask, "id": part, "domain": part}
+    records = Records("x+y", "all", table, "", {}, [("", i) for i in range(12)])
+    records.image = lambda i: np.full((80, 80, 3), 10 * i, np.uint8)
+
+    def mask(i):
+        mask = np.zeros((80, 80), np.uint8)
+        mask[10:18, 12 : 20 + i] = 255
+        return mask
+
+    records.mask = mask
+    return records
+
+
+VIEW = geometry.View((80, 80), (80, 80))
+
+
+def test_labelled_defects_are_cut_from_the_rows_given_with_part_and_type():
+    records = labelled_records()
+    found = defect_bank.from_records(records, [0, 1, 6, 9, 11], VIEW)
+    assert found.part.tolist() == ["x/a", "x/a", "x/a", "y/b"]  # the last has no mask
+    assert found.defect.tolist() == ["dent", "dent", "crack", "dent"]
+    assert found.counts() == {"x/a": {"dent": 2, "crack": 1}, "y/b": {"dent": 1}}
+    assert found.bank.images.shape == (4, 128, 128, 3)
+    for i, own in zip((0, 1, 6, 9), range(4), strict=True):
+        assert found.bank.masks[own].sum() == 8 * (8 + i)
+        assert (found.bank.images[own][found.bank.masks[own]] == 10 * i).all()
+    assert defect_bank.from_records(records, [11], VIEW) is None
+
+
+def test_types_of_the_same_part_are_alike_whatever_their_numbers():
+    found = defect_bank.from_records(labelled_records(), range(11), VIEW)
+    chances = found.chances(["y/b", "x/a", "z/c"])
+    assert chances.shape == (3, 11)
+    for row, part in zip(chances, ("y/b", "x/a", "z/c"), strict=True):
+        assert not row[found.part != part].any()
+    x = chances[1]
+    assert x[found.defect == "dent"].sum() == pytest.approx(x[found.defect == "crack"].sum())
+    np.testing.assert_allclose(x[:6], 1 / 6)
+
+
+def test_each_picture_gets_defects_of_its_own_part_and_none_where_there_are_none():
+    """Part 0 has two specimens of one type, part 1 one, part 2 none."""
+    masks = np.zeros((3, 48, 48), bool)
+    masks[:, 18:30, 18:30] = True
+    levels = np.array([20, 60, 100], np.uint8)
+    pixels = np.where(masks[..., None], levels[:, None, None, None], 200)
+    bank = defects.Bank(pixels.repeat(3, axis=-1).astype(np.uint8), masks)
+    chances = np.float32([[0.5, 0.5, 0], [0, 0, 1], [0, 0, 0]])
+    part = np.arange(48) % 3
+    settings = defects.DefectSettings(kinds=("stain", "real"), real_share=1.0)
+    synthesise = jax.jit(defects.synthesise, static_argnames="settings")
+    images = np.full((48, 64, 64, 3), 200, np.uint8)
+    found = synthesise(jax.random.key(1), images, None, settings, bank, chances[part])
+    kind = np.asarray(found.kind)
+    real, stain = defects.KINDS.index("real"), defects.KINDS.index("stain")
+    assert set(kind[part == 0]) <= {real, defects.NONE}
+    assert set(kind[part == 2]) <= {stain, defects.NONE}
+    assert (kind[part < 2] == real).sum() > 24
+    darkest = np.asarray(found.images.min((1, 2, 3)))
+    seen = {p: set(np.round(darkest[(part == p) & (kind == real)]).tolist()) for p in (0, 1)}
+    assert seen == {0: {20.0, 60.0}, 1: {100.0}}
+
+
+def test_the_share_of_labelled_defects_is_that_of_the_settings():
+    kinds = ("spot", "groove", "stain", "real")
+    shares = defects.DefectSettings(kinds=kinds, real_share=0.5).probabilities
+    assert shares == pytest.approx({"spot": 0.15, "groove": 0.15, "stain": 0.2, "real": 0.5})
+    assert defects.DefectSettings(kinds=("real",), real_share=0.5).probabilities == {"real": 1.0}
+    before = defects.DefectSettings(kinds=kinds).probabilities
+    assert before == pytest.approx({"spot": 0.3, "groove": 0.3, "stain": 0.2, "real": 0.2})
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = defects._draw_kinds(
+        keys, defects.DefectSettings(kinds=kinds, real_share=0.5), np.ones((4000, 2), np.float32)
+    )
+    counts = np.bincount(np.asarray(drawn), minlength=4) / 4000
+    np.testing.assert_allclose(counts, [0.15, 0.15, 0.2, 0.5], atol=0.03)
+    with pytest.raises(ValueError, match="real_share=2"):
+        defects.DefectSettings(real_share=2)

@@ -207,3 +207,42 @@ def test_ten_thousand_tiny_defects_and_balanced_kinds():
     for name, share in ALL.probabilities.items():  # within five standard deviations
         spread = 5 * (share * (1 - share) / total) ** 0.5
         assert abs(counts[defects.KINDS.index(name)] / total - share) < spread + 0.01
+
+
+# --- where they lie
+
+
+def middles(images: np.ndarray, part: np.ndarray, distribution: str) -> np.ndarray:
+    """(y, x) of the middles of the spots drawn on some pictures, [n, 2]."""
+    settings = defects.DefectSettings(kinds=("spot",), spatial_distribution=distribution)
+    found = draw(jax.random.key(5), images, part, settings=settings)
+    boxes = np.concatenate([components(mask) for mask in np.asarray(found.mask)])
+    return boxes[:, [1, 0]] + (boxes[:, [3, 2]] - 1) / 2
+
+
+def depths(images: np.ndarray, part: np.ndarray, distribution: str) -> np.ndarray:
+    """Px along rows, columns or diagonals from each middle to the border of the part, [n]."""
+    outside = np.pad(part[0].astype(np.uint8), 1)  # the border of the picture is one
+    away = cv2.distanceTransform(outside, cv2.DIST_C, 3)[1:-1, 1:-1]
+    y, x = middles(images, part, distribution).astype(int).T
+    return away[y, x]
+
+
+def test_edge_keeps_them_near_the_border_of_the_part_or_the_picture(images, part):
+    near = defects.EDGE + 2  # the middle of what changed may be off the one that was drawn
+    for rows in (slice(0, BATCH // 2), slice(BATCH // 2, BATCH)):  # a disc, the whole picture
+        edge, uniform = (depths(images[rows], part[rows], n) for n in ("edge", "uniform"))
+        assert len(edge) > 10
+        assert (edge <= near).all()
+        assert (uniform <= near).mean() < 0.85
+
+
+def test_texture_takes_them_to_where_the_picture_is_busy():
+    images = np.full((BATCH, SIZE, SIZE, 3), 120, np.uint8)
+    busy = np.random.default_rng(0).integers(90, 150, (BATCH, SIZE, SIZE // 2, 1))
+    images[:, :, : SIZE // 2] = busy
+    part, names = np.ones((BATCH, SIZE, SIZE), bool), ("texture", "uniform")
+    left = {name: middles(images, part, name)[:, 1] < SIZE / 2 for name in names}
+    assert min(map(len, left.values())) > 20
+    assert left["texture"].mean() > 0.9
+    assert 0.3 < left["uniform"].mean() < 0.7

@@ -6,7 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from mmrjax import config as config_lib
 from mmrjax.data import records as records_lib
 from mmrjax.data import splits, tracks
 from mmrjax.data.records import ANOMALY, GOOD, Records
@@ -149,7 +151,8 @@ def test_track_b_refuses_a_defect_that_cannot_be_learned(joined):
 # --- held-out combinations
 
 
-HELD_OUT = tuple(held for held in tracks.HELD_OUT if not held[0].startswith("rsdds"))
+PUBLISHED = tracks.combinations(config_lib.load("configs/cross_domain.py").data.held_out)
+HELD_OUT = tuple(held for held in PUBLISHED if held[0] in ("aebad/s", "magnetic_tile/tile"))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -180,9 +183,13 @@ def test_held_out_images_of_training_tiles_are_left_out_and_those_of_test_tiles_
 
 def test_pairs_of_absent_parts_are_passed_over_and_mistaken_ones_are_not(joined):
     assert not len(tracks.track_b(joined, 0, [("rsdds/ii", "", "dark")]).unseen)
-    with pytest.raises(ValueError, match=r"rsdds/i, defect any, domain dark, .* mark_dark gives"):
+    with pytest.raises(
+        ValueError, match=r"rsdds/i, defect any, condition dark, .*conditions \(none"
+    ):
         tracks.track_b(joined, 0, [("rsdds/i", "", "dark")])
-    with pytest.raises(ValueError, match=r"aebad/s, defect rust, domain any, but no image"):
+    with pytest.raises(
+        ValueError, match=r"aebad/s, defect rust, condition any, .* has the defects ablation, fr"
+    ):
         tracks.track_b(joined, 0, [("aebad/s", "rust", "")])
 
 
@@ -195,11 +202,11 @@ def test_the_darkest_third_of_the_strips_is_dark_and_can_be_held_out(joined, mon
         return pixels
 
     monkeypatch.setattr(Records, "image", image)
-    marked = tracks.mark_dark(joined)
+    marked = tracks.mark_dark(joined, ["rsdds/i"])
     dark = marked.table["domain"] == "dark"
     assert groups(joined, dark) == {f"rsdds/i/rail_{k}.jpg" for k in range(4)}  # of 12
     assert (joined.table["domain"] != "dark").all()  # the given records stay as they are
-    track = tracks.track_b(marked, 0, tracks.HELD_OUT, labelled=True)
+    track = tracks.track_b(marked, 0, PUBLISHED, labelled=True)
     assert not (marked.table["domain"][track.train] == "dark").any()
     assert set(np.flatnonzero(dark)) <= set(track.unseen)
 
@@ -227,3 +234,124 @@ def test_real_tiles_split_into_the_specified_numbers_of_groups(shared):
     assert sides[0] == {"good": 93, "blowhole": 12, "uneven": 11, "break": 9, "crack": 7, "fray": 5}
     assert sides[1] == {"good": 40, "blowhole": 6, "uneven": 6, "break": 5, "crack": 3, "fray": 3}
     assert dataclasses.astuple(track)[2].size > 0
+
+
+# --- against a slow oracle, on random data sets
+
+
+def random_parts(seed: int) -> list[Records]:
+    """Two data sets with random groups: images of one or several defects and conditions each."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for name, one_condition in (("folder/a", True), ("visa/b", False)):
+        rows = []
+        for group in range(int(rng.integers(24, 40))):
+            condition = ("", "lit", "dim")[rng.integers(3)]
+            for _ in range(rng.integers(1, 4)):
+                defect = ("good", "good", "dent", "rust")[rng.integers(4)]
+                where = condition if one_condition else ("", "lit", "dim")[rng.integers(3)]
+                rows.append(("train", defect, where, f"{group}"))
+        parts.append(make_records(*name.split("/"), rows))
+    return parts
+
+
+def slow_split(records: Records, trained: set[str], held_out) -> tuple[list, list, list]:
+    """Image by image, given the groups that were drawn for training."""
+    train, test, unseen = [], [], []
+    columns = ("part", "defect", "condition", "group")
+    for i, row in enumerate(zip(*(records.table[name] for name in columns), strict=True)):
+
+        def is_held_out(other):
+            return any(
+                other[0] == part and defect in ("", other[1]) and condition in ("", other[2])
+                for part, defect, condition in held_out
+            )
+
+        siblings = [
+            other
+            for other in zip(*(records.table[name] for name in columns), strict=True)
+            if other[3] == row[3]
+        ]
+        if not is_held_out(row) and row[3] in trained:
+            train.append(i)
+        elif not (is_held_out(row) and row[3] in trained and not all(map(is_held_out, siblings))):
+            test.append(i)
+            if is_held_out(row):
+                unseen.append(i)
+    return train, test, unseen
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "texts", [(), ("folder/a:dent:lit", "visa/b:rust:dim"), ("folder/a:*:dim",)]
+)
+def test_a_split_is_that_of_a_loop_over_images_and_keeps_the_promises(seed, texts):
+    records = tracks.joined(random_parts(seed), texts)
+    held_out = tracks.combinations(texts)
+    data = ConfigDict({
+        "protocol": "track_b", "held_out": texts, "labelled": True, "split_seed": -1,
+        "shots": 0, "target": "",
+    })  # fmt: skip
+    track = tracks.select(records, data, seed)
+    again = tracks.select(records, data, seed)
+    for name in ("train", "test", "unseen"):
+        np.testing.assert_array_equal(getattr(track, name), getattr(again, name))
+    # The groups that trained without anything held out are those of the draw.
+    drawn = groups(records, tracks.track_b(records, seed, labelled=True).train)
+    expected = slow_split(records, drawn, held_out)
+    for found, wanted in zip(dataclasses.astuple(track), expected, strict=True):
+        assert found.tolist() == wanted
+    assert not groups(records, track.train) & groups(records, track.test)
+    kinds = set(zip(records.table["part"], records.table["defect"], strict=True))
+    assert kinds == {tuple(map(str, pair)) for pair in zip(
+        records.table["part"][track.train], records.table["defect"][track.train], strict=True
+    )}  # fmt: skip
+    for name in ("folder/a", "visa/b"):  # 70 % of the groups, but for rounding down per stratum
+        own = groups(records, np.flatnonzero(records.table["part"] == name))
+        strata = 9 if name == "folder/a" else 3
+        assert 0.7 * len(own) - strata <= len(own & drawn) <= 0.7 * len(own)
+
+
+def test_the_fields_of_a_configuration_choose_the_protocol(joined):
+    data = config_lib.load("configs/cross_domain.py:a").data
+    track = tracks.select(joined, data, 54)
+    for found, wanted in zip((track.train, track.test), tracks.track_a(joined, "aebad/s"),
+                             strict=True):  # fmt: skip
+        np.testing.assert_array_equal(found, wanted)
+    assert not len(track.unseen)
+    data.target = ""  # the first one
+    np.testing.assert_array_equal(tracks.select(joined, data, 54).test, track.test)
+    data.protocol, data.split_seed = "track_b", 3
+    for seed in (0, 1):
+        np.testing.assert_array_equal(
+            tracks.select(joined, data, seed).test, tracks.track_b(joined, 3).test
+        )
+    data.protocol = "one_class"
+    for found, wanted in zip((track.train, track.test), splits.select(joined, "one_class"),
+                             strict=True):  # fmt: skip
+        assert set(found) <= set(wanted)
+
+
+def test_joined_data_sets_are_told_apart_and_keep_their_conditions():
+    parts = [blades(), tiles()]
+    records = tracks.joined(parts)
+    np.testing.assert_array_equal(records.table["domain"], records.table["part"])
+    own = np.concatenate([part.table["domain"] for part in parts])
+    np.testing.assert_array_equal(tracks.condition_of(records), own)
+    alone = tracks.joined(parts[:1])
+    assert alone.table.keys() == parts[0].table.keys()
+    for name, column in alone.table.items():
+        np.testing.assert_array_equal(column, parts[0].table[name])
+
+
+@pytest.mark.parametrize("text", ["aebad/s:groove", "aebad:groove:view", "a/b::view", "a/b:c:d:e"])
+def test_a_combination_of_another_form_is_refused(text):
+    with pytest.raises(ValueError, match="is no combination; give <dataset>/<category>:<defect>"):
+        tracks.combinations([text])
+    assert tracks.combinations(["a/b:*:dark"]) == [("a/b", "", "dark")]
+
+
+def test_a_held_out_image_on_the_training_side_is_found(joined):
+    in_train = np.ones(len(joined), bool)
+    with pytest.raises(ValueError, match=r"'groove', 'illumination'\) is on the training side"):
+        tracks._check_withheld(joined, in_train, [("aebad/s", "groove", "illumination")])

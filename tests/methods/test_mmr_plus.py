@@ -361,8 +361,13 @@ def test_heads_are_chosen_by_distance_where_the_student_begins_pretrained(make, 
 
 
 class Table:
+    dataset, category = "x", "1"
+
     def __init__(self, **columns):
         self.table = columns
+
+    def __len__(self):
+        return max(map(len, self.table.values()), default=32)
 
 
 def test_domains_of_a_data_set_and_of_joined_ones(make):
@@ -401,3 +406,50 @@ def test_one_domain_cannot_be_aligned(make):
 def test_switches_that_do_not_fit_together_say_what_to_set(make, switches, message):
     with pytest.raises(ValueError, match=message):
         make(**switches)
+
+
+def test_joined_data_sets_take_turns_where_there_are_synthetic_rows(make):
+    """Spec, section 6: of D data sets every batch holds 12/D real and 4/D synthetic ones."""
+    part = np.repeat(["aebad/s", "rsdds/i"], [20, 40])
+    records, rows = Table(part=part, domain=part), np.arange(60)
+    plan = make(synthetic_every=4).plan(records, rows)
+    np.testing.assert_array_equal(plan.domain, [0] * 20 + [1] * 40)
+    table, _ = plan.table(60, 0, 0)
+    for row in table:  # two synthetic rows of eight, one of each data set
+        assert sorted(plan.domain[row[::4]]) == [0, 1]
+        assert np.bincount(plan.domain[np.delete(row, np.s_[::4])]).tolist() == [3, 3]
+    assert make().plan(records, rows).domain is None  # all off: as MMR
+
+
+def test_a_surface_that_fills_the_picture_is_not_sought(make):
+    part = np.repeat(["aebad/s", "rsdds/i"], 16)
+    method = make(synthetic_every=4, foreground="otsu", surfaces=("rsdds",))
+    plan = method.plan(Table(part=part, domain=part), np.arange(32))
+    np.testing.assert_array_equal(plan.fills, [False] * 16 + [True] * 16)
+    assert make(synthetic_every=4, surfaces=("rsdds",)).plan(Table(), np.arange(32)).fills is None
+
+
+def test_labelled_defects_reach_only_pictures_of_their_data_set(make, monkeypatch):
+    offered = []
+
+    def synthesise(keys, images, foreground, settings, bank=None, chances=None):
+        offered.append((settings, bank, chances))
+        return dark_square(keys, images, foreground, settings)
+
+    monkeypatch.setattr(defects, "synthesise", synthesise)
+    method = make(synthetic_every=4, defect_labelled=0.25)
+    table = np.float32([[1, 0], [0, 1], [0, 0]])
+    labelled = {"images": jnp.zeros((2, 8, 8, 3)), "masks": jnp.ones((2, 8, 8), bool)}
+    batch = batch_of()
+    found = method._synthesise(batch, labelled | {"chances": jnp.asarray(table)})
+    ((settings, bank, chances),) = offered
+    assert len(found.images) == 2  # of eight rows
+    assert settings.kinds[-1] == "real"
+    assert settings.real_share == 0.25
+    assert bank.images.shape == (2, 8, 8, 3)
+    np.testing.assert_array_equal(chances, table[np.asarray(DOMAIN[:8:4])])
+    del batch["domain"]  # a single data set
+    method._synthesise(batch, labelled | {"chances": jnp.ones((1, 2))})
+    np.testing.assert_array_equal(offered[1][2], np.ones((2, 2)))
+    assert method.keep_labelled(Table(), np.array([], int), np.arange(3)) == ({}, {})
+    assert make().keep_labelled(Table(), np.arange(2), np.arange(3)) == ({}, {})

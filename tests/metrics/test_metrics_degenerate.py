@@ -114,7 +114,7 @@ def test_one_mask_all_ones(evaluate):
     case["masks"][0] = True
     result = evaluate(case)
     assert result["pro_mmr"] == expected
-    assert result["reasons"] == {}
+    assert result["reasons"] == {"tiny_recall": "fewer than 20 good images"}
 
 
 def test_masks_all_ones(evaluate):

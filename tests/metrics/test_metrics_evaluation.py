@@ -28,12 +28,12 @@ def make_domain(n=24, size=32):
 
 
 def test_result_has_exactly_the_keys_of_the_contract_and_is_json():
-    result = metrics.evaluate(**make_domain(), bootstrap=50)
+    result = metrics.evaluate(**make_domain(48), bootstrap=50)
     names = set(metrics.METRICS)
     assert set(result) == names | {"counts", "reasons", "ci95"}
     assert set(result["ci95"]) == names
     assert result["reasons"] == {}
-    expected = {"good": 12, "anomaly": 12, "pixel_images": 24, "empty_masks": 0}
+    expected = {"good": 24, "anomaly": 24, "pixel_images": 48, "empty_masks": 0}
     assert result["counts"] == expected
     assert json.loads(json.dumps(result)) == result
     for name in names:
@@ -129,7 +129,10 @@ def test_pro_mmr_alone_can_be_undefined():
     result = metrics.evaluate(**domain, bootstrap=20)
     assert result["pro_mmr"] is None
     assert result["ci95"]["pro_mmr"] is None
-    assert result["reasons"] == {"pro_mmr": "no normal pixel in any defective image"}
+    assert result["reasons"] == {
+        "pro_mmr": "no normal pixel in any defective image",
+        "tiny_recall": "no defect under 10 px in view",
+    }
     assert result["aupro_0.3"] is not None
 
 
@@ -225,6 +228,7 @@ def test_paired_difference_is_the_difference_of_the_metrics():
     a = metrics.evaluate(domain["scores"], domain["maps"], **truth, bootstrap=0)
     b = metrics.evaluate(worse, other, **truth, bootstrap=0)
     assert set(found) == set(metrics.METRICS)
+    assert found.pop("tiny_recall") == {"difference": None, "ci95": None}  # 12 good images
     for name, one in found.items():
         assert one["difference"] == a[name] - b[name]
         assert one["ci95"][0] <= one["difference"] <= one["ci95"][1]

@@ -178,7 +178,9 @@ def test_counts_beyond_float32_and_int32_stay_whole():
     normal = sparse.csr_array((huge, [5] * 4, range(5)), shape=(4, buckets.BUCKETS))
     defect = sparse.csr_array((np.int32([1]), [9], [0, 1]), shape=(1, buckets.BUCKETS))
     one = np.ones(1, int)
-    pixel, _ = streaming.Counted(normal, defect, 0 * one, one, np.full(4, np.nan)).tables()
+    pixel, _ = streaming.Counted(
+        normal, defect, 0 * one, one, np.full(4, np.nan), np.ones(4), one, one
+    ).tables()
     assert pixel.negatives == 4 * ((1 << 31) - 1)
 
 
