@@ -216,7 +216,8 @@ def test_batches_of_records_equal_the_views_of_their_images_and_masks(built):
 def config(**evaluation):
     data = {"resize": (256, 240), "image_size": (224, 208), "interpolation": "lanczos"}
     data |= {"tiling": False, "tile_overlap": 32}
-    return ConfigDict({"data": data, "eval": {"resize": (), "metrics_mode": "mmr", **evaluation}})
+    plain = {"resize": (), "metrics_mode": "mmr", "stress": "none"}
+    return ConfigDict({"data": data, "eval": {**plain, **evaluation}})
 
 
 def test_view_of_a_config_and_the_evaluation_view_that_overrides_it():
@@ -226,6 +227,9 @@ def test_view_of_a_config_and_the_evaluation_view_that_overrides_it():
     other = config(resize=(300, 300))
     assert geometry.View.of(other) == plain  # memory banks are fitted on the training view
     assert geometry.View.of(other, evaluation=True).resize == (300, 300)
+    dark = config(stress="dark")
+    assert geometry.View.of(dark) == plain
+    assert geometry.View.of(dark, evaluation=True).stress == "dark"
 
 
 @pytest.mark.parametrize(
