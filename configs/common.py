@@ -65,6 +65,8 @@ def get_config() -> ConfigDict:
     student.mask_ratio = 0.4  # paper, figure 13
     student.mask_form = "drop"  # drop (tokens never enter) | pixel (units set to the mean colour)
     student.mask_unit = 16  # side of such a unit in px: 1, 2, 4, … 112 (paper, figure 12)
+    # Kernel of plain attention: xla | cudnn (flash, on NVIDIA in bfloat16) | auto (cudnn there)
+    student.attention = "auto"
     student.unroll = 0  # transformer blocks per scan iteration; 0 = by platform
 
     config.patchcore = patchcore = ConfigDict()

@@ -24,6 +24,9 @@ from mmrjax import bench_model, files, memory, methods
 from mmrjax import config as config_lib
 
 PARITY = {"map": 1e-4, "map_on_device": 1e-4, "score": 1e-4, "loss": 1e-4}  # float32
+RECIPE_IMAGES = 521  # of AeBAD-S, the paper's
+PARTS = ("ceiling", "gflop", "compile_seconds", "train", "evaluate", "latency_ms", "with_metrics")
+WHOLE_RUN = "recipe"
 RANDOM = ("teacher.weights=random", "student.init=scratch")
 
 
@@ -65,7 +68,8 @@ def work(task: str, arguments: argparse.Namespace) -> dict:
     if name == "parity":
         fields += ["train.compute_dtype=float32"]
     config = config_lib.load(arguments.config, [*RANDOM, *fields])
-    plan = bench_model.Plan(arguments.windows, arguments.window_seconds, arguments.requests)
+    numbers = "windows", "window_seconds", "requests", "images"
+    plan = bench_model.Plan(**{name: getattr(arguments, name) for name in numbers})
     programs = bench_model.Programs(config, plan)
     if name == "parity":
         programs.write_parity(pathlib.Path(value))
@@ -78,35 +82,42 @@ def work(task: str, arguments: argparse.Namespace) -> dict:
 
 
 def _everything(programs: bench_model.Programs, arguments: argparse.Namespace) -> dict:
+    """The parts that were asked for; the whole run first, while nothing is compiled yet."""
     train, evaluate = _batches(arguments).values()
-    result = {"ceiling": programs.ceiling(), "gflop": programs.counts()}
-    result["compile_seconds"] = programs.compilation(train[0], evaluate[0])
-    result["train"] = {str(batch): programs.train(batch) for batch in train}
-    result["evaluate"] = {str(batch): programs.evaluate(batch) for batch in evaluate}
-    result["latency_ms"] = programs.latency()
-    result["with_metrics"] = programs.with_metrics(arguments.test_images, evaluate[-1])
-    if arguments.recipe:
-        started = time.perf_counter()
-        result["recipe"] = programs.recipe(521, 1639, train[0])
-        result["recipe"]["total"] = time.perf_counter() - started
-    ceiling = result["ceiling"]["matmul_gflops"]
-    for rates in (*result["train"].values(), *(e["resident"] for e in result["evaluate"].values())):
-        rates["of_ceiling"] = rates["gflops"] / ceiling
-    return result
+    measure = {
+        "recipe": lambda: programs.recipe(RECIPE_IMAGES, arguments.test_images, train[0]),
+        "ceiling": programs.ceiling,
+        "gflop": programs.counts,
+        "compile_seconds": lambda: programs.compilation(train[0], evaluate[0]),
+        "train": lambda: {str(batch): programs.train(batch) for batch in train},
+        "evaluate": lambda: {str(batch): programs.evaluate(batch) for batch in evaluate},
+        "latency_ms": programs.latency,
+        "with_metrics": lambda: programs.with_metrics(arguments.test_images, evaluate[-1]),
+    }
+    found = {name: measure[name]() for name in measure if name in arguments.parts}
+    rates = [*found.get("train", {}).values()]
+    rates += [one["resident"] for one in found.get("evaluate", {}).values()]
+    for rate in rates if "ceiling" in found else ():
+        rate["of_ceiling"] = rate["gflops"] / found["ceiling"]["matmul_gflops"]
+    return found
 
 
 # --- processes
 
 
 def _ours(task: str, arguments: argparse.Namespace) -> dict:
-    numbers = ("windows", "window_seconds", "requests", "test_images", "config")
+    numbers = ("windows", "window_seconds", "requests", "images", "test_images", "config")
     flags = [f"--{n}={getattr(arguments, n)}" for n in numbers]
     flags += [
         f"--{n}={','.join(map(str, getattr(arguments, n)))}"
         for n in ("train_batches", "eval_batches")
     ]
-    flags += ["--recipe"] * arguments.recipe + arguments.overrides
-    return _run(["-m", "mmrjax.bench", f"--worker={task}", *flags])
+    flags += [f"--parts={','.join(arguments.parts)}", *arguments.overrides]
+    started = time.perf_counter()
+    found = _run(["-m", "mmrjax.bench", f"--worker={task}", *flags])
+    if WHOLE_RUN in found:  # from a cold process: start, imports and compilation are in it
+        found[WHOLE_RUN]["process"] = time.perf_counter() - started
+    return found
 
 
 def _torch(flags: Sequence[str], arguments: argparse.Namespace) -> dict:
@@ -174,8 +185,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=5, help="per process")
     parser.add_argument("--window_seconds", type=float, default=2.0)
     parser.add_argument("--requests", type=int, default=200, help="single images for the latency")
+    parser.add_argument("--images", type=int, default=64, help="training images in memory")
     parser.add_argument("--test_images", type=int, default=128, help="of an evaluation")
-    parser.add_argument("--recipe", action="store_true", help="a whole run on 521 images")
+    parser.add_argument(
+        "--parts",
+        type=lambda s: tuple(s.split(",")),
+        default=PARTS,
+        help=f"what to measure, of {', '.join(PARTS)} and {WHOLE_RUN}, a whole run on "
+        f"{RECIPE_IMAGES} images",
+    )
     parser.add_argument("--vs", choices=("torch",), help="what to compare with")
     parser.add_argument("--only_vs", action="store_true", help="nothing but the comparison")
     parser.add_argument("--variants", type=lambda s: tuple(s.split(",")), help="of the twin")
@@ -189,6 +207,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--windows, --window_seconds and --requests must be positive")
     if not (arguments.train_batches and arguments.eval_batches) and not arguments.only_vs:
         parser.error("--train_batches and --eval_batches: one may be empty with --only_vs alone")
+    if wrong := [part for part in arguments.parts if part not in (*PARTS, WHOLE_RUN)]:
+        parser.error(f"--parts={wrong[0]}: known are {', '.join((*PARTS, WHOLE_RUN))}")
     if arguments.vs and not arguments.worker:
         arguments.variants = _variants(arguments.variants, parser)
     return arguments
@@ -232,37 +252,38 @@ def _print_parity(found: dict[str, float]) -> None:
 
 
 def _print_ours(found: dict) -> None:
-    ceiling = found["ceiling"]
-    print(
-        f"matrix product {ceiling['matmul_gflops']:.0f} GFLOP/s, "
-        f"copy {ceiling['copy_gb_per_s']:.1f} GB/s"
-    )
-    for name, counted in found["gflop"].items():
+    if ceiling := found.get("ceiling"):
+        print(
+            f"matrix product {ceiling['matmul_gflops']:.0f} GFLOP/s, "
+            f"copy {ceiling['copy_gb_per_s']:.1f} GB/s"
+        )
+    for name, counted in found.get("gflop", {}).items():
         print(
             f"{name}: {counted['paper']:.2f} GFLOP per image on paper, "
             f"{counted['lowered']:.2f} in the lowered program"
         )
     rows = [("", "images/s", "min", "max", "of ceiling", "temporary MiB", "peak MiB")]
-    for batch, one in found["train"].items():
+    for batch, one in found.get("train", {}).items():
         rows.append(_row(f"train, batch {batch}", one, one["memory"]))
-    for batch, one in found["evaluate"].items():
+    for batch, one in found.get("evaluate", {}).items():
         rows.append(_row(f"evaluate, batch {batch}", one["resident"], one["memory"]))
         rows.append(_row("  from and to the host", one["from_host"], None))
-    _print_rows(rows)
-    latency = found["latency_ms"]
-    print("one image, ms: " + ", ".join(f"{n} {latency[n]:.2f}" for n in ("p50", "p90", "p99")))
-    for name, seconds in found["compile_seconds"].items():
+    if len(rows) > 1:
+        _print_rows(rows)
+    if latency := found.get("latency_ms"):
+        print("one image, ms: " + ", ".join(f"{n} {latency[n]:.2f}" for n in ("p50", "p90", "p99")))
+    for name, seconds in found.get("compile_seconds", {}).items():
         print(
             f"compile {name}: {seconds['cold']:.1f} s cold, {seconds['warm']:.1f} s from the cache"
         )
-    whole = found["with_metrics"]
-    print(
-        f"evaluation of {whole['images']} images: "
-        f"maps and scores {whole['forward_seconds']:.1f} s, "
-        f"metrics {whole['metrics_seconds']:.1f} s"
-    )
-    if "recipe" in found:
-        phases = {k: v for k, v in found["recipe"].items() if k != "images"}
+    if whole := found.get("with_metrics"):
+        print(
+            f"evaluation of {whole['images']} images: "
+            f"maps and scores {whole['forward_seconds']:.1f} s, "
+            f"metrics {whole['metrics_seconds']:.1f} s"
+        )
+    if WHOLE_RUN in found:
+        phases = {k: v for k, v in found[WHOLE_RUN].items() if k != "images"}
         words = ", ".join(f"{k.removesuffix('_seconds')} {v:.1f}" for k, v in phases.items())
         print(f"whole run, seconds: {words}")
 

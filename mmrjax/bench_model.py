@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -132,7 +133,7 @@ class Programs:
         mesh_lib.check_divisible("--eval_batches", batch, self.mesh)
         pixels = finished_images(batch, self.config.data.image_size)
         on_device = mesh_lib.put_batch(pixels, self.mesh)
-        score = functools.partial(self.scorer, self.variables, self.frozen)
+        score = functools.partial(self.scorer, *self._trained.ready)
 
         def resident(calls: int) -> None:
             jax.block_until_ready([score(on_device) for _ in range(calls)])
@@ -146,9 +147,7 @@ class Programs:
         return {
             "resident": self._rate(self._windows(resident, batch), counted),
             "from_host": self._rate(self._windows(from_host, batch), counted),
-            "memory": self._memory(
-                self.scorer.lower(self.variables, self.frozen, on_device).compile()
-            ),
+            "memory": self._memory(self.scorer.lower(*self._trained.ready, on_device).compile()),
         }
 
     def with_metrics(self, images: int, batch: int) -> dict[str, float]:
@@ -183,7 +182,7 @@ class Programs:
     def _score(self, pixels: np.ndarray):
         split = len(pixels) % self.mesh.size == 0  # a single image goes to every device
         put = mesh_lib.put_batch if split else mesh_lib.replicate
-        return self.scorer(self.variables, self.frozen, put(pixels, self.mesh))
+        return self.scorer(*self._trained.ready, put(pixels, self.mesh))
 
     # --- compilation
 
@@ -194,11 +193,11 @@ class Programs:
         on_device = mesh_lib.put_batch(pixels, self.mesh)
         programs = {
             "train": lambda: step.lower(state, *arguments),
-            "evaluate": lambda: self.scorer.lower(self.variables, self.frozen, on_device),
+            "evaluate": lambda: self.scorer.lower(*self._trained.ready, on_device),
         }
         found: dict[str, dict[str, float]] = {name: {} for name in programs}
         before = jax.config.jax_compilation_cache_dir
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:  # an empty one: cold is cold
             _use_cache(folder)
             for when in ("cold", "warm"):
                 jax.clear_caches()
@@ -206,6 +205,8 @@ class Programs:
                     started = time.perf_counter()
                     lower().compile()
                     found[name][when] = time.perf_counter() - started
+            if before:  # what follows, also in other processes, need not compile these again
+                shutil.copytree(folder, before, dirs_exist_ok=True)
             _use_cache(before)
         return found
 
@@ -218,7 +219,7 @@ class Programs:
         step, state, arguments, _ = unrolled._step(size, steps_per_call=1)
         pixels = finished_images(size, config.data.image_size)
         trained = step.lower(state, *arguments).cost_analysis()["flops"] / size
-        scorer = unrolled.scorer.lower(unrolled.variables, unrolled.frozen, pixels)
+        scorer = unrolled.scorer.lower(*unrolled._trained.ready, pixels)
         scored = scorer.cost_analysis()["flops"] / size
         paper = flops.training_step(config), flops.inference(config)
         return {
@@ -230,14 +231,13 @@ class Programs:
 
     def recipe(self, images: int, test_images: int, batch: int) -> dict[str, float]:
         """Seconds of the phases of a whole run with everything in memory, from a cold start."""
-        plan = dataclasses.replace(self.plan, images=images)
-        programs = Programs(self.config, plan)
+        programs = Programs(self.config, dataclasses.replace(self.plan, images=images))
         per_epoch = epochs.steps_per_epoch(images, batch)
-        step, state, arguments, k = programs._step(batch, 1 if self.on_cpu else per_epoch)
+        step, state, arguments, k = programs._step(batch)
         started = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, *arguments))
         compiled = time.perf_counter()
-        for _ in range(self.config.train.epochs * per_epoch // k - 1):
+        for _ in range(-(-self.config.train.epochs * per_epoch // k) - 1):
             state, logs = step(state, *arguments)
         jax.block_until_ready((state, logs))
         trained = time.perf_counter()
@@ -342,10 +342,12 @@ def finished_images(count: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def _textured(count: int, size: tuple[int, int]) -> np.ndarray:
-    """Blocks of random grey under noise."""
+    """Blocks of random colours under noise; one image at a time, since many would be large."""
     rng = np.random.default_rng(0)
     rows, columns = (-(-n // 16) for n in size)
-    blocks = rng.integers(40, 200, (count, rows, columns, 3)).repeat(16, 1).repeat(16, 2)
-    blocks = blocks[:, : size[0], : size[1]]
-    noise = rng.normal(0, 12, (1, *blocks.shape[1:]))
-    return np.clip(blocks + noise, 0, 255).astype(np.uint8)
+    noise = rng.normal(0, 12, (*size, 3)).astype(np.int16)
+    images = np.empty((count, *size, 3), np.uint8)
+    for image in images:
+        blocks = rng.integers(40, 200, (rows, columns, 3), np.int16).repeat(16, 0).repeat(16, 1)
+        image[:] = np.clip(blocks[: size[0], : size[1]] + noise, 0, 255)
+    return images

@@ -183,7 +183,7 @@ def one_behind(trained: train.Trained, predict: Callable, batches: Iterable) -> 
     before = None
     for batch in batches:
         on_device = mesh_lib.put_batch(batch[0], trained.mesh)
-        result = predict(trained.variables, trained.frozen, on_device)
+        result = predict(*trained.ready, on_device)
         if before is not None:
             yield before
         before = batch, result

@@ -28,6 +28,8 @@ FREE_FIELDS = (
     "train.seeds",
     "train.steps_per_call",
     "train.fsdp",
+    "student.attention",
+    "student.unroll",
     "eval.",
     "report.",
     "log.",

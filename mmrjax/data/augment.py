@@ -127,14 +127,42 @@ def view(
 
 def _resample(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """Applies the taps of both axes, horizontal pass first; float32, whole grey levels."""
-    exact = jax.lax.Precision.HIGHEST
 
     def to_grey_levels(x: jax.Array) -> jax.Array:
         return jnp.clip(jnp.floor(x + 0.5), 0, 255)  # Pillow rounds after each pass
 
-    x = jnp.einsum("xw,hwc->hxc", columns, image.astype(jnp.float32), precision=exact)
-    x = jnp.einsum("yh,hxc->yxc", rows, to_grey_levels(x), precision=exact)
-    return to_grey_levels(x)
+    x = to_grey_levels(apply_taps("xw,hwc->hxc", columns, image))
+    return to_grey_levels(apply_taps("yh,hxc->yxc", rows, x))
+
+
+def apply_taps(
+    equation: str, taps: jax.Array, pixels: jax.Array, split: bool | None = None
+) -> jax.Array:
+    """A product of taps and whole grey levels, as exact as in float32.
+
+    Args:
+      equation: of einsum.
+      taps: float32.
+      pixels: whole numbers 0 to 255 of any dtype, which bfloat16 holds exactly.
+      split: as three products in bfloat16, each of eight more bits of the taps; None: on
+        accelerators, which multiply bfloat16 ten times faster than float32.
+
+    Returns:
+      float32.
+    """
+    if split is None:
+        split = jax.default_backend() != "cpu"
+    if not split:
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum(equation, taps, pixels.astype(jnp.float32), precision=exact)
+    pixels, total = pixels.astype(jnp.bfloat16), 0.0
+    for _ in range(3):
+        part = jax.lax.reduce_precision(taps, exponent_bits=8, mantissa_bits=7)
+        total += jnp.einsum(
+            equation, part.astype(jnp.bfloat16), pixels, preferred_element_type=jnp.float32
+        )
+        taps = taps - part
+    return total
 
 
 def random_window(

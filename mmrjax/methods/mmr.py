@@ -5,6 +5,7 @@ where the two disagree on a test image, there is a defect.
 """
 
 import jax
+import jax.numpy as jnp
 
 from mmrjax import anomaly_map, losses, weights
 from mmrjax.methods import base
@@ -50,6 +51,7 @@ class MMR(base.Method):
             channels={layer: arch.channels[layer - 1] for layer in layers},
             unroll=config.student.unroll or (depth if on_gpu else 1),
             dtype=self.dtype,
+            kernel=attention_kernel(config.student.attention, self.dtype, width // heads),
         )
 
     def init(self, key, frozen):
@@ -97,6 +99,23 @@ class MMR(base.Method):
         parts = anomaly_map.cosine_maps(features, targets, size)
         total = sum(parts.values())
         return {"map": total, "score": anomaly_map.max_score(total), "parts": parts}
+
+
+def attention_kernel(name: str, dtype: jnp.dtype, head_width: int) -> str:
+    """Resolves config.student.attention: "auto" is cuDNN wherever that can run, else XLA.
+
+    Raises:
+      ValueError: an unknown name, or cuDNN where it cannot run.
+    """
+    if name not in ("auto", "xla", "cudnn"):
+        raise ValueError(f"unknown student.attention={name!r}; available: auto, xla, cudnn")
+    can = jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and head_width % 8 == 0
+    if name == "cudnn" and not can:
+        raise ValueError(
+            "student.attention=cudnn needs an NVIDIA GPU, train.compute_dtype=bfloat16 and a "
+            f"multiple of 8 for width / heads (here {head_width}); use xla or auto"
+        )
+    return "cudnn" if can and name != "xla" else "xla"
 
 
 def student_size(config) -> tuple[int, int, int]:

@@ -25,6 +25,7 @@ class MaskedStudent(nn.Module):
       unroll: blocks per scan iteration.
       dtype: compute dtype; parameters stay float32.
       hybrid: what each head sees (MMR+); None: everything.
+      kernel: of plain attention, see `vit.Attention`.
 
     Collections: `params`, trained; `positions`, the two fixed tables; with `hybrid` also
     `attention`, the kind of every head, int32 [depth, heads].
@@ -38,6 +39,7 @@ class MaskedStudent(nn.Module):
     unroll: int = 1
     dtype: jnp.dtype = jnp.float32
     hybrid: attention.Hybrid | None = None
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(
@@ -102,6 +104,7 @@ class MaskedStudent(nn.Module):
             unroll=self.unroll,
             dtype=self.dtype,
             hybrid=self.hybrid,
+            kernel=self.kernel,
             name="encoder",
         )
         if self.hybrid is None:

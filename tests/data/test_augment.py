@@ -291,3 +291,12 @@ def test_a_box_in_a_window_stays_in_it():
     )
     out = jax.vmap(draw)(jax.random.split(jax.random.key(1), 50))
     np.testing.assert_allclose(out, 200 / 255, atol=1e-6)
+
+
+def test_three_products_in_bfloat16_are_as_exact_as_one_in_float32():
+    pixels = np.random.default_rng(0).integers(0, 256, (640, 90), np.uint8)
+    taps = np.asarray(augment._weights(640, 224, 3, jnp.asarray(611)))
+    expected = taps.astype(np.float64) @ pixels
+    found = jax.jit(functools.partial(augment.apply_taps, "xw,wc->xc", split=True))(taps, pixels)
+    single = jax.jit(functools.partial(augment.apply_taps, "xw,wc->xc", split=False))(taps, pixels)
+    assert np.abs(found - expected).max() < 2 * np.abs(single - expected).max() < 1e-3

@@ -75,3 +75,28 @@ def test_every_architecture_halves_and_widens(name):
 def test_unknown_teacher_lists_the_known():
     with pytest.raises(ValueError, match=r"unknown teacher 'resnet19'; available: .*resnet18"):
         resnet.architecture("resnet19")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (34, 48)])
+def test_the_stem_on_blocks_of_pixels_is_the_seven_by_seven_convolution(size):
+    keys = jax.random.split(jax.random.key(0))
+    images = jax.random.normal(keys[0], (2, *size, 3))
+    kernel = jax.random.normal(keys[1], (7, 7, 3, 8))
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, (2, 2), ((3, 3), (3, 3)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    found = resnet._folded_stem(images, kernel, (2, 2), None)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_in_bfloat16_the_stem_runs_on_blocks_and_takes_odd_sizes_as_before():
+    network = resnet.ResNet(resnet.architecture("fdsl18"), (1,), jnp.bfloat16)
+    plain = resnet.ResNet(resnet.architecture("fdsl18"), (1,))
+    for side, kernel in ((32, "4x4x16x48"), (33, "7x7x3x48")):
+        images = jnp.full((1, side, side, 3), 0.5)
+        variables = plain.init(jax.random.key(0), images)
+        lowered = jax.jit(network.apply).lower(variables, images).as_text()
+        stem = next(line for line in lowered.splitlines() if "convolution" in line)
+        assert kernel in stem
+        found = network.apply(variables, images)[1].astype(jnp.float32)
+        np.testing.assert_allclose(found, plain.apply(variables, images)[1], atol=0.05)
