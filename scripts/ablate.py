@@ -21,6 +21,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import IO
 
 import numpy as np
 from scipy import stats
@@ -147,19 +148,20 @@ def run_grid(
             expected["switches"] = {name: str(value) for name, value in switches.items()}
             found = files.read_json(path)
             if found is not None:
-                _check_same(expected, found, path)
+                check_same(expected, found, path)
                 continue
             if status := start(command(spec, fields, row, switches, folder, seed)):
                 return status
             runs, images = summary(folder / row, seed)
-            _check_images(images, evidence / "images.json")
+            check_images(images, evidence / "images.json")
             files.write_text(path, json.dumps({**expected, "runs": runs}) + "\n")
             write_table(evidence, rows)
     write_table(evidence, rows)
     return 0
 
 
-def _check_same(expected: dict, found: dict, path: pathlib.Path) -> None:
+def check_same(expected: dict, found: dict, path: pathlib.Path) -> None:
+    """Raises ValueError if a result at hand differs from what this call would run."""
     for name, value in expected.items():
         if found.get(name) != value:
             raise ValueError(
@@ -168,7 +170,8 @@ def _check_same(expected: dict, found: dict, path: pathlib.Path) -> None:
             )
 
 
-def _check_images(images: dict, path: pathlib.Path) -> None:
+def check_images(images: dict, path: pathlib.Path) -> None:
+    """Writes the test images of the first run; raises ValueError if a later one has others."""
     stored = files.read_json(path)
     if stored is not None and stored != images:
         raise ValueError(
@@ -201,16 +204,17 @@ def _section(key: str, found: dict, images: list) -> str:
     heads = ["row", "seeds", *METRICS]
     cells = [[row, _seeds(runs), *(_cell(found, row, key, "all", m, images) for m in METRICS)]
              for row, runs in found.items()]  # fmt: skip
-    lines += _markdown([heads, *cells])
+    lines += markdown([heads, *cells])
     if len(domains) > 1:
         lines += ["", "Image AUROC by domain:", ""]
         cells = [[row, *(_cell(found, row, key, d, "image_auroc", images) for d in domains)]
                  for row in found]  # fmt: skip
-        lines += _markdown([["row", *domains], *cells])
+        lines += markdown([["row", *domains], *cells])
     return "\n".join(lines) + "\n\n"
 
 
-def _markdown(rows: list[list[str]]) -> list[str]:
+def markdown(rows: list[list[str]]) -> list[str]:
+    """Lines of a table, whose first row is the heading."""
     lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
@@ -266,9 +270,16 @@ def over_groups(
     return compare.difference(*scores)["image_auroc"]["ci95"]
 
 
-def start_program(arguments: list[str]) -> int:
-    """Runs mmrjax.main in a process of its own, which gives its memory back."""
-    return subprocess.run([sys.executable, "-m", "mmrjax.main", *arguments], check=False).returncode
+def start_program(arguments: list[str], log: IO | None = None) -> int:
+    """Runs mmrjax.main in a process of its own, which gives its memory back; its exit status."""
+    command = [sys.executable, "-m", "mmrjax.main", *arguments]
+    return subprocess.run(command, check=False, stdout=log, stderr=log).returncode
+
+
+def split_fields(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The fields of --config.<group>.<field>=<value>, and the other arguments."""
+    fields = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+    return fields, [a for a in argv if not a.startswith("--config.")]
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -289,8 +300,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--grid", default="parts", choices=sorted(GRIDS))
     parser.add_argument("--rows", default="", help="some rows of the grid; the base always runs")
     parser.add_argument("--domain", default="supcon", choices=("supcon", "coral", "none"))
-    fields = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
-    return parser.parse_args([a for a in argv if not a.startswith("--config.")]), fields
+    fields, rest = split_fields(argv)
+    return parser.parse_args(rest), fields
 
 
 def main(

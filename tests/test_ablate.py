@@ -161,7 +161,7 @@ def test_other_fields_and_other_images_are_refused(finished, capsys):
     assert call(folder, Program(), "--config.train.epochs=3") == 1
     assert "use another --evidence" in capsys.readouterr().err
     with pytest.raises(ValueError, match="lists other test images"):
-        ablate._check_images({"folder/parts": []}, folder / "evidence" / "images.json")
+        ablate.check_images({"folder/parts": []}, folder / "evidence" / "images.json")
 
 
 # --- the table

@@ -3,6 +3,7 @@
 Its name is the category; a directory of several directories in MVTec's layout is one category each.
 """
 
+import hashlib
 import pathlib
 import re
 from collections.abc import Iterator
@@ -61,6 +62,13 @@ class Builder(common.RecordBuilder):
         """Masks of unknown making: label numbers or soft edges."""
         return images.labels_or_soft(grey)
 
+    @classmethod
+    def fingerprint(cls, root: pathlib.Path, category: str) -> str:
+        """Returns a text that changes when an image or groups.csv does."""
+        groups = cls.category_folders(root)[category] / layout.GROUPS
+        own = hashlib.sha256(groups.read_bytes()).hexdigest() if groups.is_file() else ""
+        return super().fingerprint(root, category) + own
+
     def count_key(self, split: str, record: common.Example) -> str:
         """Counts by type of defect."""
         return f"{split} {record['defect']}"
@@ -84,6 +92,8 @@ class Builder(common.RecordBuilder):
                     "mask": item.mask,
                     "label": "good" if item.defect == "good" else "anomaly",
                     "defect": item.defect,
+                    "domain": item.domain,
+                    **({"group": item.group} if item.group else {}),
                 },
             )
 

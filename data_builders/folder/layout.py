@@ -7,10 +7,12 @@ Understood are (names of folders in any case; folders are searched to their dept
 A mask lies in a folder of masks under the same sub-folder and name, also as `<stem>_mask` or
 `<stem>_GT`, with any image suffix; or beside its image as `<stem>_mask.png` or `<stem>_GT.png`.
 Without a test folder, a fifth of the good images is tested (`hold_out`). Defective images are
-always tested.
+always tested. A file `groups.csv` on top may say which images show the same part: columns `image`
+(path below the folder), `group` and, if wanted, `domain`. These stay in one split.
 """
 
 import collections
+import csv
 import dataclasses
 import hashlib
 import pathlib
@@ -22,6 +24,7 @@ from data_builders import files, images
 GOOD_NAMES = ("good", "ok", "normal")
 TRAIN_NAMES = ("train", "val", "valid", "validation")
 TEST_NAMES = ("test",)
+GROUPS = "groups.csv"
 MASK_NAMES = ("ground_truth", "ground truth", "groundtruth", "gt", "masks", "mask")
 TEST_SHARE = 0.2
 
@@ -40,13 +43,16 @@ class Item:
     split: str | None = None  # None: the directory does not say
     defect: str = "good"
     mask: pathlib.Path | None = None
+    group: str = ""  # "": no other image shows this part
+    domain: str = ""
 
 
 def read_layout(root: pathlib.Path) -> tuple[list[Item], str]:
     """Returns the images of a directory with split, defect and mask, and a line that describes it.
 
     Raises:
-      ValueError: the directory does not say which images are good, or a mask is ambiguous.
+      ValueError: the directory does not say which images are good, a mask is ambiguous, or
+        groups.csv cannot be read.
     """
     pictures, masks = tell_masks_apart(root)
     wrapper = _wrapper(pictures.values())
@@ -62,7 +68,7 @@ def read_layout(root: pathlib.Path) -> tuple[list[Item], str]:
             f"{folders[:8]}. Put good images into a folder named good and defective ones into "
             "folders named after their defects, or use train/good and test/<type>"
         )
-    items = _complete_splits(root, items)
+    items = _complete_splits(root, _attach_groups(root, items))
     return items, _describe(items, layout, ignored)
 
 
@@ -215,16 +221,42 @@ def _base_stem(path: pathlib.Path) -> str:
     return match[1] if match else path.stem
 
 
-def _complete_splits(root: pathlib.Path, items: list[Item]) -> list[Item]:
-    """Defective images are tested; good ones of no split are shared out."""
-    tested = hold_out((i.path for i in items if i.defect == "good" and i.split is None), root)
+def _attach_groups(root: pathlib.Path, items: list[Item]) -> list[Item]:
+    """Gives images the group and the domain that groups.csv names, if there is one."""
+    path = root / GROUPS
+    if not path.is_file():
+        return items
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if any(None in (row.get("image"), row.get("group")) for row in rows):
+        raise ValueError(f"{path}: expected the columns image and group, and maybe domain")
+    named = {row["image"]: row for row in rows}
+    known = {item.path.relative_to(root).as_posix() for item in items}
+    if unknown := sorted(named.keys() - known):
+        raise ValueError(f"{path} names {unknown[0]}, which is no image below {root}")
     return [
-        dataclasses.replace(
-            item,
-            split="test" if item.defect != "good" or item.path in tested else item.split or "train",
-        )
+        dataclasses.replace(item, group=row["group"], domain=row.get("domain") or "")
+        if (row := named.get(item.path.relative_to(root).as_posix()))
+        else item
         for item in items
     ]
+
+
+def _complete_splits(root: pathlib.Path, items: list[Item]) -> list[Item]:
+    """Defective images are tested; good ones of no split are shared out, groups as a whole."""
+    part = {item.path: item.group or item.path for item in items}
+    tested = {part[item.path] for item in items if item.defect != "good" and item.split is None}
+    first = {part[item.path]: item.path for item in reversed(items)
+             if item.defect == "good" and item.split is None}  # fmt: skip
+    held_out = hold_out(first.values(), root)
+    tested |= {group for group, path in first.items() if path in held_out}
+
+    def split(item: Item) -> str:
+        if item.defect != "good" or (item.split is None and part[item.path] in tested):
+            return "test"
+        return item.split or "train"
+
+    return [dataclasses.replace(item, split=split(item)) for item in items]
 
 
 def _describe(items: list[Item], layout: str, ignored: int) -> str:

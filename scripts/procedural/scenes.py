@@ -50,7 +50,7 @@ def episode(rng: Rng, sheets: np.ndarray, views: int) -> tuple[np.ndarray, np.nd
         part = _drawn(rng, design, spread)
         for _ in range(min(rng.poisson(1.3), 4)):
             kind = int(rng.integers(len(DAMAGE)))
-            part, seen = _damaged(rng, part, DAMAGE[kind], sheets)
+            part, seen = damaged(rng, part, DAMAGE[kind], sheets)
             damage[i][seen] = kind + 1
         images[i] = _photographed(rng, part, spread)
     return images, damage
@@ -138,10 +138,20 @@ def _warped(image: np.ndarray, matrix: np.ndarray, side: int) -> np.ndarray:
     return cv2.warpAffine(image, matrix, (side, side), None, flags, cv2.BORDER_REFLECT)
 
 
-def _damaged(
+def damaged(
     rng: Rng, part: np.ndarray, kind: str, sheets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Damages a view once: the new view, and bool [SIZE, SIZE] where the damage can be seen."""
+    """Damages a view once.
+
+    Args:
+      rng: generator of everything.
+      part: float32 [SIZE, SIZE, 3] in grey levels.
+      kind: one of DAMAGE.
+      sheets: uint8 [classes, side, side], from `textures.sheet`; a chip shows one of them.
+
+    Returns:
+      The new view, of the same form, and bool [SIZE, SIZE] where the damage can be seen.
+    """
     centre = rng.uniform(4, SIZE - 4, 2)
     amount = rng.uniform(0.12, 0.75)
     if kind in ("stain", "smear", "warp"):

@@ -183,3 +183,34 @@ def test_sixteen_bit_images_share_one_white_level(make, tmp_path, built):
 )
 def test_white_level_is_that_of_the_cameras_bit_depth(largest, white):
     assert folder_dataset_builder.full_scale(largest) == white
+
+
+def test_groups_and_domains_are_taken_from_a_table_and_stay_together(make, tmp_path, built):
+    names = [f"good/{i}.png" for i in range(40)]
+    root = make(*names, "bad/x.png")
+    rows = [f"{name},part {i // 4},{'dim' if i % 2 else 'lit'}" for i, name in enumerate(names)]
+    table = root / "groups.csv"
+    table.write_text("\n".join(["image,group,domain", *rows, "bad/x.png,part 3,lit"]))
+    splits = built("folder", root, tmp_path / "data")["my_parts"]
+    groups = {split: {r["group"] for r in records.values()} for split, records in splits.items()}
+    assert not groups["train"] & groups["test"]
+    assert "part 3" in groups["test"]  # with its defective image
+    assert len(groups["test"]) in (2, 3)  # a fifth of ten parts, and part 3
+    assert {r["domain"] for r in splits["train"].values()} == {"dim", "lit"}
+    table.write_text("\n".join(["image,group", *(f"{name},0" for name in names[:4])]))
+    again = built("folder", root, tmp_path / "data")["my_parts"]  # a changed table is noticed
+    assert sum(r["group"] == "0" for split in again.values() for r in split.values()) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,part\ngood/1.png,3\n", "expected the columns image and group"),
+        ("image,group\ngood/9.png,3\n", r"names good/9\.png, which is no image below"),
+    ],
+)
+def test_a_wrong_table_of_groups_is_refused(make, tmp_path, built, text, message):
+    root = make("good/1.png", "good/2.png")
+    (root / "groups.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        built("folder", root, tmp_path / "data")
