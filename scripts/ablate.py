@@ -15,11 +15,14 @@ whose training images are of one domain.
 """
 
 import argparse
+import concurrent.futures
 import csv
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import IO
 
@@ -83,11 +86,11 @@ def rows_of(grid: str, domain: str, names: Sequence[str] = ()) -> dict[str, dict
 
 def command(spec: str, fields: Sequence[str], row: str, switches: dict, folder: pathlib.Path,
             seed: int) -> list[str]:  # fmt: skip
-    """Arguments of mmrjax.main for one run."""
+    """Arguments of mmrjax.main for one run in the work directory `folder`."""
     own = {} if row == BASE else {**OFF, **switches}
     return [
         f"--config={spec}",
-        f"--workdir={folder / row}",
+        f"--workdir={folder}",
         *(f"--config.{field}" for field in fields),
         f"--config.method.names={'mmr' if row == BASE else 'mmr_plus'}",
         *(f"--config.mmr_plus.{name}={value}" for name, value in own.items()),
@@ -132,32 +135,50 @@ def run_grid(
     folder: pathlib.Path,
     evidence: pathlib.Path,
     start: Callable[[list[str]], int],
+    jobs: int = 1,
 ) -> int:
-    """Runs what is not in `evidence` yet; the first exit status that is not 0, else 0.
+    """Runs what is not in `evidence` yet, `jobs` at once; the first exit status not 0, else 0.
 
-    Seeds outside, rows inside: a stopped grid has whole pairs. `start` runs mmrjax.main.
+    Seeds outside, rows inside: a stopped grid has whole pairs. `start` runs mmrjax.main; after one
+    that fails no other is started.
 
     Raises:
       ValueError: what is there was trained with other fields, or tested on other images.
     """
-    trained = trained_with(spec, fields)
+    trained, wanted = trained_with(spec, fields), []
     for seed in seeds:
         for row, switches in rows.items():
             path = evidence / row / f"seed{seed}" / "results.json"
             expected = {"config": spec, "fields": trained, "row": row, "seed": seed}
             expected["switches"] = {name: str(value) for name, value in switches.items()}
             found = files.read_json(path)
-            if found is not None:
+            if found is None:
+                home = folder / row / f"seed{seed}"
+                wanted.append(
+                    (path, expected, home, command(spec, fields, row, switches, home, seed))
+                )
+            else:
                 check_same(expected, found, path)
-                continue
-            if status := start(command(spec, fields, row, switches, folder, seed)):
-                return status
-            runs, images = summary(folder / row, seed)
+    writing, failed = threading.Lock(), []
+
+    def finish(path: pathlib.Path, expected: dict, home: pathlib.Path, arguments: list) -> None:
+        if failed:
+            return
+        if status := start(arguments):
+            failed.append(status)
+            return
+        runs, images = summary(home, expected["seed"])
+        with writing:
             check_images(images, evidence / "images.json")
             files.write_text(path, json.dumps({**expected, "runs": runs}) + "\n")
             write_table(evidence, rows)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        done = [pool.submit(finish, *what) for what in wanted]
+    for future in done:
+        future.result()
     write_table(evidence, rows)
-    return 0
+    return failed[0] if failed else 0
 
 
 def check_same(expected: dict, found: dict, path: pathlib.Path) -> None:
@@ -291,7 +312,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", required=True, help="configs/<name>.py[:argument]")
     parser.add_argument(
-        "--workdir", required=True, type=files.local_path, help="one folder a row in it"
+        "--workdir", required=True, type=files.local_path, help="a folder for every run in it"
     )
     parser.add_argument(
         "--evidence", required=True, type=files.local_path, help="results and table"
@@ -300,6 +321,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--grid", default="parts", choices=sorted(GRIDS))
     parser.add_argument("--rows", default="", help="some rows of the grid; the base always runs")
     parser.add_argument("--domain", default="supcon", choices=("supcon", "coral", "none"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, for a GPU")
     fields, rest = split_fields(argv)
     return parser.parse_args(rest), fields
 
@@ -313,8 +335,13 @@ def main(
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
         names = [name for name in arguments.rows.split(",") if name]
         rows = rows_of(arguments.grid, arguments.domain, names)
+        if arguments.jobs < 1:
+            raise ValueError(f"--jobs={arguments.jobs}: must be at least 1")
+        if arguments.jobs > 1:  # each would take most of a GPU's memory when it starts
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         status = run_grid(
-            arguments.config, fields, rows, seeds, arguments.workdir, arguments.evidence, start
+            *(arguments.config, fields, rows, seeds, arguments.workdir, arguments.evidence),
+            *(start, arguments.jobs),
         )
     except (ValueError, OSError) as e:
         print(f"error: {files.explain(e)}", file=sys.stderr)

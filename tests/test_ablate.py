@@ -33,7 +33,7 @@ class Program:
 
     def __call__(self, arguments):
         given = flags(arguments)
-        row, seed = pathlib.Path(given["workdir"]).name, int(given["train.seeds"])
+        row, seed = pathlib.Path(given["workdir"]).parent.name, int(given["train.seeds"])
         if (row, seed) == self.fail_at:
             return 1
         self.calls.append((row, seed))
