@@ -144,6 +144,19 @@ def test_small_components_equal_opencv(seed):
     np.testing.assert_array_equal(found, np.isin(labels, small))
 
 
+def test_closing_fills_gaps_and_does_not_grow_to_the_border():
+    mask = np.zeros((20, 24), bool)
+    mask[1:8, 1:5] = mask[10:19, 12:23] = mask[0, 20] = True  # two of them 1 px from the border
+    holed = mask.copy()
+    holed[4, 2] = holed[14, 15:17] = False
+    np.testing.assert_array_equal(defect_shapes.close(jnp.asarray(holed)), mask)
+    rng = np.random.default_rng(0)
+    some = rng.random((30, 30)) < 0.3
+    far = cv2.copyMakeBorder(some.astype(np.uint8), *(4 * [5]), cv2.BORDER_CONSTANT)
+    want = cv2.morphologyEx(far, cv2.MORPH_CLOSE, np.ones((3, 3)))[5:-5, 5:-5] > 0
+    np.testing.assert_array_equal(defect_shapes.close(jnp.asarray(some)), want)
+
+
 def test_outlines_are_rough_as_broken_edges_are():
     radius = jax.vmap(lambda k: defect_shapes.outline(k, 3.0))(
         jax.random.split(jax.random.key(0), 200)
@@ -235,6 +248,17 @@ def test_edge_keeps_them_near_the_border_of_the_part_or_the_picture(images, part
         assert len(edge) > 10
         assert (edge <= near).all()
         assert (uniform <= near).mean() < 0.85
+
+
+def test_tiny_defects_beside_the_border_of_the_picture_fit_their_box(images, part):
+    settings = defects.DefectSettings(kinds=("spot",), spatial_distribution="edge")
+    images, part = images[BATCH // 2 :], part[BATCH // 2 :]  # the whole picture
+    count = 0
+    for step in range(30):
+        key = jax.random.fold_in(jax.random.key(7), step)
+        found = jax.device_get(draw(key, images, part, settings=settings))
+        count += check_tiny(images, part, found)
+    assert count > 400
 
 
 def test_texture_takes_them_to_where_the_picture_is_busy():
