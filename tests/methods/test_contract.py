@@ -46,7 +46,8 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(fitted, images):
     predict = jax.jit(method.predict)
     alone = predict(variables, frozen, jnp.asarray(images[2:3]) / 255.0)
     together = predict(variables, frozen, jnp.asarray(images) / 255.0)
-    np.testing.assert_allclose(alone["score"][0], together["score"][2], rtol=1e-5)
+    # PatchCore subtracts squared norms above 13 down to 0.024: one rounding is 2e-5 of the score.
+    np.testing.assert_allclose(alone["score"][0], together["score"][2], rtol=1e-4)
     np.testing.assert_allclose(alone["map"][0], together["map"][2], rtol=1e-4, atol=1e-5)
 
 
