@@ -8,6 +8,8 @@ machine cancels. Ratios are of medians over all windows. TFDS and Grain are not 
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -39,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     result = {"facts": _facts(arguments)}
     try:
+        if arguments.warm_up:
+            print(f"compiled: {', '.join(_warm_up(arguments))}")
+            return 0
         if arguments.vs:
             result["parity"] = _parity(arguments)
             _print_parity(result["parity"])
@@ -139,6 +144,33 @@ def _run(command: Sequence[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _warm_up(arguments: argparse.Namespace) -> list[str]:
+    """Compiles every program into the caches of JAX and PyTorch, all at once; their names.
+
+    On a GPU a full-size program takes more than a minute, mostly on one core, and measurements
+    cannot run side by side. Compilations can.
+    """
+    short = argparse.Namespace(**{**vars(arguments), "windows": 1, "window_seconds": 0.01})
+    tasks = [
+        f"{task}:{batch}" for task, batches in _batches(arguments).items() for batch in batches
+    ]
+    tasks += ["evaluate:1"] * ("latency_ms" in arguments.parts and "evaluate:1" not in tasks)
+    jobs = {f"mmrjax {task}": functools.partial(_ours, task, short) for task in tasks}
+    if arguments.vs:
+        for task, batch in (
+            (t, batches[0]) for t, batches in _batches(arguments).items() if batches
+        ):
+            flags = ["--variant=compile", f"--task={task}", f"--batch={batch}", "--windows=1"]
+            flags.append("--window_seconds=0.01")
+            jobs[f"torch {task}:{batch}"] = functools.partial(_torch, flags, arguments)
+        jobs["parity"] = functools.partial(_parity, arguments)
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        done = [pool.submit(job) for job in jobs.values()]
+    for job in done:
+        job.result()
+    return list(jobs)
+
+
 def _parity(arguments: argparse.Namespace) -> dict[str, float]:
     """Largest differences between both sides, same weights and images; ValueError above PARITY."""
     with tempfile.TemporaryDirectory() as folder:
@@ -197,6 +229,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vs", choices=("torch",), help="what to compare with")
     parser.add_argument("--only_vs", action="store_true", help="nothing but the comparison")
     parser.add_argument("--variants", type=lambda s: tuple(s.split(",")), help="of the twin")
+    parser.add_argument(
+        "--warm_up",
+        action="store_true",
+        help="only compile, everything at once; needs JAX_COMPILATION_CACHE_DIR",
+    )
     parser.add_argument("--json", type=files.local_path, help="file for all numbers")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments, arguments.overrides = parser.parse_known_args(argv)
@@ -209,6 +246,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--train_batches and --eval_batches: one may be empty with --only_vs alone")
     if wrong := [part for part in arguments.parts if part not in (*PARTS, WHOLE_RUN)]:
         parser.error(f"--parts={wrong[0]}: known are {', '.join((*PARTS, WHOLE_RUN))}")
+    if arguments.warm_up and not jax.config.jax_compilation_cache_dir:
+        parser.error("--warm_up: name a folder in JAX_COMPILATION_CACHE_DIR to compile into")
     if arguments.vs and not arguments.worker:
         arguments.variants = _variants(arguments.variants, parser)
     return arguments

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole benchmark protocol on one GPU, in one call of under ten minutes; writes OUT/bench.json.
+# The whole benchmark protocol on one GPU, in one call of at most ten minutes; writes OUT/bench.json.
 #
 #   scripts/bench_gpu.sh [OUT]        default: bench_gpu/
 #   scripts/bench_gpu.sh --dry-run    prints the commands
@@ -31,11 +31,17 @@ part() {
   shift 2
   "${run[@]}" timeout "$limit" "${bench[@]}" "$@" "--json=$out/$name.json" || failed=$?
 }
-part model 270 --train_batches=16,128 --eval_batches=32,256 --requests=2000 --test_images=1639 --recipe
-part versus_train 180 --vs=torch --only_vs --train_batches=16 --eval_batches= --windows=3 \
-  --variants=bfloat16,compile,official
-part versus_evaluate 120 --vs=torch --only_vs --train_batches= --eval_batches=32 --windows=3 \
-  --variants=bfloat16,official
+# All as the whole run has it, so that its programs serve them: 521 images, 33 steps in a call.
+bench+=(--images=521 --config.train.steps_per_call=33)
+batches=(--train_batches=16,128 --eval_batches=32,256)
+# From an empty cache, alone; then everything else is compiled, at once; then nothing is any more.
+part whole_run 150 --parts=recipe --train_batches=16 --test_images=1639
+part warm_up 130 "${batches[@]}" --warm_up --vs=torch --variants=compile
+part model 90 "${batches[@]}" --requests=2000 --test_images=1639 \
+  --parts=ceiling,gflop,train,evaluate,latency_ms,with_metrics
+versus=(--vs=torch --only_vs --windows=3 --variants=bfloat16,compile,official)
+part versus_train 130 "${versus[@]}" --train_batches=16 --eval_batches=
+part versus_evaluate 100 "${versus[@]}" --train_batches= --eval_batches=32
 
 "${run[@]}" python - "$out" <<'END'
 import json
@@ -43,7 +49,7 @@ import pathlib
 import sys
 
 folder = pathlib.Path(sys.argv[1])
-names = ("model", "versus_train", "versus_evaluate")
+names = ("whole_run", "model", "versus_train", "versus_evaluate")
 parts = {name: folder / f"{name}.json" for name in names}
 found = {name: json.loads(path.read_text()) for name, path in parts.items() if path.exists()}
 (folder / "bench.json").write_text(json.dumps(found, indent=1))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -99,6 +100,8 @@ def test_neither_tfds_nor_grain_is_needed():
     [
         (["--windows=0"], "must be positive"),
         (["--batchs=3"], "unknown argument '--batchs=3'"),
+        (["--parts=speed"], "--parts=speed: known are ceiling"),
+        (["--warm_up"], "JAX_COMPILATION_CACHE_DIR"),
         (["--train_batches=", "--eval_batches=2"], "--train_batches and --eval_batches"),
     ],
 )
@@ -148,6 +151,25 @@ def test_outputs_are_compared_first_then_both_take_turns(sides, tmp_path, capsys
     assert found["eager"]["ratio"] == 2.0
     assert found["mmrjax"]["windows"] == [20.0, 20.0]
     assert "2.00" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cache(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.usefixtures("cache")
+def test_everything_is_compiled_at_once_beforehand(sides, capsys):
+    calls, _ = sides
+    flags = ["--warm_up", "--vs=torch", "--train_batches=2,4", "--eval_batches=8"]
+    assert bench.main(flags) == 0
+    ours = {f"mmrjax {task}" for task in ("train:2", "train:4", "evaluate:8", "evaluate:1")}
+    assert ours | {"torch compile"} < set(calls)
+    assert "torch parity" in calls
+    assert "compiled: mmrjax train:2" in capsys.readouterr().out
 
 
 def test_without_parity_nothing_is_timed(sides, capsys):

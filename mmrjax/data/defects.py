@@ -144,7 +144,7 @@ def synthesise(
     pixels = jnp.asarray(images, jnp.float32)
     b, h, w, _ = pixels.shape
     if foreground is None:
-        # Hidden from the compiler, which would work out sums over it with an interpreter: 17 s each.
+        # Hidden from the compiler, whose interpreter would sum over it: 17 s each time.
         foreground = jax.lax.optimization_barrier(jnp.ones((b, h, w), bool))
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(b))
     key_kind, key_tiny, key_large = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
