@@ -56,7 +56,7 @@ class Programs:
         variables, _ = self.method.init(jax.random.key(0), self.frozen)
         self.variables = mesh_lib.replicate(variables, self.mesh)
         trained = train.Trained(self.method, self.variables, self.frozen, {}, self.mesh)
-        self._trained = trained
+        self.trained = trained
         self.scorer = scoring.make_predict(trained, geometry.View.of(config, evaluation=True))
 
     # --- the machine
@@ -88,7 +88,7 @@ class Programs:
     def train(self, batch: int) -> dict:
         """Images per second of the real step: augmentation from uint8, both networks, AdamW."""
         mesh_lib.check_divisible("--train_batches", batch, self.mesh)
-        step, state, arguments, k = self._step(batch)
+        step, state, arguments, k = self.step(batch)
 
         def call(state):
             state, logs = step(state, *arguments)
@@ -100,14 +100,14 @@ class Programs:
                 state, logs = call(state)
             jax.block_until_ready((state, logs))
 
-        windows = self._windows(many, k * batch)
+        windows = _windows_of(self.plan, many, k * batch)
         return self._rate(windows, flops.training_step(self.config)) | {
             "steps_per_call": k,
             "compilations": step._cache_size(),
             "memory": self._memory(step.lower(state, *arguments).compile()),
         }
 
-    def _step(self, batch: int, steps_per_call: int = 0):
+    def step(self, batch: int, steps_per_call: int = 0):
         """(step, state, its other arguments, steps in a call)."""
         tx = self.method.optimiser(steps_per_epoch=1)
         augment = train.make_augment(self.config)
@@ -133,21 +133,21 @@ class Programs:
         mesh_lib.check_divisible("--eval_batches", batch, self.mesh)
         pixels = finished_images(batch, self.config.data.image_size)
         on_device = mesh_lib.put_batch(pixels, self.mesh)
-        score = functools.partial(self.scorer, *self._trained.ready)
+        score = functools.partial(self.scorer, *self.trained.ready)
 
         def resident(calls: int) -> None:
             jax.block_until_ready([score(on_device) for _ in range(calls)])
 
         def from_host(calls: int) -> None:
             batches = ((pixels,) for _ in range(calls))
-            for _, result in scoring.one_behind(self._trained, self.scorer, batches):
+            for _, result in scoring.one_behind(self.trained, self.scorer, batches):
                 jax.device_get(result)
 
         counted = flops.inference(self.config)
         return {
-            "resident": self._rate(self._windows(resident, batch), counted),
-            "from_host": self._rate(self._windows(from_host, batch), counted),
-            "memory": self._memory(self.scorer.lower(*self._trained.ready, on_device).compile()),
+            "resident": self._rate(_windows_of(self.plan, resident, batch), counted),
+            "from_host": self._rate(_windows_of(self.plan, from_host, batch), counted),
+            "memory": self._memory(self.scorer.lower(*self.trained.ready, on_device).compile()),
         }
 
     def with_metrics(self, images: int, batch: int) -> dict[str, float]:
@@ -157,7 +157,7 @@ class Programs:
         jax.block_until_ready(self._score(pixels))
         started = time.perf_counter()
         batches = ((pixels,) for _ in range(-(-images // batch)))
-        for _, result in scoring.one_behind(self._trained, self.scorer, batches):
+        for _, result in scoring.one_behind(self.trained, self.scorer, batches):
             jax.device_get(result)
         forward = time.perf_counter() - started
         # The maps of random networks say nothing: ranking those of `make_case` takes as long.
@@ -182,18 +182,18 @@ class Programs:
     def _score(self, pixels: np.ndarray):
         split = len(pixels) % self.mesh.size == 0  # a single image goes to every device
         put = mesh_lib.put_batch if split else mesh_lib.replicate
-        return self.scorer(*self._trained.ready, put(pixels, self.mesh))
+        return self.scorer(*self.trained.ready, put(pixels, self.mesh))
 
     # --- compilation
 
     def compilation(self, train_batch: int, eval_batch: int) -> dict[str, dict[str, float]]:
         """Seconds to lower and compile both programs: cold, and with the persistent cache."""
-        step, state, arguments, _ = self._step(train_batch)
+        step, state, arguments, _ = self.step(train_batch)
         pixels = finished_images(eval_batch, self.config.data.image_size)
         on_device = mesh_lib.put_batch(pixels, self.mesh)
         programs = {
             "train": lambda: step.lower(state, *arguments),
-            "evaluate": lambda: self.scorer.lower(*self._trained.ready, on_device),
+            "evaluate": lambda: self.scorer.lower(*self.trained.ready, on_device),
         }
         found: dict[str, dict[str, float]] = {name: {} for name in programs}
         before = jax.config.jax_compilation_cache_dir
@@ -216,10 +216,10 @@ class Programs:
         config.student.unroll = 64
         unrolled = Programs(config, self.plan)
         size = self.mesh.size
-        step, state, arguments, _ = unrolled._step(size, steps_per_call=1)
+        step, state, arguments, _ = unrolled.step(size, steps_per_call=1)
         pixels = finished_images(size, config.data.image_size)
         trained = step.lower(state, *arguments).cost_analysis()["flops"] / size
-        scorer = unrolled.scorer.lower(*unrolled._trained.ready, pixels)
+        scorer = unrolled.scorer.lower(*unrolled.trained.ready, pixels)
         scored = scorer.cost_analysis()["flops"] / size
         paper = flops.training_step(config), flops.inference(config)
         return {
@@ -233,7 +233,7 @@ class Programs:
         """Seconds of the phases of a whole run with everything in memory, from a cold start."""
         programs = Programs(self.config, dataclasses.replace(self.plan, images=images))
         per_epoch = epochs.steps_per_epoch(images, batch)
-        step, state, arguments, k = programs._step(batch)
+        step, state, arguments, k = programs.step(batch)
         started = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, *arguments))
         compiled = time.perf_counter()
@@ -285,20 +285,6 @@ class Programs:
 
     # --- common parts
 
-    def _windows(self, many: Callable[[int], None], images_per_call: int) -> list[float]:
-        """Images per second of each window, after as long a warm-up."""
-        many(2)
-        started = time.perf_counter()
-        many(1)
-        calls = max(1, round(self.plan.window_seconds / (time.perf_counter() - started)))
-        many(calls)
-        rates = []
-        for _ in range(self.plan.windows):
-            started = time.perf_counter()
-            many(calls)
-            rates.append(calls * images_per_call / (time.perf_counter() - started))
-        return rates
-
     def _rate(self, windows: list[float], flop: float) -> dict:
         median = float(np.median(windows))
         return {
@@ -320,6 +306,30 @@ class Programs:
             "temporary_mib": analysis.temp_size_in_bytes / 2**20,
             "peak_mib": peak,
         }
+
+
+def windows(call: Callable, images_per_call: int, plan: Plan) -> list[float]:
+    """Images per second in each window of repeated calls, whose last result is waited for."""
+
+    def many(calls: int) -> None:
+        jax.block_until_ready([call() for _ in range(calls)])
+
+    return _windows_of(plan, many, images_per_call)
+
+
+def _windows_of(plan: Plan, many: Callable[[int], None], images_per_call: int) -> list[float]:
+    """Images per second of each window, after as long a warm-up."""
+    many(2)
+    started = time.perf_counter()
+    many(1)
+    calls = max(1, round(plan.window_seconds / (time.perf_counter() - started)))
+    many(calls)
+    rates = []
+    for _ in range(plan.windows):
+        started = time.perf_counter()
+        many(calls)
+        rates.append(calls * images_per_call / (time.perf_counter() - started))
+    return rates
 
 
 def _use_cache(folder: str | None) -> None:
