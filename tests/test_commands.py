@@ -106,6 +106,11 @@ RUN_BY = {
     r"(python )?scripts/ablate(.py)? .*": "tests/test_ablate.py::test_a_real_grid_on_tiny_data",
     r"python -m mmrjax.bench_metrics\b.*": "tests/test_bench_metrics.py::"
     "test_the_command_prints_json",
+    r"python -m mmrjax.bench_torch .*": "tests/test_bench.py::test_variants_run_on_a_processor",
+    r"python scripts/search.py make .*": "tests/test_search.py::"
+    "test_the_set_splits_training_tiles_by_group_and_reads_no_test_image",
+    r"python scripts/search.py run .*": "tests/test_search.py::"
+    "test_candidates_run_at_once_are_ranked_and_not_run_again",
     r"python scripts/pretrain_teacher.py .*": "tests/test_pretrain_teacher.py::"
     "test_script_writes_a_teacher_that_loads",
 }
@@ -114,6 +119,7 @@ NOT_RUN = {
     r"pip install .*": "needs a package index; scripts/environment.sh does it before the tests",
     r"tensorboard .*": "another program, which serves until it is stopped",
     r"scripts/bench_gpu.sh.*": "needs a GPU and ten minutes",
+    r"python -m mmrjax.bench_profile .*": "needs a GPU; a test adds up made-up kernels",
     r"python -m mmrjax.main .*configs/demo_trays.py .*": "draws trays for minutes; tests/"
     "data_builders has its builder, tests/test_detector.py the tiling",
     r"sbatch .*": "needs a cluster; the script itself is run with a pretended srun",

@@ -32,6 +32,7 @@ MAY_PRINT = {
     "bench_metrics.py",
     "bench_torch.py",
     "bench_defects.py",
+    "bench_profile.py",
     "predict.py",
     "export.py",
 }
