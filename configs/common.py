@@ -78,6 +78,9 @@ def get_config() -> ConfigDict:
     patchcore.candidates = 0  # patches that the coreset is chosen from, drawn at random; 0: all
     patchcore.projection = 128  # width of the random projection in which the coreset is chosen
     patchcore.start_points = 10
+    # Not in the paper, both learnt from how training images differ from each other:
+    patchcore.whiten = 0.0  # shrinkage (as 0.1) of Mahalanobis distances; 0: Euclidean ones
+    patchcore.relative = False  # distances over those to expect from the same bank row
     patchcore.score = "smoothed"  # smoothed (maximum of the map) | patch (maximum of raw patches)
 
     config.aminet = aminet = ConfigDict()  # values of its official code; the paper's where noted

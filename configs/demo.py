@@ -35,6 +35,8 @@ def get_config():
     config.patchcore.width = 384
     config.patchcore.candidates = 100_000
     config.patchcore.coreset = 0.002
+    config.patchcore.whiten = 0.1
+    config.patchcore.relative = True
     config.mmr_plus.foreground = "otsu"  # on the blade
     config.train.epochs = 20
     return config

@@ -45,6 +45,7 @@ RANGES = (
     ("patchcore.coreset", 1e-6, 1.0),  # a share, not percent
     ("patchcore.candidates", 0, 1 << 40),
     ("patchcore.enlarge", 1.0, 8.0),
+    ("patchcore.whiten", 0.0, 1e6),
     ("aminet.layers", 1, 3),
     ("aminet.pool", 1, 1 << 10),
     ("aminet.patch", 1, 1 << 10),

@@ -132,7 +132,11 @@ class PatchCoreScorer(Scorer):
 
     def __init__(self, detector: detector_lib.Detector):
         super().__init__(detector)
-        bank = np.array(detector.trained.variables["memory"]["bank"])
+        memory = detector.trained.variables["memory"]
+        bank = np.array(memory["bank"])
+        for name in ("whitening", "expected"):  # there with the options of these names
+            there = torch.from_numpy(np.array(memory[name])) if name in memory else None
+            self.register_buffer(name, there)
         self.register_buffer("bank", torch.from_numpy(bank))
         self.register_buffer("squares", torch.from_numpy(np.sum(bank**2, axis=1)))
 
@@ -155,16 +159,24 @@ class PatchCoreScorer(Scorer):
             x = x @ _constant(patchcore.adaptive_pool_matrix(x.shape[-1], options.width))
             pooled.append(_resize(x, grid))
         x = torch.stack(pooled, dim=-2)
-        return x.flatten(3).unflatten(3, (options.width, len(pooled))).mean(dim=-1)
+        x = x.flatten(3).unflatten(3, (options.width, len(pooled))).mean(dim=-1)
+        return x if self.whitening is None else x @ self.whitening
 
     def nearest(self, patches: torch.Tensor) -> torch.Tensor:
-        """Squared distances of patches [b, h, w, d] to their nearest bank rows, [b, h, w]."""
-        best = None
+        """Squared distances of patches [b, h, w, d] to their nearest bank rows, [b, h, w].
+
+        Relative to what the rows expect, where the run has that.
+        """
+        best, expected = None, None
         for start in range(0, len(self.bank), patchcore.BANK_ROWS_PER_CHUNK):
             chunk = slice(start, start + patchcore.BANK_ROWS_PER_CHUNK)
-            part = (self.squares[chunk] - 2 * patches @ self.bank[chunk].T).amin(-1)
+            part, row = (self.squares[chunk] - 2 * patches @ self.bank[chunk].T).min(-1)
+            if self.expected is not None:
+                own = self.expected[chunk][row]
+                expected = own if best is None else torch.where(part < best, own, expected)
             best = part if best is None else torch.minimum(best, part)
-        return (best + patches.square().sum(-1)).clamp(min=0)
+        distance = (best + patches.square().sum(-1)).clamp(min=0)
+        return distance if expected is None else distance / expected
 
 
 SCORERS = {"mmr": MMRScorer, "patchcore": PatchCoreScorer}

@@ -97,7 +97,10 @@ def test_the_example_skips_what_it_cannot_read(exported, tmp_path):
 
 
 def test_what_the_tiny_runs_do_not_have_is_traced_too(tiny_config, tmp_path):
-    """Oblong images, all three layers, the patch score, a bank of two chunks, no threshold."""
+    """Oblong images, all three layers, the patch score, a bank of two chunks, no threshold.
+
+    And PatchCore's learnt distances.
+    """
     from mmrjax import onnx_export
 
     config = tiny_config.copy_and_resolve_references()
@@ -109,6 +112,8 @@ def test_what_the_tiny_runs_do_not_have_is_traced_too(tiny_config, tmp_path):
             "patchcore.layers": (1, 3),
             "patchcore.score": "patch",
             "patchcore.enlarge": 1.5,
+            "patchcore.whiten": 0.1,
+            "patchcore.relative": True,
         }
     )
     images = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), np.uint8)
@@ -160,7 +165,12 @@ def untrained(name, config):
     if name == "patchcore":
         rows = patchcore.BANK_ROWS_PER_CHUNK + 5
         bank = np.abs(np.random.default_rng(1).normal(size=(rows, config.patchcore.width)))
-        variables = {**variables, "memory": {"bank": jax.numpy.asarray(bank, "float32")}}
+        memory = {"bank": jax.numpy.asarray(bank, "float32")}
+        if config.patchcore.whiten:
+            memory["whitening"] = jax.numpy.eye(bank.shape[1])[::-1] * 1.5
+        if config.patchcore.relative:
+            memory["expected"] = jax.numpy.linspace(0.5, 2.0, rows)
+        variables = {**variables, "memory": memory}
     trained = train.Trained(method, variables, frozen, facts, devices)
     return detector_lib.Detector(trained, config)
 

@@ -1,7 +1,8 @@
 """PatchCore (arXiv 2106.08265): nearest neighbours in a memory bank of teacher patches.
 
 Follows the official code where it differs from the paper: squared distance to the nearest bank row,
-no re-weighting. No gradients: the bank is built by `fit` from a greedy coreset.
+no re-weighting. No gradients: the bank is built by `fit` from a greedy coreset. Two options of our
+own, off by default: `whitening` and `expected_distances`.
 """
 
 import functools
@@ -18,6 +19,9 @@ from mmrjax.models import resnet
 EXACT = jax.lax.Precision.HIGHEST  # TF32 would change which patches are nearest
 BANK_ROWS_PER_CHUNK = 4096  # distances to this many bank rows at a time
 SMALL_BANK = 1000  # rows below which `fit` asks for a larger coreset
+WHITENING_PATCHES = 16384  # of either half of the training images
+EXPECTING_PATCHES = 1 << 19  # that tell what distance to expect from a bank row
+SMALLEST_MOMENT = 1e-3  # of a whitened channel, relative to the mean of all
 
 
 class PatchCore(base.Method):
@@ -66,22 +70,15 @@ class PatchCore(base.Method):
     def fit(self, variables, frozen, batches, count, key):
         """Fills the bank with a greedy coreset of the training patches, or of a sample of them."""
         options = self.config.patchcore
-        patches, done, of_image = None, 0, 0
-        for images, real in batches:
-            embedded = mesh.gather(self._embed(frozen, images))[:real]
-            embedded = embedded.reshape(real, -1, options.width)
-            if patches is None:  # one array from the start: there is no room for two
-                of_image = embedded.shape[1]
-                kept = min(of_image, -(-options.candidates // count) or of_image)
-                patches = np.empty((count, kept, options.width), np.float32)
-                logging.info(
-                    "%d training patches, %d of them candidates, %.1f GiB",
-                    *(count * of_image, count * kept, patches.nbytes / 2**30),
-                )
-            for i, rows in enumerate(embedded, done):
-                patches[i] = rows if kept == of_image else rows[_sample(key, i, of_image, kept)]
-            done += real
-        patches = jnp.asarray(patches.reshape(-1, options.width))
+        patches, of_image, candidates = self._training_patches(frozen, batches, count, key)
+        memory = {}
+        if options.whiten:
+            own = jax.random.fold_in(key, count)  # images have the numbers below
+            memory["whitening"] = matrix = whitening(patches, options.whiten, own)
+            for rows in patches:  # in place: there is no room for two
+                rows[:] = rows @ matrix
+        everything = patches if options.relative else None
+        patches = jnp.asarray(patches[:, :candidates].reshape(-1, options.width))
         rows = min(max(1, int(options.coreset * count * of_image)), len(patches))
         if rows < min(SMALL_BANK, len(patches)):
             logging.warning(
@@ -94,13 +91,50 @@ class PatchCore(base.Method):
         chosen = greedy_coreset(
             patches, rows, key, projection=options.projection, start_points=options.start_points
         )
-        return {**variables, "memory": {"bank": patches[chosen]}}
+        memory["bank"] = patches[chosen]
+        if options.relative:
+            image = np.asarray(chosen) // candidates
+            memory["expected"] = expected_distances(everything, memory["bank"], image)
+        return {**variables, "memory": memory}
+
+    def _training_patches(self, frozen, batches, count, key) -> tuple[np.ndarray, int, int]:
+        """Patches [count, n, d], of how many in an image, and the first how many are candidates."""
+        options = self.config.patchcore
+        patches, done, of_image, candidates = None, 0, 0, 0
+        for images, real in batches:
+            embedded = mesh.gather(self._embed(frozen, images))[:real]
+            embedded = embedded.reshape(real, -1, options.width)
+            if patches is None:  # one array from the start: there is no room for two
+                of_image = embedded.shape[1]
+                candidates = min(of_image, -(-options.candidates // count) or of_image)
+                wanted = -(-EXPECTING_PATCHES // count) if options.relative else 0
+                kept = max(candidates, min(of_image, wanted))
+                patches = np.empty((count, kept, options.width), np.float32)
+                logging.info(
+                    "%d training patches, %d of them candidates, %.1f GiB",
+                    *(count * of_image, count * candidates, patches.nbytes / 2**30),
+                )
+            for i, rows in enumerate(embedded, done):
+                drawn = candidates < of_image
+                patches[i] = rows[_sample(key, i, of_image, kept)] if drawn else rows
+            done += real
+        return patches, of_image, candidates
 
     def predict(self, variables, frozen, images):
-        """Squared distance to the nearest bank row, upsampled and smoothed; score: its maximum."""
-        patches = self.embed(frozen, images)
+        """Squared distance to the nearest bank row, upsampled and smoothed; score: its maximum.
+
+        With patchcore.relative the distance is divided by the one to expect from that row.
+        """
+        memory, patches = variables["memory"], self.embed(frozen, images)
+        if "whitening" in memory:
+            patches = jnp.matmul(patches, memory["whitening"], precision=EXACT)
         b, h, w, d = patches.shape
-        distance = nearest_squared_distance(patches.reshape(-1, d), variables["memory"]["bank"])
+        patches = patches.reshape(-1, d)
+        if "expected" in memory:
+            distance, row = nearest_row(patches, memory["bank"])
+            distance = distance / memory["expected"][row]
+        else:
+            distance = nearest_squared_distance(patches, memory["bank"])
         distance = distance.reshape(b, h, w)
         total = anomaly_map.upsample_and_smooth(distance, images.shape[1:3], align_corners=False)
         by_patch = self.config.patchcore.score == "patch"
@@ -149,6 +183,110 @@ def _resize(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
         for n_in, n_out in zip(x.shape[1:3], grid, strict=True)
     )
     return jnp.einsum("yh,xw,bhwd->byxd", rows, columns, x, precision=EXACT)
+
+
+def whitening(patches: np.ndarray, shrinkage: float, key: jax.Array) -> np.ndarray:
+    """The matrix that weighs a difference of patches by how rare it is among good ones.
+
+    A patch of one half of the images differs from its nearest in the other half, and all of that is
+    harmless: light, pose, grain. Squared distances after the matrix are Mahalanobis distances under
+    the second moments of these differences, over d: about 1 between good patches. PatchCore has no
+    such step; PaDiM (arXiv 2011.08785, section 3.2) has it for the patches of one place.
+
+    Args:
+      patches: float32 [images, n, d].
+      shrinkage: what is added to the diagonal of the differences' correlations; the less, the more
+        a rare direction counts, and the more data it takes.
+      key: PRNG key of the split and of the patches looked at.
+
+    Returns:
+      float32 [d, d].
+
+    Raises:
+      ValueError: fewer than two images.
+    """
+    count, n, d = patches.shape
+    if count < 2:
+        raise ValueError(
+            "--config.patchcore.whiten compares training images with each other and needs two or "
+            "more, not 1; add images or give 0"
+        )
+    key_split, key_sample = jax.random.split(key)
+    order = np.asarray(jax.random.permutation(key_split, count))
+    kept = min(n, -(-WHITENING_PATCHES // (count // 2)))
+    rows, queries = (
+        np.concatenate([patches[i][_sample(key_sample, i, n, kept)] for i in half])
+        for half in (order[: -(-count // 2)], order[-(-count // 2) :])
+    )
+    nearest = [
+        np.asarray(_nearest_row(queries[i : i + 2048], rows)[1])
+        for i in range(0, len(queries), 2048)
+    ]
+    left = (queries - rows[np.concatenate(nearest)]).astype(np.float64)
+    moments = left.T @ left / len(left)
+    scale = np.diag(moments)
+    # A channel that good patches never move must not outweigh all others.
+    scale = np.maximum(scale, SMALLEST_MOMENT * scale.mean() + np.finfo(np.float32).tiny) ** -0.5
+    values, vectors = np.linalg.eigh(moments * scale[:, None] * scale)
+    values = np.maximum(values, 0) + shrinkage
+    return (scale[:, None] * vectors * (values * d) ** -0.5).astype(np.float32)
+
+
+def expected_distances(patches: np.ndarray, bank: jax.Array, image: np.ndarray) -> jax.Array:
+    """What squared distance a good patch has to the bank row that is nearest to it.
+
+    Some places of a good part vary (a number, a shadow), others never do: a distance means little
+    there and much here. Each training patch is held against the rows of the other images, as a new
+    image would be; a row's value is the mean over the patches nearest to it and, as one patch more,
+    the mean over all. The paper's own reweighting (section 3.3) looks at the bank alone.
+
+    Args:
+      patches: float32 [images, n, d].
+      bank: float32 [rows, d].
+      image: int [rows], the image that each row comes from.
+
+    Returns:
+      float32 [rows], positive.
+
+    Raises:
+      ValueError: all rows come from one image.
+    """
+    if len(set(image.tolist())) < 2:
+        raise ValueError(
+            "--config.patchcore.relative holds training images against each other and the memory "
+            "bank has rows of one only; add images, raise patchcore.coreset or give False"
+        )
+    total, count = np.zeros(len(bank)), np.zeros(len(bank))
+    for i, of_image in enumerate(logs.progress(patches, "expected distances")):
+        away = np.where(image == i, np.float32(np.inf), np.float32(0))
+        distance, row = (np.asarray(x) for x in _nearest_row(of_image, bank, away))
+        np.add.at(total, row, distance)
+        np.add.at(count, row, 1)
+    mean = total.sum() / count.sum() or 1.0  # all images are equal
+    return jnp.asarray((total + mean) / (count + 1), jnp.float32)
+
+
+def nearest_row(queries, bank, away=0.0) -> tuple[jax.Array, jax.Array]:
+    """The nearest bank row of every query: squared distance, float32 [n], and index, int32 [n].
+
+    Args:
+      queries: float32 [n, d].
+      bank: float32 [m, d].
+      away: float32 [m] or a number, added to the squared distances that are compared.
+    """
+    away = jnp.broadcast_to(away, len(bank))
+    best, found = jnp.full(queries.shape[0], jnp.inf), jnp.zeros(queries.shape[0], jnp.int32)
+    for start in range(0, len(bank), BANK_ROWS_PER_CHUNK):
+        rows = bank[start : start + BANK_ROWS_PER_CHUNK]
+        products = jnp.matmul(queries, rows.T, precision=EXACT)
+        far = jnp.sum(rows**2, axis=1) + away[start : start + len(rows)] - 2 * products
+        nearest = jnp.min(far, axis=1)
+        found = jnp.where(nearest < best, jnp.argmin(far, axis=1) + start, found)
+        best = jnp.minimum(best, nearest)
+    return jnp.maximum(best + jnp.sum(queries**2, axis=1), 0.0), found
+
+
+_nearest_row = jax.jit(nearest_row)
 
 
 def nearest_squared_distance(queries: jax.Array, bank: jax.Array) -> jax.Array:

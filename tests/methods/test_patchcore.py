@@ -135,3 +135,122 @@ def test_as_many_candidates_as_patches_are_all_of_them(tiny_config):
         found = method.fit({"params": {}}, frozen, [(images, 3)], 3, jax.random.key(1))
         banks.append(np.asarray(found["memory"]["bank"]))
     np.testing.assert_array_equal(*banks)
+
+
+def good_and_damaged(rng):
+    """Patches [images, n, d] that vary much along one channel, little along the other four."""
+    good = rng.standard_normal((12, 60, 5)) * np.array([5, 0.1, 0.1, 0.1, 0.1])
+    return good.astype(np.float32)
+
+
+def test_whitened_good_patches_are_about_one_apart_in_every_direction():
+    patches = good_and_damaged(np.random.default_rng(0))
+    matrix = patchcore.whitening(patches, 1e-3, jax.random.key(0))
+    order = np.asarray(jax.random.permutation(jax.random.split(jax.random.key(0))[0], 12))
+    rows, queries = (patches[half].reshape(-1, 5) for half in (order[:6], order[6:]))
+    nearest = ((queries[:, None] - rows[None]) ** 2).sum(-1).argmin(1)
+    left = (queries - rows[nearest]) @ matrix
+    np.testing.assert_allclose(left.T @ left / len(left) * 5, np.eye(5), atol=0.01)
+
+
+def test_whitening_finds_a_change_that_a_harmless_one_hides():
+    rng = np.random.default_rng(0)
+    patches = good_and_damaged(rng)
+    matrix = patchcore.whitening(patches, 0.1, jax.random.key(0))
+    bank = patches.reshape(-1, 5)[::10]  # along the first channel all are far
+    new = good_and_damaged(rng).reshape(-1, 5)[:200]
+    damaged = new + np.float32([0, 0.5, 0, 0, 0])
+    ahead = []  # how often a damaged patch is farther than a good one
+    for m in (np.eye(5, dtype=np.float32), matrix):
+        far, near = (patchcore.nearest_squared_distance(x @ m, bank @ m) for x in (damaged, new))
+        ahead.append((np.asarray(far)[:, None] > np.asarray(near)).mean())
+    assert ahead[1] > ahead[0] + 0.05
+    assert ahead[1] > 0.9
+
+
+def test_a_channel_that_never_moves_does_not_outweigh_the_others():
+    patches = good_and_damaged(np.random.default_rng(0))
+    patches[..., 4] = 0
+    matrix = patchcore.whitening(patches, 1.0, jax.random.key(0))
+    assert np.isfinite(matrix).all()
+    assert np.abs(matrix[4]).max() < 1000 * np.abs(matrix[0]).max()
+
+
+@pytest.mark.parametrize("options", [{"whiten": 1.0}, {"relative": True}])
+def test_an_option_changes_the_map_and_leaves_training_patches_at_zero(tiny_config, options):
+    """The bank is treated as the queries are."""
+    config = tiny_config.copy_and_resolve_references()
+    config.patchcore.coreset = 1.0
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    new = jnp.asarray(images) / 255.0
+    maps = []
+    for more in ({}, options):
+        config.patchcore.update(more)
+        method = patchcore.PatchCore(config)
+        frozen, _ = method.load_frozen()
+        variables = method.fit({"params": {}}, frozen, [(images, 4)], 4, jax.random.key(1))
+        assert set(variables["memory"]) - {"bank"} == (
+            {{"whiten": "whitening", "relative": "expected"}[name] for name in more}
+        )
+        there = np.asarray(method.predict(variables, frozen, new)["map"])
+        other = np.asarray(method.predict(variables, frozen, new[:, ::-1])["map"])
+        assert there.max() < 1e-3 * other.mean()
+        maps.append(other / other.mean())
+    assert np.abs(maps[0] - maps[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("bank", [5, patchcore.BANK_ROWS_PER_CHUNK + 3])
+def test_nearest_row_equals_brute_force(bank):
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((7, 4)).astype(np.float32)
+    rows = rng.standard_normal((bank, 4)).astype(np.float32)
+    away = np.where(np.arange(bank) % 3, 0, np.inf).astype(np.float32)
+    every = ((queries[:, None] - rows[None]) ** 2).sum(axis=-1) + away
+    distance, row = patchcore.nearest_row(jnp.asarray(queries), jnp.asarray(rows), away)
+    np.testing.assert_array_equal(row, every.argmin(1))
+    np.testing.assert_allclose(distance, every.min(1), atol=1e-5)
+
+
+def test_a_row_expects_what_patches_of_other_images_have():
+    bank = np.array([[0, 0], [0, 0.5], [10, 0], [50, 0]], np.float32)
+    image = np.array([0, 1, 1, 2])
+    patches = np.zeros((3, 2, 2), np.float32)
+    patches[0] = [[0, 0], [10, 1]]  # 0.25 from row 1, not 0 from its own; 1 from row 2
+    patches[1] = [[0, 2], [3, 0]]  # 4 and 9 from row 0, not 2.25 from row 1
+    patches[2] = [[10, 0], [10, 3]]  # 0 and 9 from row 2
+    mean = (0.25 + 1 + 4 + 9 + 0 + 9) / 6
+    want = [(4 + 9 + mean) / 3, (0.25 + mean) / 2, (1 + 0 + 9 + mean) / 4, mean]
+    got = patchcore.expected_distances(patches, jnp.asarray(bank), image)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_equal_images_expect_no_zero():
+    patches = np.ones((2, 3, 2), np.float32)
+    got = patchcore.expected_distances(patches, jnp.ones((2, 2)), np.array([0, 1]))
+    assert np.isfinite(1 / np.asarray(got)).all()
+
+
+def test_expected_distances_leave_the_choice_of_the_bank_alone(tiny_config):
+    """More patches are looked at, the candidates are the same."""
+    config = tiny_config.copy_and_resolve_references()
+    config.patchcore.candidates, config.patchcore.coreset = 24, 0.04
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    banks = []
+    for relative in (False, True):
+        config.patchcore.relative = relative
+        method = patchcore.PatchCore(config)
+        frozen, _ = method.load_frozen()
+        found = method.fit({"params": {}}, frozen, [(images, 4)], 4, jax.random.key(1))
+        banks.append(np.asarray(found["memory"]["bank"]))
+    np.testing.assert_array_equal(*banks)
+
+
+@pytest.mark.parametrize("options", [{"whiten": 1.0}, {"relative": True}])
+def test_images_held_against_each_other_must_be_two(tiny_config, options):
+    config = tiny_config.copy_and_resolve_references()
+    config.patchcore.update(options)
+    method = patchcore.PatchCore(config)
+    frozen, _ = method.load_frozen()
+    images = np.zeros((1, 64, 64, 3), np.uint8)
+    with pytest.raises(ValueError, match="add images"):
+        method.fit({"params": {}}, frozen, [(images, 1)], 1, jax.random.key(1))
