@@ -73,6 +73,8 @@ CHANGES = {
     "width384": ("patchcore.width=384",),
     "patch5": ("patchcore.patch=5",),
     "raw": ("patchcore.score=patch",),
+    "whiten": ("patchcore.whiten=0.1",),
+    "relative": ("patchcore.relative=true",),
     "finer": ("patchcore.enlarge=1.5",),
 }
 CANDIDATES = (
@@ -90,6 +92,8 @@ CANDIDATES = (
     *("patchcore", "patchcore+320", "patchcore+384", "patchcore+448", "patchcore+finer"),
     *("patchcore+bank123", "patchcore+384+bank123", "patchcore+coreset10"),
     *("patchcore+384+coreset10", "patchcore+width384", "patchcore+patch5", "patchcore+raw"),
+    *("patchcore+whiten", "patchcore+relative", "patchcore+whiten+relative"),
+    *("patchcore+whiten+relative+384", "patchcore+whiten+relative+bank123"),
 )
 
 
