@@ -235,10 +235,11 @@ def whitening(patches: np.ndarray, shrinkage: float, key: jax.Array) -> np.ndarr
 def expected_distances(patches: np.ndarray, bank: jax.Array, image: np.ndarray) -> jax.Array:
     """What squared distance a good patch has to the bank row that is nearest to it.
 
-    Some places of a good part vary (a number, a shadow), others never do: a distance means little
-    there and much here. Each training patch is held against the rows of the other images, as a new
-    image would be; a row's value is the mean over the patches nearest to it and, as one patch more,
-    the mean over all. The paper's own reweighting (section 3.3) looks at the bank alone.
+    Some places of a good part vary more than others (a number, a shadow): a distance means less
+    there. Each training patch is held against the rows of the other images, as a new image would
+    be; a row's value is the mean over the patches nearest to it, or the mean over all where that is
+    more: in quiet places, as the corners of a plain background, a little noise must not count for
+    much. The paper's own reweighting (section 3.3) looks at the bank alone.
 
     Args:
       patches: float32 [images, n, d].
@@ -263,7 +264,7 @@ def expected_distances(patches: np.ndarray, bank: jax.Array, image: np.ndarray) 
         np.add.at(total, row, distance)
         np.add.at(count, row, 1)
     mean = total.sum() / count.sum() or 1.0  # all images are equal
-    return jnp.asarray((total + mean) / (count + 1), jnp.float32)
+    return jnp.asarray(np.maximum(mean, total / np.maximum(count, 1)), jnp.float32)
 
 
 def nearest_row(queries, bank, away=0.0) -> tuple[jax.Array, jax.Array]:
