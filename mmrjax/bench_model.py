@@ -235,7 +235,7 @@ class Programs:
         per_epoch = epochs.steps_per_epoch(images, batch)
         step, state, arguments, k = programs.step(batch)
         started = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, *arguments))
+        state, logs = jax.block_until_ready(step(state, *arguments))
         compiled = time.perf_counter()
         for _ in range(-(-self.config.train.epochs * per_epoch // k) - 1):
             state, logs = step(state, *arguments)

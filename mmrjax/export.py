@@ -77,15 +77,24 @@ def serialise(detector: detector_lib.Detector) -> bytes:
     trained = detector.trained
     variables, frozen = jax.device_get((trained.variables, trained.frozen))
     threshold = detector.thresholds[0]
+    method = _portable(trained.method)
 
     def score(images):
-        found = trained.method.predict(variables, frozen, images / 255.0)
+        found = method.predict(variables, frozen, images / 255.0)
         out = {"map": found["map"], "score": found["score"]}
         return out if threshold is None else out | {"is_anomaly": found["score"] > threshold}
 
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *detector.view.size, 3), np.uint8)
     return bytes(export.export(jax.jit(score), platforms=PLATFORMS)(images).serialize())
+
+
+def _portable(method: methods.base.Method, dtype: str = "") -> methods.base.Method:
+    """The method without cuDNN's attention, which is of one platform and may change its form."""
+    config = method.config.copy_and_resolve_references()
+    config.student.attention = "xla"
+    config.train.compute_dtype = dtype or config.train.compute_dtype
+    return methods.create(method.name, config)
 
 
 def inputs(detector: detector_lib.Detector, folder: str | None) -> np.ndarray:
@@ -133,12 +142,10 @@ def compare(
     Raises:
       RuntimeError: it exceeds TOLERANCE.
     """
-    trained, method = detector.trained, detector.trained.method
-    precision = jax.config.jax_default_matmul_precision
+    trained, precision = detector.trained, jax.config.jax_default_matmul_precision
+    method = _portable(trained.method, "float32" if in_float32 else "")
     if in_float32:
-        config = method.config.copy_and_resolve_references()
-        config.train.compute_dtype, precision = "float32", "highest"
-        method = methods.create(method.name, config)
+        precision = "highest"
     with jax.default_matmul_precision(precision):
         want = jax.jit(method.predict)(
             *jax.device_get((trained.variables, trained.frozen)), images / np.float32(255)

@@ -36,6 +36,15 @@ FREE_FIELDS = (
     "ckpt.",
 )
 
+# What runs did before there was a field for it, where that is not the default of every config.
+OLDER = {
+    "calibration.fraction": 0.0,
+    "patchcore.enlarge": 1.0,
+    "patchcore.candidates": 0,
+    "patchcore.whiten": 0.0,
+    "patchcore.relative": False,
+}
+
 
 def run_path(name: str, category: str, seed: int) -> pathlib.Path:
     """Where a run lies, below the work directory or the root of a view."""
@@ -150,7 +159,8 @@ def _differing(before: dict, config: ConfigDict, name: str) -> dict:
     own = methods.METHODS[name].fields
     others = {field for method in methods.METHODS.values() for field in method.fields} - {*own}
     others |= {*methods.METHODS[name].own}
-    before.setdefault("calibration.fraction", 0.0)  # older runs trained on every good image
+    for field, value in OLDER.items():
+        before.setdefault(field, value)
     differing = {}
     for field, value in config_lib.flatten(config).items():
         old = before.get(field, value)

@@ -17,6 +17,7 @@ whose training images are of one domain.
 import argparse
 import concurrent.futures
 import csv
+import functools
 import json
 import os
 import pathlib
@@ -29,7 +30,7 @@ from typing import IO
 import numpy as np
 from scipy import stats
 
-from mmrjax import compare, files, report_tables, workdir
+from mmrjax import compare, files, methods, report_tables, workdir
 from mmrjax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -65,6 +66,7 @@ GRIDS = {
     },
 }
 # Not recorded: where things lie and how they are looked at, not what is trained.
+FOREIGN = (*methods.METHODS["patchcore"].fields, *methods.METHODS["aminet"].fields)
 PLACES = (*workdir.FREE_FIELDS, "teacher.weights", "student.init", "sweep.")
 
 
@@ -98,11 +100,16 @@ def command(spec: str, fields: Sequence[str], row: str, switches: dict, folder: 
     ]
 
 
-def trained_with(spec: str, fields: Sequence[str]) -> dict:
-    """The fields that shape training and differ from configs/common.py; no path of a machine."""
+def trained_with(spec: str, fields: Sequence[str], foreign: tuple[str, ...] = ()) -> dict:
+    """The fields that shape training and differ from configs/common.py; no path of a machine.
+
+    `foreign`: beginnings of those that nothing here reads.
+    """
     default = config_lib.flatten(config_lib.load(str(config_lib.PACKAGED / "common.py")))
     flat = config_lib.flatten(config_lib.load(spec, fields))
-    changed = {k: v for k, v in flat.items() if v != default[k] and not k.startswith(PLACES)}
+    changed = {
+        k: v for k, v in flat.items() if v != default[k] and not k.startswith((*PLACES, *foreign))
+    }
     return json.loads(json.dumps(changed))
 
 
@@ -145,8 +152,8 @@ def run_grid(
     Raises:
       ValueError: what is there was trained with other fields, or tested on other images.
     """
-    trained, wanted = trained_with(spec, fields), []
-    for seed in seeds:
+    trained, wanted = trained_with(spec, fields, FOREIGN), []
+    for seed in dict.fromkeys(seeds):
         for row, switches in rows.items():
             path = evidence / row / f"seed{seed}" / "results.json"
             expected = {"config": spec, "fields": trained, "row": row, "seed": seed}
@@ -158,6 +165,8 @@ def run_grid(
                     (path, expected, home, command(spec, fields, row, switches, home, seed))
                 )
             else:
+                kept = found.get("fields", {}).items()
+                found["fields"] = {k: v for k, v in kept if not k.startswith(FOREIGN)}
                 check_same(expected, found, path)
     writing, failed = threading.Lock(), []
 
@@ -173,20 +182,36 @@ def run_grid(
             files.write_text(path, json.dumps({**expected, "runs": runs}) + "\n")
             write_table(evidence, rows)
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        done = [pool.submit(finish, *what) for what in wanted]
-    for future in done:
-        future.result()
+    at_once([functools.partial(finish, *what) for what in wanted], jobs)
     write_table(evidence, rows)
     return failed[0] if failed else 0
+
+
+def at_once(work: Sequence[Callable[[], None]], jobs: int) -> None:
+    """Calls all of `work`, `jobs` at once.
+
+    After an exception or Ctrl-C nothing else is started; it is raised when what runs has ended, so
+    that the same call can be repeated.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    done = [pool.submit(one) for one in work]
+    try:
+        for future in concurrent.futures.as_completed(done):
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def check_same(expected: dict, found: dict, path: pathlib.Path) -> None:
     """Raises ValueError if a result at hand differs from what this call would run."""
     for name, value in expected.items():
-        if found.get(name) != value:
+        before = found.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):  # only what differs is told
+            differing = {k for k in value | before if value.get(k) != before.get(k)}
+            before, value = ({k: x.get(k) for k in sorted(differing)} for x in (before, value))
+        if before != value:
             raise ValueError(
-                f"{path} was made with {name} {found.get(name)}, this call has {value}; use "
+                f"{path} was made with {name} {before}, this call has {value}; use "
                 "another --evidence"
             )
 
@@ -346,6 +371,9 @@ def main(
     except (ValueError, OSError) as e:
         print(f"error: {files.explain(e)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     table = arguments.evidence / "table.md"
     if table.exists():
         print(table.read_text())

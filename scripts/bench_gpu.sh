@@ -16,6 +16,7 @@ if [[ "${1:-}" == --dry-run ]]; then
   shift
 fi
 out="${1:-bench_gpu}"
+"${run[@]}" rm -rf "$out/xla_cache"  # the whole run starts from an empty one
 "${run[@]}" mkdir -p "$out"
 
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

@@ -15,8 +15,8 @@ A candidate is a method and changes of configs/magnetic_tile.py, joined by "+": 
 """
 
 import argparse
-import concurrent.futures
 import csv
+import functools
 import json
 import os
 import pathlib
@@ -191,10 +191,7 @@ def run(
             files.write_text(path, json.dumps({**expected, **small}) + "\n")
             write_table(evidence)
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        done = [pool.submit(finish, path, *what) for path, what in wanted.items()]
-    for future in done:
-        future.result()
+    ablate.at_once([functools.partial(finish, path, *what) for path, what in wanted.items()], jobs)
     write_table(evidence)
     return failed
 
@@ -344,6 +341,9 @@ def main(
     except (ValueError, OSError) as e:
         print(f"error: {files.explain(e)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -193,6 +193,35 @@ def test_intervals_of_pairs():
     assert ablate.over_groups(np.ones((1, 3)), np.ones((1, 3)), one_class) is None
 
 
+def test_several_runs_at_once_give_the_same_table_and_none_runs_twice(finished, tmp_path):
+    folder, _ = finished
+    program = Program()
+    assert call(tmp_path, program, "--jobs=3", "--seeds=1,2,2,3,1") == 0
+    assert len(program.calls) == len(set(program.calls)) == 9
+    tables = [(where / "evidence/table.md").read_text() for where in (folder, tmp_path)]
+    assert tables[0] == tables[1]
+
+
+def test_an_exception_in_one_run_starts_no_other(tmp_path, capsys):
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence/images.json").write_text('{"other": []}')
+    program = Program()
+    assert call(tmp_path, program, "--jobs=2") == 1
+    assert len(program.calls) < 9
+    assert "lists other test images" in capsys.readouterr().err
+
+
+def test_fields_of_other_methods_do_not_matter_and_others_are_named(tmp_path, capsys):
+    assert call(tmp_path, Program(), "--config.patchcore.width=64") == 0
+    again = Program()
+    assert call(tmp_path, again, "--config.patchcore.width=128") == 0
+    assert again.calls == []
+    assert call(tmp_path, again, "--config.train.epochs=3") == 1
+    assert (
+        "fields {'train.epochs': 20}, this call has {'train.epochs': 3}" in capsys.readouterr().err
+    )
+
+
 def test_a_real_grid_on_tiny_data(tiny_raw, tiny_fields, tmp_path):
     """Two rows of the program itself."""
     status = ablate.main(

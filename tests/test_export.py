@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from jax import export as jax_export
 
 from mmrjax import detector as detector_lib
-from mmrjax import export
+from mmrjax import export, methods, train
+from mmrjax import mesh as mesh_lib
 from mmrjax.data import geometry
 
 pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers: pip install '.[export]'")
@@ -71,3 +73,36 @@ def test_onnx_without_its_packages_names_what_to_install(finished, tmp_path, mon
     assert "onnxruntime" in message
     assert "pip install 'mmrjax[onnx]'" in message
     assert not path.exists()
+
+
+def serialised(config, name):
+    """What `export.serialise` makes of an untrained or just fitted method, called on its images."""
+    mesh = mesh_lib.make_mesh(1)
+    method = methods.create(name, config)
+    frozen = method.load_frozen()[0]
+    variables = method.init(jax.random.key(0), frozen)[0]
+    images = np.random.default_rng(0).integers(0, 256, (4, *config.data.image_size, 3), np.uint8)
+    if method.fits:
+        variables = method.fit(variables, frozen, [(images, 4)], 4, jax.random.key(1))
+    trained = train.Trained(method, variables, frozen, {}, mesh)
+    program = export.serialise(detector_lib.Detector(trained, config))
+    found = jax_export.deserialize(program).call(images)
+    return found["map"], method.predict(variables, frozen, images / np.float32(255))["map"]
+
+
+def test_learnt_distances_are_exported(tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.patchcore.update({"whiten": 0.1, "relative": True})
+    np.testing.assert_allclose(*serialised(config, "patchcore"), rtol=1e-3, atol=1e-3)
+
+
+def test_a_file_holds_no_attention_of_one_platform(tiny_config, monkeypatch):
+    kernels = []
+
+    def kernel(name, dtype, head_width):
+        kernels.append(name)
+        return "xla"
+
+    monkeypatch.setattr(methods.mmr, "attention_kernel", kernel)
+    np.testing.assert_allclose(*serialised(tiny_config, "mmr"), atol=1e-4)
+    assert kernels == ["auto", "xla"]  # of the run, and of what is written

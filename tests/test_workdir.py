@@ -86,3 +86,16 @@ def test_damaged_results_of_another_run_are_named_with_what_to_do(run, tmp_path,
     (run / name).write_text("{\n1\n")
     with pytest.raises(ValueError, match=rf"seed1/{name} is absent or damaged .*; delete it"):
         aggregate.aggregate(tmp_path, "", "")
+
+
+def test_a_bank_from_before_an_option_existed_is_not_continued_with_it(tmp_path):
+    config = config_lib.load("configs/demo.py")
+    folder = tmp_path / "patchcore" / "blade" / "seed0"
+    workdir.settle(config, "patchcore", folder, "abc", "train")
+    (folder / "fitted" / "0").mkdir(parents=True)
+    stored = json.loads((folder / "config.json").read_text())
+    for field in ("whiten", "relative"):
+        del stored["patchcore"][field]
+    (folder / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"patchcore\.whiten: was 0\.0, is 0\.1"):
+        workdir.settle(config, "patchcore", folder, "abc", "train")

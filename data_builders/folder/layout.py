@@ -226,11 +226,21 @@ def _attach_groups(root: pathlib.Path, items: list[Item]) -> list[Item]:
     path = root / GROUPS
     if not path.is_file():
         return items
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or []
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8; save it as CSV in UTF-8") from e
     if any(None in (row.get("image"), row.get("group")) for row in rows):
-        raise ValueError(f"{path}: expected the columns image and group, and maybe domain")
+        raise ValueError(
+            f"{path}: expected the columns image and group, and maybe domain, separated by commas; "
+            f"found {', '.join(columns)}"
+        )
     named = {row["image"]: row for row in rows}
+    if len(named) < len(rows):
+        twice = collections.Counter(row["image"] for row in rows).most_common(1)[0][0]
+        raise ValueError(f"{path} names {twice} twice; leave one row")
     known = {item.path.relative_to(root).as_posix() for item in items}
     if unknown := sorted(named.keys() - known):
         raise ValueError(f"{path} names {unknown[0]}, which is no image below {root}")
@@ -256,7 +266,24 @@ def _complete_splits(root: pathlib.Path, items: list[Item]) -> list[Item]:
             return "test"
         return item.split or "train"
 
-    return [dataclasses.replace(item, split=split(item)) for item in items]
+    items = [dataclasses.replace(item, split=split(item)) for item in items]
+    _check_groups(root, items)
+    return items
+
+
+def _check_groups(root: pathlib.Path, items: list[Item]) -> None:
+    """Raises ValueError when a folder puts images of one group on both sides."""
+    sides: dict[str, dict[str, Item]] = {}
+    for item in items:
+        if item.group:
+            sides.setdefault(item.group, {}).setdefault(item.split, item)
+    for group, found in sides.items():
+        if {"train", "test"} <= found.keys():
+            paths = [found[side].path.relative_to(root).as_posix() for side in ("train", "test")]
+            raise ValueError(
+                f"{root / GROUPS}: group {group} is trained on ({paths[0]}) and tested "
+                f"({paths[1]}); move one of them, or name two groups"
+            )
 
 
 def _describe(items: list[Item], layout: str, ignored: int) -> str:

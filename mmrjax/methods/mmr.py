@@ -101,19 +101,29 @@ class MMR(base.Method):
         return {"map": total, "score": anomaly_map.max_score(total), "parts": parts}
 
 
+def _has_flash_attention() -> bool:
+    """Whether cuDNN's flash attention runs here: on NVIDIA from Ampere on."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    return float(device.compute_capability) >= 8.0
+
+
 def attention_kernel(name: str, dtype: jnp.dtype, head_width: int) -> str:
-    """Resolves config.student.attention: "auto" is cuDNN wherever that can run, else XLA.
+    """Resolves config.student.attention: "auto" is cuDNN where that can run, else XLA.
 
     Raises:
       ValueError: an unknown name, or cuDNN where it cannot run.
     """
     if name not in ("auto", "xla", "cudnn"):
         raise ValueError(f"unknown student.attention={name!r}; available: auto, xla, cudnn")
-    can = jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and head_width % 8 == 0
+    fits = dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128
+    can = fits and _has_flash_attention()
     if name == "cudnn" and not can:
         raise ValueError(
-            "student.attention=cudnn needs an NVIDIA GPU, train.compute_dtype=bfloat16 and a "
-            f"multiple of 8 for width / heads (here {head_width}); use xla or auto"
+            "student.attention=cudnn needs an NVIDIA GPU of compute capability 8.0 or more, "
+            "train.compute_dtype=bfloat16, and for width / heads a multiple of 8 up to 128 "
+            f"(here {head_width}); use xla or auto"
         )
     return "cudnn" if can and name != "xla" else "xla"
 

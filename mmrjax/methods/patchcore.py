@@ -132,7 +132,7 @@ class PatchCore(base.Method):
         patches = patches.reshape(-1, d)
         if "expected" in memory:
             distance, row = nearest_row(patches, memory["bank"])
-            distance = distance / memory["expected"][row]
+            distance = distance / jnp.asarray(memory["expected"])[row]
         else:
             distance = nearest_squared_distance(patches, memory["bank"])
         distance = distance.reshape(b, h, w)

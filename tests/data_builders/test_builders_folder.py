@@ -206,11 +206,21 @@ def test_groups_and_domains_are_taken_from_a_table_and_stay_together(make, tmp_p
     ("text", "message"),
     [
         ("image,part\ngood/1.png,3\n", "expected the columns image and group"),
+        ("image;group\ngood/1.png;3\n", "separated by commas; found image;group"),
         ("image,group\ngood/9.png,3\n", r"names good/9\.png, which is no image below"),
+        ("image,group\ngood/1.png,3\ngood/1.png,4\n", r"names good/1\.png twice"),
     ],
 )
 def test_a_wrong_table_of_groups_is_refused(make, tmp_path, built, text, message):
     root = make("good/1.png", "good/2.png")
     (root / "groups.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
+        built("folder", root, tmp_path / "data")
+
+
+def test_a_group_on_both_sides_is_refused(make, tmp_path, built):
+    root = make("train/good/1.png", "train/good/2.png", "test/good/3.png", "test/crack/4.png")
+    text = "image,group\ntrain/good/1.png,A\ntest/good/3.png,A\n"
+    (root / "groups.csv").write_text(text, encoding="utf-8-sig")  # as spreadsheets do
+    with pytest.raises(ValueError, match=r"group A is trained on \(train/good/1\.png\) and tested"):
         built("folder", root, tmp_path / "data")
