@@ -34,13 +34,13 @@ part() {
 }
 # All as the whole run has it, so that its programs serve them: 521 images, 33 steps in a call.
 bench+=(--images=521 --config.train.steps_per_call=33)
-batches=(--train_batches=16,128 --eval_batches=32,256)
+batches=("--train_batches=16,128" "--eval_batches=32,256")
 # From an empty cache, alone; then everything else is compiled, at once; then nothing is any more.
 part whole_run 150 --parts=recipe --train_batches=16 --test_images=1639
 part warm_up 130 "${batches[@]}" --warm_up --vs=torch --variants=compile
 part model 90 "${batches[@]}" --requests=2000 --test_images=1639 \
   --parts=ceiling,gflop,train,evaluate,latency_ms,with_metrics
-versus=(--vs=torch --only_vs --windows=3 --variants=bfloat16,compile,official)
+versus=(--vs=torch --only_vs --windows=3 "--variants=bfloat16,compile,official")
 part versus_train 130 "${versus[@]}" --train_batches=16 --eval_batches=
 part versus_evaluate 100 "${versus[@]}" --train_batches= --eval_batches=32
 

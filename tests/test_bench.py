@@ -95,6 +95,15 @@ def test_neither_tfds_nor_grain_is_needed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.fixture
+def no_cache():
+    """Programs that ran in this process before have chosen one."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -105,7 +114,7 @@ def test_neither_tfds_nor_grain_is_needed():
         (["--train_batches=", "--eval_batches=2"], "--train_batches and --eval_batches"),
     ],
 )
-def test_bad_flags_are_refused_with_a_reason(flags, words, capsys):
+def test_bad_flags_are_refused_with_a_reason(flags, words, capsys, no_cache):
     with pytest.raises(SystemExit) as failure:
         bench._parse(flags)
     assert failure.value.code == 2

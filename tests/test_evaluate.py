@@ -51,6 +51,7 @@ class Brightness:
     """The brighter, the more anomalous."""
 
     name = "brightness"
+    dtype = jnp.float32
     score_is_peak = True
 
     def predict(self, variables, frozen, images):

@@ -76,7 +76,7 @@ def test_each_kind_of_damage_changes_what_it_marks_and_little_else(procedural, s
     for kind in scenes.DAMAGE:
         found = False
         for seed in range(12):
-            after, seen = scenes._damaged(np.random.default_rng(seed), part, kind, sheets)
+            after, seen = scenes.damaged(np.random.default_rng(seed), part, kind, sheets)
             change = np.abs(after - part).max(-1)
             assert change[~seen].max() <= scenes._SEEN, kind
             assert seen.mean() < 0.6, kind
