@@ -1,0 +1,35 @@
+"""The pyramid's own convolutions; the pyramid as a whole is in test_student.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrjax.models import fpn
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 9, 4), (1, 1, 1, 2), (2, 5, 1, 3)])
+def test_a_3x3_convolution_has_the_gradients_of_xla(shape):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, shape[-1], 5)), jnp.float32)
+    gradient = jnp.asarray(rng.normal(size=(*shape[:3], 5)), jnp.float32)
+    results = {}
+    for convolve in (fpn.convolve_3x3, fpn._convolve):
+        y, pull = jax.vjp(convolve, x, kernel)
+        results[convolve] = (y, *pull(gradient))
+    for ours, xla in zip(*results.values(), strict=True):
+        np.testing.assert_allclose(ours, xla, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("devices", "platform", "ours"), [(1, "cpu", True), (8, "cpu", False), (1, "gpu", False)]
+)
+def test_the_loop_over_images_is_for_a_single_cpu_device(devices, platform, ours, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    x = jnp.ones((1, 4, 4, 2))
+    module = fpn.ConvNorm(3, 3, jnp.float32)
+    variables = module.init(jax.random.key(0), x)
+    text = str(jax.make_jaxpr(lambda v: module.apply(v, x))(variables))
+    assert ("custom_vjp" in text) == ours
