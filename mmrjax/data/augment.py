@@ -6,6 +6,8 @@ crop box. Spec: arXiv 2304.02216's official code; torchvision's RandomResizedCro
 train without augmentation, `view` gives the pixels that evaluation sees.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -26,6 +28,7 @@ KERNELS = {
     "bicubic": _bicubic,
     "lanczos": lambda x: jnp.where(x < 3, jnp.sinc(x) * jnp.sinc(x / 3), 0.0),
 }
+SUPPORT = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # where they end
 
 
 def random_box(
@@ -69,17 +72,48 @@ def random_box(
     return jnp.stack([offset(key_top, h - box_h), offset(key_left, w - box_w), box_h, box_w])
 
 
-def _weights(
-    canvas: int, n_out: int, start: jax.Array | int, length: jax.Array, kernel: str = "bicubic"
+def _resample(
+    pixels: jax.Array,
+    axis: int,
+    start: jax.Array | int,
+    length: jax.Array,
+    n: int,
+    outputs: range,
+    kernel: str,
 ) -> jax.Array:
-    """Pillow's antialiased taps for [start, start + length) -> n_out; [n_out, canvas]."""
+    """Pillow's antialiased resize of one axis of [h, w, 3], in whole grey levels.
+
+    [start, start + length) becomes `n` pixels, of which `outputs` are computed.
+    """
+    canvas = pixels.shape[axis]
+    size, span = _bands(canvas, n, len(outputs), SUPPORT[kernel])
     length = length.astype(jnp.float32)
-    scale = length / n_out
-    centre = (jnp.arange(n_out) + 0.5) * scale
-    pixel = jnp.arange(canvas) - start
-    x = jnp.abs(pixel[None] + 0.5 - centre[:, None]) / jnp.maximum(scale, 1.0)
-    weight = jnp.where((pixel >= 0) & (pixel < length), KERNELS[kernel](x), 0.0)
-    return weight / weight.sum(axis=1, keepdims=True)
+    scale = length / n
+    stretch = jnp.maximum(scale, 1.0)
+    centre = (jnp.asarray(outputs).reshape(-1, size) + 0.5) * scale
+    first = jnp.floor(start + centre[:, 0] - SUPPORT[kernel] * stretch).astype(jnp.int32)
+    first = jnp.clip(first, 0, canvas - span)
+    pixel = first[:, None] + jnp.arange(span) - start
+    x = jnp.abs(pixel[:, None] + 0.5 - centre[..., None]) / stretch
+    inside = (pixel >= 0) & (pixel < length)
+    weight = jnp.where(inside[:, None], KERNELS[kernel](x), 0.0)
+    taps = weight / weight.sum(axis=-1, keepdims=True)
+    bands = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(pixels, i, span, axis))(first)
+    out = apply_taps(("byh,bhwc->bywc", "bxw,bhwc->hbxc")[axis], taps, bands)
+    shape = list(pixels.shape)
+    shape[axis] = len(outputs)
+    return jnp.clip(jnp.floor(out.reshape(shape) + 0.5), 0, 255)  # Pillow rounds after each pass
+
+
+def _bands(canvas: int, n: int, kept: int, support: int) -> tuple[int, int]:
+    """(outputs of a band, pixels that they read): a few dozen on a CPU, else all in one.
+
+    A product with all taps is mostly one with zeros; an accelerator computes it anyway.
+    """
+    if jax.default_backend() != "cpu":
+        return kept, canvas
+    size = max(d for d in range(1, 33) if kept % d == 0)
+    return size, min(canvas, math.ceil((size - 1 + 2 * support) * max(1.0, canvas / n)) + 2)
 
 
 def crop_resize(image: jax.Array, box: jax.Array, size_hw: tuple[int, int]) -> jax.Array:
@@ -93,10 +127,10 @@ def crop_resize(image: jax.Array, box: jax.Array, size_hw: tuple[int, int]) -> j
     Returns:
       float32 [*size_hw, 3], whole numbers in [0, 255].
     """
-    h, w, _ = image.shape
-    rows = _weights(h, size_hw[0], box[0], box[2])
-    columns = _weights(w, size_hw[1], box[1], box[3])
-    return _resample(image, rows, columns)
+    for axis in (1, 0):
+        n = size_hw[axis]
+        image = _resample(image, axis, box[axis], box[2 + axis], n, range(n), "bicubic")
+    return image
 
 
 def view(
@@ -118,21 +152,12 @@ def view(
     Returns:
       float32 [*size_hw, 3], whole numbers in [0, 255].
     """
-    axes = []
-    for canvas, length, n, kept in zip(image.shape, size, resize, size_hw, strict=False):
+    for axis in (1, 0):
+        n, kept = resize[axis], size_hw[axis]
         first = round((n - kept) / 2)  # Python's round, as torchvision's centre crop
-        axes.append(_weights(canvas, n, 0, length, interpolation)[first : first + kept])
-    return _resample(image, *axes)
-
-
-def _resample(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Applies the taps of both axes, horizontal pass first; float32, whole grey levels."""
-
-    def to_grey_levels(x: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.floor(x + 0.5), 0, 255)  # Pillow rounds after each pass
-
-    x = to_grey_levels(apply_taps("xw,hwc->hxc", columns, image))
-    return to_grey_levels(apply_taps("yh,hxc->yxc", rows, x))
+        outputs = range(first, first + kept)
+        image = _resample(image, axis, 0, size[axis], n, outputs, interpolation)
+    return image
 
 
 def apply_taps(

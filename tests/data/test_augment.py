@@ -295,8 +295,31 @@ def test_a_box_in_a_window_stays_in_it():
 
 def test_three_products_in_bfloat16_are_as_exact_as_one_in_float32():
     pixels = np.random.default_rng(0).integers(0, 256, (640, 90), np.uint8)
-    taps = np.asarray(augment._weights(640, 224, 3, jnp.asarray(611)))
+    x = np.abs(np.arange(640)[None] + 0.5 - (np.arange(224)[:, None] + 0.5) * 640 / 224)
+    taps = np.array(augment.KERNELS["bicubic"](jnp.asarray(x * 224 / 640, jnp.float32)))
+    taps /= taps.sum(1, keepdims=True)
     expected = taps.astype(np.float64) @ pixels
     found = jax.jit(functools.partial(augment.apply_taps, "xw,wc->xc", split=True))(taps, pixels)
     single = jax.jit(functools.partial(augment.apply_taps, "xw,wc->xc", split=False))(taps, pixels)
     assert np.abs(found - expected).max() < 2 * np.abs(single - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("interpolation", augment.KERNELS)
+@pytest.mark.parametrize("canvas", [(90, 70), (20, 33)])
+def test_bands_read_every_pixel_that_counts(interpolation, canvas, monkeypatch):
+    """A band that is too short or lies wrong would miss taps: compared with all of the canvas."""
+    image, size = noise(canvas), jnp.asarray([canvas[0] - 7, canvas[1]])
+    boxes = jax.vmap(lambda key: augment.random_box(key, size, (0.2, 1.0), (0.5, 2.0)))(
+        jax.random.split(jax.random.key(0), 20)
+    )
+
+    def both():
+        seen = augment.view(image, size, (44, 50), (40, 48), interpolation)
+        crop = jax.vmap(lambda box: augment.crop_resize(image, box, (36, 28)))(boxes)
+        return np.asarray(seen), np.asarray(crop)
+
+    banded = both()
+    monkeypatch.setattr(augment, "_bands", lambda canvas, n, kept, support: (kept, canvas))
+    for found, whole in zip(banded, both(), strict=True):
+        assert np.abs(found - whole).max() <= 1
+        assert (found != whole).mean() < 1e-3
