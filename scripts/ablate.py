@@ -36,6 +36,7 @@ from mmrjax import config as config_lib
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 METRICS = ("image_auroc", "pixel_auroc", "aupro_0.3", "pro_mmr")
 BASE = "base"
+LONGER = "longer"  # MMR with as many steps as rows with synthetic defects, whose epochs are longer
 OFF = {"hybrid": "false", "synthetic_every": 0, "tiny_weight": 1, "contrast": "none",
        "domain": "none"}  # fmt: skip
 SYNTHETIC = {"synthetic_every": 4}
@@ -43,6 +44,7 @@ FULL = {"hybrid": "true", **SYNTHETIC, "tiny_weight": 2, "contrast": "features"}
 # {grid: {row: switches beside OFF}}; BASE, MMR itself, comes first in each. Spec, section 9.
 GRIDS = {
     "parts": {
+        LONGER: {"epochs": "4/3"},
         "hybrid": {"hybrid": "true"},
         "synthetic": SYNTHETIC,
         "weight": {**SYNTHETIC, "tiny_weight": 2},
@@ -89,12 +91,15 @@ def rows_of(grid: str, domain: str, names: Sequence[str] = ()) -> dict[str, dict
 def command(spec: str, fields: Sequence[str], row: str, switches: dict, folder: pathlib.Path,
             seed: int) -> list[str]:  # fmt: skip
     """Arguments of mmrjax.main for one run in the work directory `folder`."""
-    own = {} if row == BASE else {**OFF, **switches}
+    plain = row in (BASE, LONGER)
+    own = {} if plain else {**OFF, **switches}
+    if row == LONGER:
+        fields = [*fields, f"train.epochs={config_lib.load(spec, fields).train.epochs * 4 // 3}"]
     return [
         f"--config={spec}",
         f"--workdir={folder}",
         *(f"--config.{field}" for field in fields),
-        f"--config.method.names={'mmr' if row == BASE else 'mmr_plus'}",
+        f"--config.method.names={'mmr' if plain else 'mmr_plus'}",
         *(f"--config.mmr_plus.{name}={value}" for name, value in own.items()),
         f"--config.train.seeds={seed}",
     ]

@@ -89,14 +89,16 @@ def test_every_row_is_a_configuration_that_its_method_accepts(grid, domain):
         config = config_lib.load("configs/demo.py", fields)
         config_lib.validate(config)
         (name,) = config.method.names
-        assert name == ("mmr" if row == ablate.BASE else "mmr_plus")
+        assert name == ("mmr" if row in (ablate.BASE, ablate.LONGER) else "mmr_plus")
+        assert config.train.epochs == (26 if row == ablate.LONGER else 20)
         assert config.train.seeds == (3,)
         methods.create(name, config)
 
 
 def test_the_parts_switch_one_thing_at_a_time():
     rows = ablate.rows_of("parts", "supcon")
-    assert list(rows) == ["base", "hybrid", "synthetic", "weight", "contrast", "domain", "all"]
+    names = ["base", "longer", "hybrid", "synthetic", "weight", "contrast", "domain", "all"]
+    assert list(rows) == names
     on = {row: set(switches) for row, switches in rows.items()}
     assert on["hybrid"] == {"hybrid"}
     for row, own in {"weight": "tiny_weight", "contrast": "contrast", "domain": "domain"}.items():
@@ -114,7 +116,7 @@ def test_data_of_one_domain_leave_out_the_alignment():
     rows = ablate.rows_of("parts", "none")
     assert "domain" not in rows
     assert rows["all"]["domain"] == "none"
-    with pytest.raises(ValueError, match="--rows=domain: known are base, hybrid"):
+    with pytest.raises(ValueError, match="--rows=domain: known are base, longer, hybrid"):
         ablate.rows_of("parts", "none", ["domain"])
 
 
