@@ -1,5 +1,7 @@
 """The Poisson solver against a sparse direct one, and the closed forms of MMR+'s section 7."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from scipy import sparse
 from scipy.sparse import linalg
 
+from mmrjax import mesh as mesh_lib
 from mmrjax.data import poisson
 
 N = 32
@@ -119,3 +122,49 @@ def test_few_rounds_are_enough_for_a_large_region():
     few = blend(source, target, region, tolerance=1e-7, max_rounds=8)
     many = blend(source, target, region, tolerance=1e-7, max_rounds=40)
     assert float(jnp.abs(few - many).max()) < 0.1
+
+
+@pytest.mark.parametrize("size", [(5, 4), (21, 33), (39, 41)])  # one grid, one, two
+@pytest.mark.parametrize("per_window", [False, True])
+def test_windows_of_any_size_equal_the_direct_solution(size, per_window):
+    rng = np.random.default_rng(3)
+    region = rng.random((2, *size)) < 0.9  # reaches every side of the window
+    source, target = rng.uniform(0, 255, (2, 2, *size, 1)).astype(np.float32)
+    mixed = jnp.zeros(2, bool) if per_window else False  # two ways to the right side
+    found = jax.jit(lambda s, x, r: poisson.blend(s, x, r, mixed, 1e-5))(source, target, region)
+    for i in range(2):
+        want = oracle(source[i, ..., 0], target[i, ..., 0], region[i])
+        np.testing.assert_allclose(found[i, ..., 0], want, atol=0.05)
+    np.testing.assert_array_equal(np.asarray(found)[~region], target[~region])
+
+
+def test_the_default_tolerance_is_below_half_a_grey_level():
+    rng = np.random.default_rng(4)
+    regions = np.stack([ragged(rng, 56, 22) for _ in range(2)])
+    source, target = rng.uniform(0, 255, (2, 2, 56, 56, 1)).astype(np.float32)
+    found = blend(source, target, regions)
+    for i, region in enumerate(regions):
+        want = oracle(source[i, ..., 0], target[i, ..., 0], region)
+        np.testing.assert_allclose(found[i, ..., 0], want, atol=0.5)
+
+
+def test_elsewhere_than_on_cpu_the_same_comes_out_without_conditions(monkeypatch):
+    rng = np.random.default_rng(5)
+    region = np.stack([ragged(rng)] * 2)
+    source, target = rng.uniform(0, 255, (2, 2, N, N, 1)).astype(np.float32)
+    want = blend(source, target, region, False, 1e-5)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    plain = jax.jit(lambda s, x, r: poisson.blend(s, x, r, False, 1e-5))
+    assert "cond[" not in str(jax.make_jaxpr(plain)(source, target, region))
+    np.testing.assert_allclose(plain(source, target, region), want, atol=0.01)
+
+
+def test_only_two_flags_cross_devices():
+    mesh = mesh_lib.make_mesh(8)
+    arrays = np.zeros((2, 16, 24, 24, 3), np.float32), np.zeros((16, 24, 24), bool)
+    batch = mesh_lib.put_batch((*arrays[0], arrays[1], np.zeros(16, bool)), mesh)
+    text = jax.jit(poisson.blend).lower(*batch).compile().as_text()
+    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+    crossing = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    # Whether any region is there, and whether any window is unfinished.
+    assert [(what.split("{")[0], how) for what, how in crossing] == [("pred[]", "all-reduce")] * 2
