@@ -124,10 +124,18 @@ def shade(height: jax.Array, azimuth: jax.Array, elevation: jax.Array) -> jax.Ar
     return jnp.clip((jnp.sin(elevation) - light) / jnp.sqrt(1 + dx * dx + dy * dy), 0.0, 1.0)
 
 
+def _reduce_around(x: jax.Array, by: int, start, reduce) -> jax.Array:
+    """Reduces the square of `by` px around each pixel of [..., h, w], first along columns."""
+    for axis in (-2, -1):
+        window = np.ones(x.ndim, int)
+        window[axis] = 2 * by + 1
+        x = jax.lax.reduce_window(x, start, reduce, tuple(window), (1,) * x.ndim, "SAME")
+    return x
+
+
 def dilate(mask: jax.Array, by: int) -> jax.Array:
-    """Square dilation of bool [h, w] by `by` px."""
-    window = (2 * by + 1,) * 2
-    return jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, (1, 1), "SAME")
+    """Square dilation of bool [..., h, w] by `by` px."""
+    return _reduce_around(mask, by, False, jax.lax.bitwise_or)
 
 
 def close(mask: jax.Array) -> jax.Array:
@@ -144,28 +152,31 @@ def small_components(mask: jax.Array, below: int = 10, rounds: int = 50) -> jax.
     """The 8-connected components whose larger bounding-box side is less than `below` px.
 
     Args:
-      mask: bool [h, w].
+      mask: bool [..., h, w]; h, w < 2**15.
       below: px.
       rounds: reach in px of the spread of extents; a path within a box of `below` px is shorter.
 
     Returns:
-      bool [h, w].
+      bool [..., h, w].
     """
-    h, w = mask.shape
-    y, x = jnp.broadcast_to(jnp.arange(h)[:, None], (h, w)), jnp.broadcast_to(jnp.arange(w), (h, w))
-    far = 2 * (h + w)
+    h, w = mask.shape[-2:]
+    far = np.int16(max(h, w))
+    y = jnp.broadcast_to(jnp.arange(h, dtype=jnp.int16)[:, None], mask.shape)
+    x = jnp.broadcast_to(jnp.arange(w, dtype=jnp.int16), mask.shape)
     start = jnp.where(mask, jnp.stack([y, -y, x, -x]), far)  # least of each is an edge of the box
 
+    def is_small(extent):
+        sides = 1 - (extent[0::2] + extent[1::2])  # [2, ..., h, w]
+        return mask & (sides < below).all(0)
+
+    # Once no small box grows, none will: its neighbours are small too. Large ones may go on.
     def spread(state):
         extent, _, i = state
-        window = (1, 3, 3)
-        least = jax.lax.reduce_window(extent, far, jax.lax.min, window, (1, 1, 1), "SAME")
+        least = _reduce_around(extent, 1, far, jax.lax.min)
         least = jnp.where(mask, least, far)
-        return least, (least != extent).any(), i + 1
+        return least, (is_small(extent) & (least != extent).any(0)).any(), i + 1
 
     def spreading(state):
         return state[1] & (state[2] < rounds)
 
-    extent = jax.lax.while_loop(spreading, spread, (start, jnp.array(True), 0))[0]
-    sides = -(extent[0::2] + extent[1::2]) + 1  # [2, h, w]
-    return mask & (sides < below).all(0)
+    return is_small(jax.lax.while_loop(spreading, spread, (start, jnp.array(True), 0))[0])

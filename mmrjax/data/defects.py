@@ -164,7 +164,7 @@ def synthesise(
         painted, region = _blend_into(painted, region, windows)
     change = jnp.abs(painted - pixels).mean(-1)
     mask = jax.vmap(shapes.close)(change > CHANGED) & region
-    tiny = jax.vmap(shapes.small_components)(mask)
+    tiny = shapes.small_components(mask)
     found = mask.any((1, 2))
     painted = jnp.where(found[:, None, None, None], painted, pixels)
     position = jnp.asarray([KINDS.index(name) for name in names], jnp.int32)[choice]

@@ -144,6 +144,17 @@ def test_small_components_equal_opencv(seed):
     np.testing.assert_array_equal(found, np.isin(labels, small))
 
 
+def test_small_components_are_told_by_their_box_not_by_their_path():
+    mask = np.zeros((24, 40), bool)
+    for row in range(0, 9, 2):  # 9 x 9 px, 49 px along
+        mask[2 + row, 2:11] = True
+        mask[3 + row, 10 if row % 4 == 0 else 2] = row < 8
+    mask[2:20, 20:38] = mask[:, :18][2:20, 0:18]
+    mask[10, 29:34] = True  # its twin has a tail
+    found = defect_shapes.small_components(jnp.asarray(mask))
+    np.testing.assert_array_equal(found, mask & (np.arange(40) < 15))
+
+
 def test_closing_fills_gaps_and_does_not_grow_to_the_border():
     mask = np.zeros((20, 24), bool)
     mask[1:8, 1:5] = mask[10:19, 12:23] = mask[0, 20] = True  # two of them 1 px from the border
