@@ -1,6 +1,6 @@
 """Shapes and textures that synthetic defects are made of: noise, blobs, lines, windows.
 
-Pure functions of a key on square windows of n px, in pixels; used by defects.py alone.
+Pure functions on square windows of n px, in pixels; what is random in them comes from `Draws`.
 """
 
 import jax
@@ -9,6 +9,47 @@ import numpy as np
 
 ANGLES = 256  # samples of a blob's outline
 ROUGHNESS = (1.6, 4.0)  # of Q = perimeter^2 / (4 pi area); a circle has 1 (MMR+ spec, section 7)
+
+
+def draw_blocks(key: jax.Array, uniforms: int, normals: int) -> tuple[jax.Array, jax.Array]:
+    """What `Draws` is made of: so many numbers in [0, 1) and so many standard normal ones."""
+    drawn = jax.random.uniform(key, (uniforms + normals,), minval=1e-7)  # 0 would give -inf
+    return drawn[:uniforms], np.sqrt(2) * jax.lax.erf_inv(2 * drawn[uniforms:] - 1)
+
+
+class Draws:
+    """The random numbers of one defect, drawn in a block beforehand and handed out in turn.
+
+    It reads like a NumPy generator. Each call of jax.random is compiled on its own, and 75 of them
+    took more than half of the time to compile the generator.
+
+    Args:
+      uniforms: float32 [m] in [0, 1).
+      normals: float32 [m], standard normal.
+    """
+
+    def __init__(self, uniforms: jax.Array, normals: jax.Array):
+        self._uniforms, self._normals = uniforms, normals
+
+    def uniform(self, low: float, high: float, *shape: int) -> jax.Array:
+        """Numbers in [low, high), of a shape; one without."""
+        count = int(np.prod(shape))
+        taken, self._uniforms = self._uniforms[:count], self._uniforms[count:]
+        return low + (high - low) * taken.reshape(shape)  # fails if the block is used up
+
+    def normal(self, *shape: int) -> jax.Array:
+        """Standard normal numbers of a shape; one without."""
+        count = int(np.prod(shape))
+        taken, self._normals = self._normals[:count], self._normals[count:]
+        return taken.reshape(shape)
+
+    def integer(self, low: int, high: int) -> jax.Array:
+        """One of low, ..., high - 1, int32."""
+        return low + self.uniform(0, high - low).astype(jnp.int32)
+
+    def sign(self, dark: float) -> jax.Array:
+        """-1 with probability `dark`, else 1."""
+        return jnp.where(self.uniform(0, 1) < dark, -1.0, 1.0)
 
 
 def grid(n: int) -> tuple[jax.Array, jax.Array]:
@@ -31,31 +72,30 @@ def blur(x: jax.Array, sigma: float) -> jax.Array:
     return jnp.einsum("jw,iw...->ij...", columns, x)
 
 
-def white(key: jax.Array, n: int, sigma: float) -> jax.Array:
-    """Gaussian noise of about unit variance, smoothed by `sigma` px, [n, n]."""
-    return blur(jax.random.normal(key, (n, n)), sigma) * float(2 * np.sqrt(np.pi) * sigma)
+def smooth(noise: jax.Array, sigma: float) -> jax.Array:
+    """White noise [n, n] smoothed by `sigma` px, of about unit variance again."""
+    return blur(noise, sigma) * float(2 * np.sqrt(np.pi) * sigma)
 
 
-def fractal(key: jax.Array, n: int, sigma: float = 12.0) -> jax.Array:
-    """Four octaves of noise, about unit variance, [n, n]; `sigma` px is the coarsest grain."""
-    keys = jax.random.split(key, 4)
-    octaves = [white(keys[i], n, sigma / 2**i) * 0.6**i for i in range(4)]
+def fractal(noise: jax.Array, sigma: float) -> jax.Array:
+    """Octaves of white noise [4, n, n], about unit variance, [n, n]; `sigma` px is the coarsest."""
+    octaves = [smooth(octave, sigma / 2**i) * 0.6**i for i, octave in enumerate(noise)]
     return sum(octaves) / float(np.sqrt(sum(0.36**i for i in range(4))))
 
 
-def outline(key: jax.Array, reach: float) -> jax.Array:
+def outline(draws: Draws, reach: float) -> jax.Array:
     """Radius of a ragged blob by angle, relative to its size: float32 [ANGLES], at most `reach`.
 
     r = clip(1 + sum_k .35 / k N(0,1) cos(k angle + phase), .2, 2), k = 2 .. 32; of eight drawn the
     first whose roughness is in ROUGHNESS.
     """
-    key_size, key_phase = jax.random.split(key)
-    k = jnp.arange(2, 33)
-    size = 0.35 / k * jax.random.normal(key_size, (8, 31))
-    phase = jax.random.uniform(key_phase, (8, 31), maxval=2 * np.pi)
-    angle = jnp.arange(ANGLES) * (2 * np.pi / ANGLES)
-    waves = size[..., None] * jnp.cos(k[:, None] * angle + phase[..., None])
-    radius = jnp.clip(1 + waves.sum(1), 0.2, jnp.minimum(2.0, reach))  # [8, ANGLES]
+    k = np.arange(2, 33)
+    size = (0.35 / k).astype(np.float32) * draws.normal(8, 31)
+    phase = draws.uniform(0, 2 * np.pi, 8, 31)
+    angles = jnp.asarray(k[:, None] * np.arange(ANGLES) * (2 * np.pi / ANGLES), jnp.float32)
+    # cos(a + b) = cos a cos b - sin a sin b: two products instead of a cosine per angle.
+    waves = (size * jnp.cos(phase)) @ jnp.cos(angles) - (size * jnp.sin(phase)) @ jnp.sin(angles)
+    radius = jnp.clip(1 + waves, 0.2, jnp.minimum(2.0, reach))  # [8, ANGLES]
     rough = roughness(radius)
     fits = (rough >= ROUGHNESS[0]) & (rough <= ROUGHNESS[1])
     return radius[jnp.argmax(fits)]
@@ -90,18 +130,16 @@ def rotate(y, x, angle) -> tuple[jax.Array, jax.Array]:
     return x * jnp.cos(angle) + y * jnp.sin(angle), y * jnp.cos(angle) - x * jnp.sin(angle)
 
 
-def walk(key: jax.Array, steps: int, length: jax.Array, turn: float, angle: jax.Array) -> jax.Array:
-    """A random walk's points (y, x), px, centred on their bounding box: [steps, 2].
+def walk(turns: jax.Array, length: jax.Array, angle: jax.Array) -> jax.Array:
+    """A walk's points (y, x), px, centred on their bounding box: [steps, 2].
 
     Args:
-      key: of the turns.
-      steps: number of points.
+      turns: radians, before each step, [steps].
       length: px, along the walk.
-      turn: standard deviation of the turn between two points, radians.
-      angle: of the first step, radians.
+      angle: the walk sets out from, radians.
     """
-    heading = angle + jnp.cumsum(turn * jax.random.normal(key, (steps,)))
-    step = jnp.stack([jnp.sin(heading), jnp.cos(heading)], -1) * length / steps
+    heading = angle + jnp.cumsum(turns)
+    step = jnp.stack([jnp.sin(heading), jnp.cos(heading)], -1) * length / len(turns)
     points = jnp.cumsum(step, 0)
     return points - (points.min(0) + points.max(0)) / 2
 
@@ -124,10 +162,18 @@ def shade(height: jax.Array, azimuth: jax.Array, elevation: jax.Array) -> jax.Ar
     return jnp.clip((jnp.sin(elevation) - light) / jnp.sqrt(1 + dx * dx + dy * dy), 0.0, 1.0)
 
 
+def _reduce_around(x: jax.Array, by: int, start, reduce) -> jax.Array:
+    """Reduces the square of `by` px around each pixel of [..., h, w], first along columns."""
+    for axis in (-2, -1):
+        window = np.ones(x.ndim, int)
+        window[axis] = 2 * by + 1
+        x = jax.lax.reduce_window(x, start, reduce, tuple(window), (1,) * x.ndim, "SAME")
+    return x
+
+
 def dilate(mask: jax.Array, by: int) -> jax.Array:
-    """Square dilation of bool [h, w] by `by` px."""
-    window = (2 * by + 1,) * 2
-    return jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, (1, 1), "SAME")
+    """Square dilation of bool [..., h, w] by `by` px."""
+    return _reduce_around(mask, by, False, jax.lax.bitwise_or)
 
 
 def close(mask: jax.Array) -> jax.Array:
@@ -144,28 +190,31 @@ def small_components(mask: jax.Array, below: int = 10, rounds: int = 50) -> jax.
     """The 8-connected components whose larger bounding-box side is less than `below` px.
 
     Args:
-      mask: bool [h, w].
+      mask: bool [..., h, w]; h, w < 2**15.
       below: px.
       rounds: reach in px of the spread of extents; a path within a box of `below` px is shorter.
 
     Returns:
-      bool [h, w].
+      bool [..., h, w].
     """
-    h, w = mask.shape
-    y, x = jnp.broadcast_to(jnp.arange(h)[:, None], (h, w)), jnp.broadcast_to(jnp.arange(w), (h, w))
-    far = 2 * (h + w)
+    h, w = mask.shape[-2:]
+    far = np.int16(max(h, w))
+    y = jnp.broadcast_to(jnp.arange(h, dtype=jnp.int16)[:, None], mask.shape)
+    x = jnp.broadcast_to(jnp.arange(w, dtype=jnp.int16), mask.shape)
     start = jnp.where(mask, jnp.stack([y, -y, x, -x]), far)  # least of each is an edge of the box
 
+    def is_small(extent):
+        sides = 1 - (extent[0::2] + extent[1::2])  # [2, ..., h, w]
+        return mask & (sides < below).all(0)
+
+    # Once no small box grows, none will: its neighbours are small too. Large ones may go on.
     def spread(state):
         extent, _, i = state
-        window = (1, 3, 3)
-        least = jax.lax.reduce_window(extent, far, jax.lax.min, window, (1, 1, 1), "SAME")
+        least = _reduce_around(extent, 1, far, jax.lax.min)
         least = jnp.where(mask, least, far)
-        return least, (least != extent).any(), i + 1
+        return least, (is_small(extent) & (least != extent).any(0)).any(), i + 1
 
     def spreading(state):
         return state[1] & (state[2] < rounds)
 
-    extent = jax.lax.while_loop(spreading, spread, (start, jnp.array(True), 0))[0]
-    sides = -(extent[0::2] + extent[1::2]) + 1  # [2, h, w]
-    return mask & (sides < below).all(0)
+    return is_small(jax.lax.while_loop(spreading, spread, (start, jnp.array(True), 0))[0])

@@ -147,34 +147,40 @@ def synthesise(
         # Hidden from the compiler, whose interpreter would sum over it: 17 s each time.
         foreground = jax.lax.optimization_barrier(jnp.ones((b, h, w), bool))
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(b))
-    key_kind, key_tiny, key_large = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
+    key_plan, key_tiny, key_large = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
+    # Which kind, how many tiny ones, and where.
+    drawn = jax.vmap(lambda k: jax.random.uniform(k, (2 + POOL + TRIES,)))(key_plan)
+    drawn_kind, drawn_tiny, drawn_large = jnp.split(drawn, (1, 2 + POOL), axis=1)
     names = tuple(settings.probabilities)
-    choice = _draw_kinds(key_kind, settings, chances)
+    choice = _draw_kinds(drawn_kind[:, 0], settings, chances)
     small = [name for name in names if name in TINY]  # the first of `names`
     painted, region = pixels, jnp.zeros((b, h, w), bool)
     is_tiny = choice < len(small)
     if small:
         is_groove = jnp.asarray([name == "groove" for name in names])[choice]
-        windows = _tiny_windows(key_tiny, pixels, foreground, is_groove, is_tiny, settings)
+        windows = _tiny_windows(
+            key_tiny, drawn_tiny, pixels, foreground, is_groove, is_tiny, settings
+        )
         painted, region = _blend_into(painted, region, windows)
     if len(small) < len(names):
         which = jnp.clip(choice - len(small), 0)
         real = None if bank is None else (*bank, chances)
-        windows = _large_windows(key_large, pixels, foreground, which, ~is_tiny, settings, real)
+        windows = _large_windows(
+            key_large, drawn_large, pixels, foreground, which, ~is_tiny, settings, real
+        )
         painted, region = _blend_into(painted, region, windows)
     change = jnp.abs(painted - pixels).mean(-1)
     mask = jax.vmap(shapes.close)(change > CHANGED) & region
-    tiny = jax.vmap(shapes.small_components)(mask)
+    tiny = shapes.small_components(mask)
     found = mask.any((1, 2))
     painted = jnp.where(found[:, None, None, None], painted, pixels)
     position = jnp.asarray([KINDS.index(name) for name in names], jnp.int32)[choice]
     return Defects(painted, mask, tiny, jnp.where(found, position, NONE))
 
 
-def _draw_kinds(keys, settings, chances) -> jax.Array:
-    """The kind of each picture, int32 [b] into `settings.probabilities`."""
+def _draw_kinds(drawn, settings, chances) -> jax.Array:
+    """The kind of each picture, int32 [b] into `settings.probabilities`; `drawn` [b] in [0, 1)."""
     shares = settings.probabilities
-    drawn = jax.vmap(jax.random.uniform)(keys)
     if chances is None or "real" not in shares:
         cumulated = jnp.asarray(np.cumsum(list(shares.values())))
         return jnp.minimum(jnp.searchsorted(cumulated, drawn), len(shares) - 1)
@@ -231,16 +237,17 @@ def _blend_into(pixels, region, windows: _Windows) -> tuple[jax.Array, jax.Array
     return jax.vmap(write)(pixels, region, windows.corner, blended, windows.region)
 
 
-def _tiny_windows(keys, pixels, foreground, is_groove, is_used, settings) -> _Windows:
+def _tiny_windows(keys, drawn, pixels, foreground, is_groove, is_used, settings) -> _Windows:
     """One to three spots or grooves in each picture where `is_used`."""
 
-    def one(key, picture, part, is_groove, is_used):
-        key_count, key_place, key_draw = jax.random.split(key, 3)
+    def one(key, drawn, picture, part, is_groove, is_used):
+        count = 1 + (3 * drawn[0]).astype(jnp.int32)
         weights = _weights(picture, part, settings.spatial_distribution)
-        middles = _draw_places(key_place, weights, POOL)
-        draw = jax.vmap(lambda k, m: _draw_tiny(k, m, picture, part, is_groove, settings))
-        corner, source, region, fits = draw(jax.random.split(key_draw, POOL), middles)
-        count = jax.random.randint(key_count, (), 1, 4)
+        middles = _places(drawn[1:], weights)
+        blocks = shapes.draw_blocks(key, POOL * 8, POOL * (10 + TINY_WINDOW**2))
+        blocks = [block.reshape(POOL, -1) for block in blocks]
+        draw = jax.vmap(lambda m, *b: _draw_tiny(b, m, picture, part, is_groove, settings))
+        corner, source, region, fits = draw(middles, *blocks)
         taken, used = [], []
         for i in range(3):
             for j in taken:
@@ -251,15 +258,15 @@ def _tiny_windows(keys, pixels, foreground, is_groove, is_used, settings) -> _Wi
         region = region[taken] & used[:, None, None]
         return _Windows(corner[taken], source[taken], region, jnp.zeros(3, bool))
 
-    return jax.vmap(one)(keys, pixels, foreground, is_groove, is_used)
+    return jax.vmap(one)(keys, drawn, pixels, foreground, is_groove, is_used)
 
 
-def _draw_tiny(key, middle, picture, part, is_groove, settings):
+def _draw_tiny(blocks, middle, picture, part, is_groove, settings):
     """One candidate: (corner, source, region, whether it may be used)."""
-    key_shape, key_sign, key_depth, key_grain = jax.random.split(key, 4)
     n = TINY_WINDOW
+    draws = shapes.Draws(*blocks)
     corner, place = _window(picture, part, middle, n)
-    spot, groove = _spot(key_shape, place), _groove(key_shape, place)
+    spot, groove = _spot(draws, place), _groove(draws, place)
     profile = shapes.blur(jnp.where(is_groove, groove, spot), 0.6)
     profile = profile / profile.max()
     box = jnp.maximum(jnp.abs(place.y), jnp.abs(place.x)) <= BOX // 2
@@ -268,12 +275,11 @@ def _draw_tiny(key, middle, picture, part, is_groove, settings):
     level = jnp.sum(place.pixels.mean(-1) * profile) / profile.sum()
     low, high = settings.contrast
     # Less depth in the dark, as light would have it; 0.4 of 0.1 is still a visible step.
-    depth = jax.random.uniform(key_depth, (), minval=low, maxval=high) * 255
+    depth = draws.uniform(low, high) * 255
     depth = depth * jnp.clip(level / 110.0, 0.4, 1.0)
-    is_dark = jax.random.bernoulli(key_sign, 0.7)
     sign = jnp.where(level + depth > 250, -1.0, jnp.where(level < 1.2 * depth, 1.0, 0.0))
-    sign = jnp.where(sign == 0, jnp.where(is_dark, -1.0, 1.0), sign)
-    grain = settings.noise_intensity * 255 * shapes.white(key_grain, n, 0.7)
+    sign = jnp.where(sign == 0, draws.sign(0.7), sign)
+    grain = settings.noise_intensity * 255 * shapes.smooth(draws.normal(n, n), 0.7)
     source = place.pixels + (profile * (sign * depth + grain))[..., None]
     core = profile >= 0.5
     change = jnp.abs(jnp.clip(jnp.round(source), 0, 255) - place.pixels).mean(-1)
@@ -282,54 +288,55 @@ def _draw_tiny(key, middle, picture, part, is_groove, settings):
     return corner, source, shapes.dilate(support, 3), is_visible & on_part
 
 
-def _spot(key, place) -> jax.Array:
+def _spot(draws, place) -> jax.Array:
     """A turned ellipse with semi-axes of 1 to 3.5 px, as coverage."""
-    key_axes, key_angle = jax.random.split(key)
-    axes = jax.random.uniform(key_axes, (2,), minval=1.0, maxval=3.5)
-    angle = jax.random.uniform(key_angle, (), maxval=np.pi)
+    axes, angle = draws.uniform(1.0, 3.5, 2), draws.uniform(0, np.pi)
     return shapes.coverage(shapes.ellipse_depth(place.y, place.x, axes, angle))
 
 
-def _groove(key, place) -> jax.Array:
+def _groove(draws, place) -> jax.Array:
     """A random walk of 4 to 9 px, 1 to 2 px wide, as coverage."""
-    key_length, key_width, key_angle, key_walk = jax.random.split(key, 4)
-    length = jax.random.uniform(key_length, (), minval=4.0, maxval=9.0)
-    radius = jax.random.uniform(key_width, (), minval=0.5, maxval=1.0)
-    angle = jax.random.uniform(key_angle, (), maxval=2 * np.pi)
-    points = shapes.walk(key_walk, 10, length, np.deg2rad(25), angle)
+    length, radius = draws.uniform(4.0, 9.0), draws.uniform(0.5, 1.0)
+    turns = np.deg2rad(25) * draws.normal(10)
+    points = shapes.walk(turns, length, draws.uniform(0, 2 * np.pi))
     # The ends and the blur add to the walk: shorten it so that the whole fits the box.
     side = jnp.ptp(points, axis=0).max()
     points = points * jnp.minimum(1.0, (BOX - 2 * radius - 1.4) / side)
     return shapes.coverage(shapes.line_depth(place.y, place.x, points, jnp.full(10, radius)))
 
 
-def _large_windows(keys, pixels, foreground, which, is_used, settings, real) -> _Windows:
+def _large_windows(keys, drawn, pixels, foreground, which, is_used, settings, real) -> _Windows:
     """One large defect in each picture where `is_used`; `which` counts the large kinds.
 
     `real` is None, or the bank's images and masks and the pictures' chances (or None).
     """
     names = [name for name in settings.probabilities if name not in TINY]
     n = min(LARGE_WINDOW, *(side // 16 * 16 for side in pixels.shape[1:3]))
+    normals = kinds_lib.NORMALS + kinds_lib.FIELDS * n * n
     is_fracture = jnp.asarray([name == "fracture" for name in names])[which]
 
     images, masks, chances = real or (None, None, None)
 
     def painter(name, chance):
         if name == "real":
-            return lambda key, place: kinds_lib.real(key, place, images, masks, chance)
-        return lambda key, place: kinds_lib.PAINTERS[name](key, place, settings)
+            return lambda blocks, place: kinds_lib.real(
+                shapes.Draws(*blocks), place, images, masks, chance
+            )
+        paint = kinds_lib.PAINTERS[name]
+        return lambda blocks, place: paint(shapes.Draws(*blocks), place, settings)
 
-    def one(key, picture, part, which, is_fracture, is_used, chance):
-        key_place, key_paint = jax.random.split(key)
+    def one(key, drawn, picture, part, which, is_fracture, is_used, chance):
         anywhere = _weights(picture, part, settings.spatial_distribution)
         weights = jnp.where(is_fracture, _band(part, 4).astype(jnp.float32), anywhere)
-        middles = _draw_places(key_place, weights, TRIES)
+        middles = _places(drawn, weights)
 
         def attempt(state):
             i = state[0]
             corner, place = _window(picture, part, middles[i], n)
+            # One block for all kinds: under vmap each of them is painted, and one is taken.
+            blocks = shapes.draw_blocks(jax.random.fold_in(key, i), kinds_lib.UNIFORMS, normals)
             paint = [painter(name, chance) for name in names]
-            painted = jax.lax.switch(which, paint, jax.random.fold_in(key_paint, i), place)
+            painted = jax.lax.switch(which, paint, blocks, place)
             near = jnp.maximum(jnp.abs(place.y), jnp.abs(place.x)) < kinds_lib.reach(n)
             core = painted.core & near
             fits = _fits(place, core, painted.source, is_fracture)
@@ -344,8 +351,10 @@ def _large_windows(keys, pixels, foreground, which, is_used, settings, real) -> 
         _, fits, corner, source, region, mixed = jax.lax.while_loop(unplaced, attempt, start)
         return _Windows(corner[None], source[None], (region & fits)[None], mixed[None])
 
-    over = (0, 0, 0, 0, 0, 0, None if chances is None else 0)
-    return jax.vmap(one, over)(keys, pixels, foreground, which, is_fracture, is_used, chances)
+    over = (0, 0, 0, 0, 0, 0, 0, None if chances is None else 0)
+    return jax.vmap(one, over)(
+        keys, drawn, pixels, foreground, which, is_fracture, is_used, chances
+    )
 
 
 def _fits(place, core, source, is_fracture) -> jax.Array:
@@ -386,12 +395,15 @@ def _band(part, width: int) -> jax.Array:
     return part & shapes.dilate(outside, width)[width:-width, width:-width]
 
 
-def _draw_places(key, weights, count: int) -> jax.Array:
-    """int32 [count, 2] pixels, drawn by weight."""
-    total = jnp.cumsum(weights.reshape(-1))
-    drawn = jax.random.uniform(key, (count,)) * total[-1]
-    flat = jnp.clip(jnp.searchsorted(total, drawn, side="right"), 0, weights.size - 1)
-    return jnp.stack(jnp.divmod(flat, weights.shape[1]), -1).astype(jnp.int32)
+def _places(drawn, weights) -> jax.Array:
+    """int32 [count, 2] pixels, chosen by weight with `drawn` [count] in [0, 1)."""
+    rows = jnp.cumsum(weights.sum(1))
+    wanted = drawn * rows[-1]
+    y = jnp.minimum(jnp.sum(rows <= wanted[:, None], axis=1), len(weights) - 1)
+    columns = jnp.cumsum(weights[y], axis=1)  # [count, w]
+    wanted = wanted - (rows[y] - columns[:, -1])  # what is left of it in that row
+    x = jnp.minimum(jnp.sum(columns <= wanted[:, None], axis=1), weights.shape[1] - 1)
+    return jnp.stack([y, x], axis=-1)
 
 
 def _checked(key, images, foreground, settings, bank) -> Bank | None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from mmrjax.data import defect_shapes, defects
 
@@ -144,6 +145,17 @@ def test_small_components_equal_opencv(seed):
     np.testing.assert_array_equal(found, np.isin(labels, small))
 
 
+def test_small_components_are_told_by_their_box_not_by_their_path():
+    mask = np.zeros((24, 40), bool)
+    for row in range(0, 9, 2):  # 9 x 9 px, 49 px along
+        mask[2 + row, 2:11] = True
+        mask[3 + row, 10 if row % 4 == 0 else 2] = row < 8
+    mask[2:20, 20:38] = mask[:, :18][2:20, 0:18]
+    mask[10, 29:34] = True  # its twin has a tail
+    found = defect_shapes.small_components(jnp.asarray(mask))
+    np.testing.assert_array_equal(found, mask & (np.arange(40) < 15))
+
+
 def test_closing_fills_gaps_and_does_not_grow_to_the_border():
     mask = np.zeros((20, 24), bool)
     mask[1:8, 1:5] = mask[10:19, 12:23] = mask[0, 20] = True  # two of them 1 px from the border
@@ -157,9 +169,44 @@ def test_closing_fills_gaps_and_does_not_grow_to_the_border():
     np.testing.assert_array_equal(defect_shapes.close(jnp.asarray(some)), want)
 
 
+def test_drawn_numbers_have_their_distributions_and_are_handed_out_once():
+    draws = defect_shapes.Draws(*defect_shapes.draw_blocks(jax.random.key(0), 40_001, 40_000))
+    normal, uniform = draws.normal(4, 5_000), draws.uniform(2, 6, 20_000)
+    for values, cdf in (
+        (normal, stats.norm.cdf),
+        (uniform, stats.uniform(2, 4).cdf),
+        (draws.normal(20_000), stats.norm.cdf),
+    ):
+        assert stats.kstest(np.ravel(values), cdf).pvalue > 0.01
+    again = draws.uniform(2, 6, 20_000)
+    assert not np.isin(again, uniform).all()
+    assert abs(np.corrcoef(np.ravel(normal), again)[0, 1]) < 0.03
+    assert draws.integer(3, 4) == 3
+    with pytest.raises(TypeError, match="reshape"):
+        draws.sign(0.5)
+
+
+def test_numbers_of_a_block_become_integers_and_signs_by_their_share():
+    shares = jnp.arange(1000) / 1000
+    integers = jax.vmap(lambda u: defect_shapes.Draws(u[None], u[None]).integer(1, 5))(shares)
+    np.testing.assert_array_equal(np.unique(integers, return_counts=True), [range(1, 5), [250] * 4])
+    signs = jax.vmap(lambda u: defect_shapes.Draws(u[None], u[None]).sign(0.7))(shares)
+    assert (np.asarray(signs) == -1).mean() == pytest.approx(0.7, abs=2e-3)
+
+
+def test_places_are_drawn_by_weight():
+    weights = jnp.asarray([[0, 0, 0], [1, 0, 3], [0, 0, 0], [0, 4, 0]], jnp.float32)
+    drawn = (jnp.arange(800) + 0.5) / 800
+    found = np.asarray(defects._places(drawn, weights))
+    counts = np.zeros(weights.shape)
+    np.add.at(counts, tuple(found.T), 1)
+    np.testing.assert_array_equal(counts, 100 * weights)
+
+
 def test_outlines_are_rough_as_broken_edges_are():
-    radius = jax.vmap(lambda k: defect_shapes.outline(k, 3.0))(
-        jax.random.split(jax.random.key(0), 200)
+    blocks = defect_shapes.draw_blocks(jax.random.key(0), 200 * 248, 200 * 248)
+    radius = jax.vmap(lambda *rows: defect_shapes.outline(defect_shapes.Draws(*rows), 3.0))(
+        *(block.reshape(200, 248) for block in blocks)
     )
     rough = np.asarray(defect_shapes.roughness(radius))
     low, high = defect_shapes.ROUGHNESS
