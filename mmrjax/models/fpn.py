@@ -4,6 +4,8 @@ Three parallel stages turn one stride-16 map into maps of stride 4, 8 and 16 wit
 widths of the teacher. No activation after the norms: outputs may be negative.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -81,20 +83,24 @@ def _convolve_backward(saved, gradient: jax.Array):
     x, kernel = saved
     b, h, w, c = x.shape
     _, of_input = jax.vjp(lambda x: _convolve(x, kernel), x)
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(b, -1, c)
-    spread = jnp.pad(gradient, ((0, 0), (0, 0), (0, 2), (0, 0))).reshape(b, h * (w + 2), -1)
+    # Every device goes through its own images, one after the other.
+    devices = math.gcd(b, jax.device_count())
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = padded.reshape(devices, b // devices, -1, c).swapaxes(0, 1)
+    spread = jnp.pad(gradient, ((0, 0), (0, 0), (0, 2), (0, 0)))
+    spread = spread.reshape(devices, b // devices, h * (w + 2), -1).swapaxes(0, 1)
     n = h * (w + 2) - 2  # the last two are padding, beyond which the last shift would reach
     shifts = (jnp.arange(3)[:, None] * (w + 2) + jnp.arange(3)).reshape(-1)
 
-    def add(total, image):
-        pixels, turned = image[0], image[1][:n].T
+    def add(total, images):
+        pixels, turned = images[0], images[1][:, :n].swapaxes(1, 2)
         products = jax.lax.map(
-            lambda shift: turned @ jax.lax.dynamic_slice_in_dim(pixels, shift, n), shifts
+            lambda shift: turned @ jax.lax.dynamic_slice_in_dim(pixels, shift, n, axis=1), shifts
         )
         return total + products, None
 
-    zero = jnp.zeros((9, gradient.shape[-1], c), gradient.dtype)
-    total, _ = jax.lax.scan(add, zero, (padded, spread))
+    zero = jnp.zeros((9, devices, gradient.shape[-1], c), gradient.dtype)
+    total = jax.lax.scan(add, zero, (padded, spread))[0].sum(1)
     return *of_input(gradient), total.transpose(0, 2, 1).reshape(kernel.shape)
 
 
@@ -105,8 +111,7 @@ def _by_size(size: int):
     """What computes a convolution of nn.Conv, (x, kernel, ...) -> y; None: XLA."""
     if size == 1:
         return _pointwise
-    # The loop over images would gather a batch that is split over devices.
-    if size == 3 and jax.default_backend() == "cpu" and jax.device_count() == 1:
+    if size == 3 and jax.default_backend() == "cpu":
         return lambda x, kernel, *_, **__: convolve_3x3(x, kernel)
     return None
 

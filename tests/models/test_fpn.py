@@ -8,7 +8,7 @@ import pytest
 from mmrjax.models import fpn
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 9, 4), (1, 1, 1, 2), (2, 5, 1, 3)])
+@pytest.mark.parametrize("shape", [(3, 6, 9, 4), (16, 4, 5, 2), (1, 1, 1, 2), (2, 5, 1, 3)])
 def test_a_3x3_convolution_has_the_gradients_of_xla(shape):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -22,11 +22,8 @@ def test_a_3x3_convolution_has_the_gradients_of_xla(shape):
         np.testing.assert_allclose(ours, xla, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("devices", "platform", "ours"), [(1, "cpu", True), (8, "cpu", False), (1, "gpu", False)]
-)
-def test_the_loop_over_images_is_for_a_single_cpu_device(devices, platform, ours, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: devices)
+@pytest.mark.parametrize(("platform", "ours"), [("cpu", True), ("gpu", False), ("tpu", False)])
+def test_the_loop_over_images_is_for_cpus(platform, ours, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x = jnp.ones((1, 4, 4, 2))
     module = fpn.ConvNorm(3, 3, jnp.float32)
