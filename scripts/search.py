@@ -69,6 +69,10 @@ CHANGES = {
     "learn3": ("student.layers=3",),
     "view": ("train.augment=none",),  # trained as it is tested, without crops and flips
     "bank123": ("patchcore.layers=1,2,3", "patchcore.candidates=200000"),
+    # Banks drawn from a part of the patches, whose share is of all: those of 448 px take 20 GB.
+    "sampled": ("patchcore.candidates=200000", "patchcore.coreset=0.02"),
+    "sparse": ("patchcore.candidates=200000", "patchcore.coreset=0.004"),
+    "sparser": ("patchcore.candidates=200000", "patchcore.coreset=0.001"),
     "coreset10": ("patchcore.coreset=0.1", "patchcore.candidates=200000"),
     "width384": ("patchcore.width=384",),
     "patch5": ("patchcore.patch=5",),
@@ -89,11 +93,13 @@ CANDIDATES = (
     *("mmr_plus+synthetic+epochs100", "mmr_plus+synthetic+384+epochs100"),
     *("mmr_plus+synthetic+384+small", "mmr_plus+synthetic+384+small+epochs100"),
     *("mmr_plus+synthetic+contrast+384+epochs100",),
-    *("patchcore", "patchcore+320", "patchcore+384", "patchcore+448", "patchcore+finer"),
-    *("patchcore+bank123", "patchcore+384+bank123", "patchcore+coreset10"),
-    *("patchcore+384+coreset10", "patchcore+width384", "patchcore+patch5", "patchcore+raw"),
+    *("patchcore", "patchcore+sampled", "patchcore+sparse+320", "patchcore+sparse+384"),
+    *("patchcore+sparse+448", "patchcore+finer", "patchcore+width384"),
+    *("patchcore+bank123", "patchcore+sparser+384+bank123", "patchcore+coreset10"),
+    *("patchcore+patch5", "patchcore+raw", "patchcore+sparse+384+raw"),
+    *("patchcore+sparse+384+patch5", "patchcore+sparse+384+width384"),
     *("patchcore+whiten", "patchcore+relative", "patchcore+whiten+relative"),
-    *("patchcore+whiten+relative+384", "patchcore+whiten+relative+bank123"),
+    *("patchcore+whiten+relative+sparse+384", "patchcore+whiten+relative+bank123"),
 )
 
 
