@@ -24,7 +24,7 @@ from mmrjax import bench_metrics, flops, losses, methods, scoring, train, weight
 from mmrjax import mesh as mesh_lib
 from mmrjax import state as state_lib
 from mmrjax.data import epochs, geometry
-from mmrjax.models import resnet
+from mmrjax.models import fpn, resnet
 
 CANVAS = (400, 640)  # of a training image as it lies in memory, as large as a magnetic tile
 SIZE = (300, 250)  # what of it is image
@@ -218,7 +218,11 @@ class Programs:
         size = self.mesh.size
         step, state, arguments, _ = unrolled.step(size, steps_per_call=1)
         pixels = finished_images(size, config.data.image_size)
-        trained = step.lower(state, *arguments).cost_analysis()["flops"] / size
+        fpn.image_by_image = False
+        try:
+            trained = step.lower(state, *arguments).cost_analysis()["flops"] / size
+        finally:
+            fpn.image_by_image = True
         scorer = unrolled.scorer.lower(*unrolled.trained.ready, pixels)
         scored = scorer.cost_analysis()["flops"] / size
         paper = flops.training_step(config), flops.inference(config)

@@ -79,17 +79,17 @@ def _program(
         pixels = bench_model.finished_images(batch, loaded.data.image_size)
         pixels = mesh_lib.put_batch(pixels, programs.mesh)
         scored = (*programs.trained.ready, pixels)
-        text = programs.scorer.lower(*scored).compile().as_text
-        return lambda: programs.scorer(*scored), 1, text
+        lowered = programs.scorer.lower(*scored)
+        return lambda: programs.scorer(*scored), 1, lambda: lowered.compile().as_text()
     step, state, arguments, k = programs.step(batch)
-    text = step.lower(state, *arguments).compile().as_text
+    lowered = step.lower(state, *arguments)
 
     def run():
         nonlocal state
         state, logs = step(state, *arguments)
         return logs
 
-    return run, k, text
+    return run, k, lambda: lowered.compile().as_text()
 
 
 def profile(run: Callable, text: Callable[[], str]) -> dict[str, tuple[float, int]]:
@@ -115,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = parser.parse_known_args(argv)
     if unknown := [o for o in overrides if not o.startswith("--config.")]:
         parser.error(f"unknown argument {unknown[0]!r}")
+    if jax.default_backend() not in ("cpu", "gpu"):
+        print("error: profiles are read on CPUs and GPUs only", file=sys.stderr)
+        return 1
     memory.keep_freed()
     fields = [o.removeprefix("--config.") for o in overrides]
     run, k, text = _program(arguments.task, arguments.batch, fields, arguments.config)

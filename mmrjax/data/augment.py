@@ -98,7 +98,10 @@ def _resample(
     inside = (pixel >= 0) & (pixel < length)
     weight = jnp.where(inside[:, None], KERNELS[kernel](x), 0.0)
     taps = weight / weight.sum(axis=-1, keepdims=True)
-    bands = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(pixels, i, span, axis))(first)
+    if span == canvas:
+        bands = jnp.broadcast_to(pixels, (len(first), *pixels.shape))
+    else:
+        bands = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(pixels, i, span, axis))(first)
     out = apply_taps(("byh,bhwc->bywc", "bxw,bhwc->hbxc")[axis], taps, bands)
     shape = list(pixels.shape)
     shape[axis] = len(outputs)

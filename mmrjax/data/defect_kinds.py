@@ -62,6 +62,7 @@ def real(
     """
     likely = jnp.cumsum(jnp.ones(len(images)) if chances is None else chances)
     which = jnp.sum(likely <= draws.uniform(0, 1) * likely[-1])
+    which = jnp.minimum(which, len(images) - 1)  # where none is likely, another kind is drawn
     flip_y, flip_x = draws.uniform(0, 1, 2) < 0.5
     side, y, x = images.shape[1], place.y, place.x
     row = jnp.where(flip_y, -y, y).astype(jnp.int32) + side // 2

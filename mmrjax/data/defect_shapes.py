@@ -24,7 +24,7 @@ class Draws:
     took more than half of the time to compile the generator.
 
     Args:
-      uniforms: float32 [m] in [0, 1).
+      uniforms: float32 [m] in (0, 1).
       normals: float32 [m], standard normal.
     """
 

@@ -62,10 +62,10 @@ def blend(
       region: bool [b, h, w]; some pixel of each window must be outside.
       mixed: bool [b] or one for all: take the larger of both gradients, else the source's.
       tolerance: of the norm of the residual, relative to that of the uncorrected source, per
-        channel and of the black half of the pixels. It is the correction that is sought: so the
-        source's own texture, however strong, does not loosen the goal. With three rounds or
-        more, 2e-3 leaves at most a quarter of a grey level at 16 to 64 px, and 0.6 in white noise
-        of 90 px.
+        channel and of the black half of the pixels. It is the correction that is sought: so,
+        unless `mixed`, the source's own texture, however strong, does not loosen the goal. With
+        three rounds or more, 2e-3 leaves at most a quarter of a grey level at 16 to 64 px and 0.7
+        at 120 px; with `mixed` there 0.3 for stains, and up to 2.4 in white noise.
       max_rounds: of conjugate gradients; three are made unless there is nothing to correct.
 
     Returns:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from mmrjax.models import vit
 
 # Kaiming-uniform with a = sqrt(5), torch's default for convolutions: U(-b, b), b = 1/sqrt(fan_in).
+image_by_image = True  # False to count operations: XLA counts what a loop holds once
+
 torch_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -83,7 +85,8 @@ def _convolve_backward(saved, gradient: jax.Array):
     x, kernel = saved
     b, h, w, c = x.shape
     _, of_input = jax.vjp(lambda x: _convolve(x, kernel), x)
-    # Every device goes through its own images, one after the other.
+    # Every device goes through its own images, one after the other. All devices are counted, as in
+    # training; on a part of them the result is the same, but images would be exchanged.
     devices = math.gcd(b, jax.device_count())
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     padded = padded.reshape(devices, b // devices, -1, c).swapaxes(0, 1)
@@ -95,13 +98,18 @@ def _convolve_backward(saved, gradient: jax.Array):
     def add(total, images):
         pixels, turned = images[0], images[1][:, :n].swapaxes(1, 2)
         products = jax.lax.map(
-            lambda shift: turned @ jax.lax.dynamic_slice_in_dim(pixels, shift, n, axis=1), shifts
+            lambda shift: jnp.matmul(
+                turned,
+                jax.lax.dynamic_slice_in_dim(pixels, shift, n, axis=1),
+                preferred_element_type=jnp.float32,
+            ),
+            shifts,
         )
         return total + products, None
 
-    zero = jnp.zeros((9, devices, gradient.shape[-1], c), gradient.dtype)
+    zero = jnp.zeros((9, devices, gradient.shape[-1], c), jnp.float32)
     total = jax.lax.scan(add, zero, (padded, spread))[0].sum(1)
-    return *of_input(gradient), total.transpose(0, 2, 1).reshape(kernel.shape)
+    return *of_input(gradient), total.transpose(0, 2, 1).reshape(kernel.shape).astype(kernel.dtype)
 
 
 convolve_3x3.defvjp(_convolve_forward, _convolve_backward)
@@ -111,9 +119,15 @@ def _by_size(size: int):
     """What computes a convolution of nn.Conv, (x, kernel, ...) -> y; None: XLA."""
     if size == 1:
         return _pointwise
-    if size == 3 and jax.default_backend() == "cpu":
-        return lambda x, kernel, *_, **__: convolve_3x3(x, kernel)
+    if size == 3 and jax.default_backend() == "cpu" and image_by_image:
+        return _convolve_large
     return None
+
+
+def _convolve_large(x: jax.Array, kernel: jax.Array, *_, **__) -> jax.Array:
+    """Few pixels of many channels are as fast in XLA, and on several threads faster."""
+    h, w, c = x.shape[1:]
+    return (convolve_3x3 if h * w > c else _convolve)(x, kernel)
 
 
 class ConvNorm(nn.Module):

@@ -323,3 +323,11 @@ def test_bands_read_every_pixel_that_counts(interpolation, canvas, monkeypatch):
     for found, whole in zip(banded, both(), strict=True):
         assert np.abs(found - whole).max() <= 1
         assert (found != whole).mean() < 1e-3
+
+
+def test_an_accelerator_reads_the_canvas_without_gathering(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    boxes = jnp.asarray([[3, 4, 50, 40], [0, 9, 60, 40]])
+    images = np.stack([noise((70, 60))] * 2)
+    crop = jax.jit(jax.vmap(lambda image, box: augment.crop_resize(image, box, (32, 32))))
+    assert "gather" not in crop.lower(images, boxes).as_text()

@@ -22,6 +22,18 @@ def test_a_3x3_convolution_has_the_gradients_of_xla(shape):
         np.testing.assert_allclose(ours, xla, rtol=1e-5, atol=1e-5)
 
 
+def test_in_bfloat16_the_sum_over_images_is_rounded_once():
+    rng = np.random.default_rng(0)
+    x, gradient = (jnp.asarray(rng.normal(size=(64, 6, 6, 4)), jnp.bfloat16) for _ in range(2))
+    kernel = jnp.zeros((3, 3, 4, 4), jnp.bfloat16)
+    exact = jax.vjp(fpn._convolve, *(a.astype(jnp.float32) for a in (x, kernel)))[1]
+    _, expected = exact(gradient.astype(jnp.float32))
+    _, found = jax.vjp(fpn.convolve_3x3, x, kernel)[1](gradient)
+    assert found.dtype == jnp.bfloat16
+    error = jnp.abs(found.astype(jnp.float32) - expected)
+    assert float((error - 0.004 * jnp.abs(expected)).max()) < 1e-3  # half a unit of 8 bits
+
+
 @pytest.mark.parametrize(("platform", "ours"), [("cpu", True), ("gpu", False), ("tpu", False)])
 def test_the_loop_over_images_is_for_cpus(platform, ours, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
