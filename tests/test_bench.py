@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from mmrjax import bench, bench_model
+from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
+from mmrjax.models import fpn
 
 TINY = [
     *("student.width=24", "student.depth=2", "student.heads=2", "eval.bootstrap=10"),
@@ -55,6 +57,17 @@ def test_utilisation_is_of_the_matrix_product_of_the_same_run(everything):
     flop = everything["gflop"]["train"]["paper"]
     rate = one["images_per_second"]["median"] * flop
     assert one["of_ceiling"] == pytest.approx(rate / everything["ceiling"]["matmul_gflops"])
+
+
+def test_no_operation_hides_in_a_loop_over_images(monkeypatch):
+    """At 64 px the kernel gradients of layer 1 are computed in one, on a CPU."""
+    fields = [field.removeprefix("--config.") for field in TINY]
+    fields += ["data.image_size=64,64", "data.resize=64,64"]
+    config = config_lib.load("configs/magnetic_tile.py", [*bench.RANDOM, *fields])
+    counted = bench_model.Programs(config, bench_model.Plan(images=2)).counts()
+    assert fpn.image_by_image
+    monkeypatch.setattr(fpn, "convolve_3x3", fpn._convolve)
+    assert counted == bench_model.Programs(config, bench_model.Plan(images=2)).counts()
 
 
 def test_operations_on_paper_are_those_of_the_lowered_program(everything):
