@@ -17,6 +17,7 @@ whose training images are of one domain.
 import argparse
 import concurrent.futures
 import csv
+import fractions
 import functools
 import json
 import os
@@ -40,11 +41,12 @@ LONGER = "longer"  # MMR with as many steps as rows with synthetic defects, whos
 OFF = {"hybrid": "false", "synthetic_every": 0, "tiny_weight": 1, "contrast": "none",
        "domain": "none"}  # fmt: skip
 SYNTHETIC = {"synthetic_every": 4}
+MORE_STEPS = fractions.Fraction(4, 3)  # of an epoch in which every 4th row is synthetic
 FULL = {"hybrid": "true", **SYNTHETIC, "tiny_weight": 2, "contrast": "features"}
 # {grid: {row: switches beside OFF}}; BASE, MMR itself, comes first in each. Spec, section 9.
 GRIDS = {
     "parts": {
-        LONGER: {"epochs": "4/3"},
+        LONGER: {"epochs": MORE_STEPS},
         "hybrid": {"hybrid": "true"},
         "synthetic": SYNTHETIC,
         "weight": {**SYNTHETIC, "tiny_weight": 2},
@@ -94,7 +96,8 @@ def command(spec: str, fields: Sequence[str], row: str, switches: dict, folder: 
     plain = row in (BASE, LONGER)
     own = {} if plain else {**OFF, **switches}
     if row == LONGER:
-        fields = [*fields, f"train.epochs={config_lib.load(spec, fields).train.epochs * 4 // 3}"]
+        epochs = int(config_lib.load(spec, fields).train.epochs * MORE_STEPS)
+        fields = [*fields, f"train.epochs={epochs}"]
     return [
         f"--config={spec}",
         f"--workdir={folder}",
