@@ -6,6 +6,7 @@ is needed. Every rate is a list of windows; a window lasts at least `window_seco
 
 import dataclasses
 import functools
+import math
 import pathlib
 import resource
 import shutil
@@ -24,7 +25,7 @@ from mmrjax import bench_metrics, flops, losses, methods, scoring, train, weight
 from mmrjax import mesh as mesh_lib
 from mmrjax import state as state_lib
 from mmrjax.data import epochs, geometry
-from mmrjax.models import fpn, resnet
+from mmrjax.models import resnet, winograd
 
 CANVAS = (400, 640)  # of a training image as it lies in memory, as large as a magnetic tile
 SIZE = (300, 250)  # what of it is image
@@ -55,9 +56,20 @@ class Programs:
         self.frozen = mesh_lib.replicate(self.method.load_frozen()[0], self.mesh)
         variables, _ = self.method.init(jax.random.key(0), self.frozen)
         self.variables = mesh_lib.replicate(variables, self.mesh)
-        trained = train.Trained(self.method, self.variables, self.frozen, {}, self.mesh)
-        self.trained = trained
-        self.scorer = scoring.make_predict(trained, geometry.View.of(config, evaluation=True))
+        self.trained, self.scorer = self._on(self.mesh)
+
+    def _on(self, mesh: jax.sharding.Mesh) -> tuple[train.Trained, Callable]:
+        weights = (mesh_lib.replicate(part, mesh) for part in (self.variables, self.frozen))
+        trained = train.Trained(self.method, *weights, {}, mesh)
+        view = geometry.View.of(self.config, evaluation=True)
+        return trained, scoring.make_predict(trained, view)
+
+    def scorer_of(self, batch: int) -> tuple[train.Trained, Callable]:
+        """The networks, and what scores a batch, on as many devices as share it."""
+        devices = math.gcd(batch, self.mesh.size)
+        if devices == self.mesh.size:
+            return self.trained, self.scorer
+        return self._on(mesh_lib.make_mesh(devices))
 
     # --- the machine
 
@@ -130,34 +142,35 @@ class Programs:
 
     def evaluate(self, batch: int) -> dict:
         """Images per second of maps and scores: from device memory, and from and to the host."""
-        mesh_lib.check_divisible("--eval_batches", batch, self.mesh)
+        trained, scorer = self.scorer_of(batch)
         pixels = finished_images(batch, self.config.data.image_size)
-        on_device = mesh_lib.put_batch(pixels, self.mesh)
-        score = functools.partial(self.scorer, *self.trained.ready)
+        on_device = mesh_lib.put_batch(pixels, trained.mesh)
+        score = functools.partial(scorer, *trained.ready)
 
         def resident(calls: int) -> None:
             jax.block_until_ready([score(on_device) for _ in range(calls)])
 
         def from_host(calls: int) -> None:
             batches = ((pixels,) for _ in range(calls))
-            for _, result in scoring.one_behind(self.trained, self.scorer, batches):
+            for _, result in scoring.one_behind(trained, scorer, batches):
                 jax.device_get(result)
 
         counted = flops.inference(self.config)
         return {
             "resident": self._rate(_windows_of(self.plan, resident, batch), counted),
             "from_host": self._rate(_windows_of(self.plan, from_host, batch), counted),
-            "memory": self._memory(self.scorer.lower(*self.trained.ready, on_device).compile()),
+            "memory": self._memory(scorer.lower(*trained.ready, on_device).compile()),
         }
 
     def with_metrics(self, images: int, batch: int) -> dict[str, float]:
         """Seconds of a whole evaluation: maps and scores from the host, then every metric."""
         case = bench_metrics.make_case(images, self.config.data.image_size[0])
         pixels = finished_images(batch, self.config.data.image_size)
-        jax.block_until_ready(self._score(pixels))
+        trained, scorer = self.scorer_of(batch)
+        jax.block_until_ready(scorer(*trained.ready, mesh_lib.put_batch(pixels, trained.mesh)))
         started = time.perf_counter()
         batches = ((pixels,) for _ in range(-(-images // batch)))
-        for _, result in scoring.one_behind(self.trained, self.scorer, batches):
+        for _, result in scoring.one_behind(trained, scorer, batches):
             jax.device_get(result)
         forward = time.perf_counter() - started
         # The maps of random networks say nothing: ranking those of `make_case` takes as long.
@@ -168,32 +181,34 @@ class Programs:
 
     def latency(self) -> dict[str, float]:
         """Milliseconds from uint8 on the host to score and map on the host, one image at a time."""
+        trained, scorer = self.scorer_of(1)
         pixels = finished_images(1, self.config.data.image_size)
+
+        def answer():
+            on_device = mesh_lib.put_batch(pixels, trained.mesh)
+            jax.device_get(scorer(*trained.ready, on_device))
+
         for _ in range(max(3, self.plan.requests // 10)):
-            jax.device_get(self._score(pixels))
+            answer()
         taken = []
         for _ in range(self.plan.requests):
             started = time.perf_counter()
-            jax.device_get(self._score(pixels))
+            answer()
             taken.append(1e3 * (time.perf_counter() - started))
         p50, p90, p99 = np.percentile(taken, (50, 90, 99))
         return {"p50": p50, "p90": p90, "p99": p99, "max": max(taken), "requests": len(taken)}
-
-    def _score(self, pixels: np.ndarray):
-        split = len(pixels) % self.mesh.size == 0  # a single image goes to every device
-        put = mesh_lib.put_batch if split else mesh_lib.replicate
-        return self.scorer(*self.trained.ready, put(pixels, self.mesh))
 
     # --- compilation
 
     def compilation(self, train_batch: int, eval_batch: int) -> dict[str, dict[str, float]]:
         """Seconds to lower and compile both programs: cold, and with the persistent cache."""
         step, state, arguments, _ = self.step(train_batch)
+        trained, scorer = self.scorer_of(eval_batch)
         pixels = finished_images(eval_batch, self.config.data.image_size)
-        on_device = mesh_lib.put_batch(pixels, self.mesh)
+        on_device = mesh_lib.put_batch(pixels, trained.mesh)
         programs = {
             "train": lambda: step.lower(state, *arguments),
-            "evaluate": lambda: self.scorer.lower(*self.trained.ready, on_device),
+            "evaluate": lambda: scorer.lower(*trained.ready, on_device),
         }
         found: dict[str, dict[str, float]] = {name: {} for name in programs}
         before = jax.config.jax_compilation_cache_dir
@@ -218,13 +233,10 @@ class Programs:
         size = self.mesh.size
         step, state, arguments, _ = unrolled.step(size, steps_per_call=1)
         pixels = finished_images(size, config.data.image_size)
-        fpn.image_by_image = False
-        try:
+        with winograd.direct_alone():
             trained = step.lower(state, *arguments).cost_analysis()["flops"] / size
-        finally:
-            fpn.image_by_image = True
-        scorer = unrolled.scorer.lower(*unrolled.trained.ready, pixels)
-        scored = scorer.cost_analysis()["flops"] / size
+            scorer = unrolled.scorer.lower(*unrolled.trained.ready, pixels)
+            scored = scorer.cost_analysis()["flops"] / size
         paper = flops.training_step(config), flops.inference(config)
         return {
             "train": {"paper": paper[0] / 1e9, "lowered": trained / 1e9},
@@ -271,7 +283,9 @@ class Programs:
             ("teacher", names.teacher_to_torch(host[1], arch)),
         ):
             weights.storage.write_torch(folder / f"{name}.safetensors", state, facts)
-        maps, scores = jax.device_get(self._score(images))
+        trained, scorer = self.scorer_of(PARITY_IMAGES)
+        on_device = mesh_lib.put_batch(images, trained.mesh)
+        maps, scores = jax.device_get(scorer(*trained.ready, on_device))
         loss = jax.jit(self._masked_loss)(self.variables, self.frozen, images, noise)
         np.savez(
             folder / "parity.npz",

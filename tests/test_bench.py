@@ -11,7 +11,7 @@ import pytest
 from mmrjax import bench, bench_model
 from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
-from mmrjax.models import fpn
+from mmrjax.models import winograd
 
 TINY = [
     *("student.width=24", "student.depth=2", "student.heads=2", "eval.bootstrap=10"),
@@ -60,13 +60,12 @@ def test_utilisation_is_of_the_matrix_product_of_the_same_run(everything):
 
 
 def test_no_operation_hides_in_a_loop_over_images(monkeypatch):
-    """At 64 px the kernel gradients of layer 1 are computed in one, on a CPU."""
+    """At this width 3x3 convolutions are by tiles on a CPU, with fewer products, in loops."""
     fields = [field.removeprefix("--config.") for field in TINY]
     fields += ["data.image_size=64,64", "data.resize=64,64"]
     config = config_lib.load("configs/magnetic_tile.py", [*bench.RANDOM, *fields])
     counted = bench_model.Programs(config, bench_model.Plan(images=2)).counts()
-    assert fpn.image_by_image
-    monkeypatch.setattr(fpn, "convolve_3x3", fpn._convolve)
+    monkeypatch.setattr(winograd, "by_tiles", winograd.direct)
     assert counted == bench_model.Programs(config, bench_model.Plan(images=2)).counts()
 
 

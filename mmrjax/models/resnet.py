@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmrjax.models import winograd
+
 # Per-channel statistics of ImageNet, for RGB in [0, 1]: what every torchvision teacher expects.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -65,6 +67,8 @@ def _conv(
     features: int, size: int, stride: int, dtype: jnp.dtype, name: str, computed_by=None
 ) -> nn.Conv:
     # torch pads symmetrically; "SAME" would shift every stride-2 convolution at even sizes.
+    if (size, stride) == (3, 1):
+        computed_by = winograd.convolve
     return nn.Conv(
         features,
         (size, size),

@@ -1,0 +1,109 @@
+"""3x3 convolutions by tiles against XLA's, and where they are used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mmrjax.models import fpn, resnet, winograd
+
+
+def random(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_the_matrices_convolve_any_six_numbers_with_any_three():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        d, g = rng.normal(size=6), rng.normal(size=3)
+        found = winograd.AT @ ((winograd.G @ g) * (winograd.BT @ d))
+        np.testing.assert_allclose(found, [d[i : i + 3] @ g for i in range(4)], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 6, 9, 4), (16, 4, 5, 2), (1, 1, 1, 2), (2, 5, 1, 3), (8, 8, 8, 3)]
+)
+def test_values_and_gradients_are_those_of_the_convolution(shape):
+    """Also of sizes that fill no tile, and of batches that devices do not divide."""
+    x, kernel = jnp.asarray(random(shape)), jnp.asarray(random((3, 3, shape[-1], 5), 1))
+    gradient = jnp.asarray(random((*shape[:3], 5), 2))
+    results = {}
+    for convolve in (winograd.by_tiles, winograd.direct):
+        y, pull = jax.vjp(convolve, x, kernel)
+        results[convolve] = (y, *pull(gradient))
+    for ours, xla in zip(*results.values(), strict=True):
+        np.testing.assert_allclose(ours, xla, rtol=1e-4, atol=5e-5)
+
+
+def test_the_error_is_what_the_docstring_says():
+    x, kernel = random((2, 28, 28, 128)), random((3, 3, 128, 128), 1)
+    with jax.enable_x64(True):
+        exact = np.asarray(winograd.direct(x.astype(np.float64), kernel.astype(np.float64)))
+    errors = [
+        np.abs(np.asarray(convolve(x, kernel)) - exact).max() / exact.std()
+        for convolve in (jax.jit(winograd.by_tiles), jax.jit(winograd.direct))
+    ]
+    assert errors[0] < 2e-5
+    assert errors[1] < 5e-6
+
+
+def test_devices_convolve_their_own_images_and_exchange_the_kernel_gradient_alone():
+    devices = jax.device_count()
+    assert devices > 1, "conftest shows JAX several devices"
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    over = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.device_put(random((2 * devices, 8, 8, 32)), over)
+    gradient = jax.device_put(random((2 * devices, 8, 8, 32), 1), over)
+    kernel = jax.device_put(random((3, 3, 32, 32), 2), NamedSharding(mesh, PartitionSpec()))
+    both = jax.jit(lambda x, k, g: jax.vjp(winograd.by_tiles, x, k)[1](g))
+    text = both.lower(x, kernel, gradient).compile().as_text()
+    assert text.count(" all-reduce(") == 1
+    assert not any(
+        f" {word}(" in text for word in ("all-gather", "all-to-all", "collective-permute")
+    )
+    np.testing.assert_allclose(
+        both(x, kernel, gradient)[1],
+        jax.vjp(winograd.direct, x, kernel)[1](gradient)[1],
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "channels", "dtype", "tiles"),
+    [
+        ("cpu", 32, jnp.float32, True),
+        ("cpu", 16, jnp.float32, False),
+        ("cpu", 32, jnp.bfloat16, False),
+        ("cuda", 32, jnp.float32, False),
+        ("tpu", 32, jnp.float32, False),
+    ],
+)  # fmt: skip
+def test_tiles_are_for_cpus_wide_layers_and_float32(platform, channels, dtype, tiles):
+    x, kernel = jnp.ones((1, 4, 4, channels), dtype), jnp.ones((3, 3, channels, channels), dtype)
+    lowered = jax.jit(winograd.convolve).trace(x, kernel).lower(lowering_platforms=(platform,))
+    assert ("stablehlo.convolution" not in lowered.as_text()) == tiles
+
+
+def test_convolutions_of_stride_1_in_teacher_and_pyramid_are_by_tiles():
+    images = jnp.zeros((1, 64, 64, 3))
+    teacher = resnet.ResNet(resnet.architecture("resnet18"))
+    variables = jax.eval_shape(teacher.init, jax.random.key(0), images)
+    assert loops(teacher, variables, images) == 10  # 13 3x3 but for two of stride 2; and the stem
+    pyramid = fpn.SimpleFPN({1: 64, 2: 128, 3: 256})
+    x = jnp.zeros((1, 4, 4, 192))
+    variables = jax.eval_shape(pyramid.init, jax.random.key(0), x)
+    assert loops(pyramid, variables, x) == 3
+
+
+def loops(module, variables, x):
+    text = jax.jit(module.apply).lower(variables, x).as_text()
+    return text.count("stablehlo.while")
+
+
+def test_with_direct_alone_every_operation_is_seen():
+    x, kernel = jnp.ones((4, 8, 8, 32)), jnp.ones((3, 3, 32, 32))
+    with winograd.direct_alone():
+        assert "while" not in jax.jit(winograd.convolve).lower(x, kernel).as_text()
+    assert "while" in jax.jit(lambda *a: winograd.convolve(*a)).lower(x, kernel).as_text()
