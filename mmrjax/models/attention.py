@@ -117,6 +117,35 @@ def allowed_pairs(
     return jnp.pad(pairs, ((0, 0), (0, 0), (1, 0), (1, 0)), constant_values=True)
 
 
+def softmax_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None, kernel: str = "xla"
+) -> jax.Array:
+    """softmax(q k^T / sqrt(d) + bias) v, softmax in float32.
+
+    In float32 the results are divided by the sums of the exponentials, d numbers instead of n:
+    XLA:CPU takes half of the time that jax.nn.dot_product_attention does.
+
+    Args:
+      q: [b, n, heads, d], float32 or bfloat16.
+      k: the same.
+      v: the same.
+      bias: broadcasts to [b, heads, n, n], or none.
+      kernel: "xla", or "cudnn" for bfloat16 on an NVIDIA GPU.
+
+    Returns:
+      [b, n, heads, d].
+    """
+    if q.dtype != jnp.float32:
+        return jax.nn.dot_product_attention(q, k, v, bias, implementation=kernel)
+    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k)
+    if bias is not None:
+        logits = logits + bias
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    results = jnp.einsum("bhqk,bhkd->bhqd", weights, v) / weights.sum(-1, keepdims=True)
+    return results.swapaxes(1, 2)
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -143,14 +172,14 @@ def attend(
     if not hybrid.gather:
         allowed = allowed_pairs(hybrid, tokens, layer, kinds)
         bias = jnp.where(allowed, 0.0, -jnp.asarray(tokens.penalty, jnp.float32))
-        return jax.nn.dot_product_attention(q, k, v, bias)
+        return softmax_attention(q, k, v, bias)
     order = jnp.argsort(kinds)  # LOCAL before GLOBAL
     ordered = [x[:, :, order] for x in (q, k, v)]
     split = hybrid.local_heads
     local = _gathered_local(*(x[:, :, :split] for x in ordered), hybrid, tokens)
     sparse = _gathered_global(*(x[:, :, split:] for x in ordered), hybrid, tokens, layer)
     patches = jnp.concatenate([local, sparse], axis=2)[:, :, jnp.argsort(order)]
-    return jnp.concatenate([jax.nn.dot_product_attention(q[:, :1], k, v), patches], axis=1)
+    return jnp.concatenate([softmax_attention(q[:, :1], k, v), patches], axis=1)
 
 
 def _slots(tokens: Tokens) -> jax.Array:

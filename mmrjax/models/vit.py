@@ -91,8 +91,7 @@ class Attention(nn.Module):
         qkv = nn.Dense(3 * d, dtype=self.dtype, kernel_init=xavier, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
         if tokens is None:
-            x = jax.nn.dot_product_attention(q, k, v, implementation=self.kernel)
-            x = x.reshape(b, n, d)
+            x = attention.softmax_attention(q, k, v, kernel=self.kernel).reshape(b, n, d)
         else:
             self.sow("intermediates", "queries_keys", (q, k))  # kept only for whoever asks
             x = attention.attend(q, k, v, self.hybrid, tokens, *layer).reshape(b, n, d)
