@@ -33,15 +33,13 @@ class Draws:
 
     def uniform(self, low: float, high: float, *shape: int) -> jax.Array:
         """Numbers in [low, high), of a shape; one without."""
-        count = int(np.prod(shape))
-        taken, self._uniforms = self._uniforms[:count], self._uniforms[count:]
-        return low + (high - low) * taken.reshape(shape)  # fails if the block is used up
+        taken, self._uniforms = _take(self._uniforms, shape, "uniforms")
+        return low + (high - low) * taken
 
     def normal(self, *shape: int) -> jax.Array:
         """Standard normal numbers of a shape; one without."""
-        count = int(np.prod(shape))
-        taken, self._normals = self._normals[:count], self._normals[count:]
-        return taken.reshape(shape)
+        taken, self._normals = _take(self._normals, shape, "normals")
+        return taken
 
     def integer(self, low: int, high: int) -> jax.Array:
         """One of low, ..., high - 1, int32."""
@@ -50,6 +48,13 @@ class Draws:
     def sign(self, dark: float) -> jax.Array:
         """-1 with probability `dark`, else 1."""
         return jnp.where(self.uniform(0, 1) < dark, -1.0, 1.0)
+
+
+def _take(block: jax.Array, shape: tuple[int, ...], name: str) -> tuple[jax.Array, jax.Array]:
+    count = int(np.prod(shape))
+    if count > len(block):
+        raise ValueError(f"Draws: {count} {name} are asked for, {len(block)} are left: draw more")
+    return block[:count].reshape(shape), block[count:]
 
 
 def grid(n: int) -> tuple[jax.Array, jax.Array]:

@@ -182,8 +182,17 @@ def test_drawn_numbers_have_their_distributions_and_are_handed_out_once():
     assert not np.isin(again, uniform).all()
     assert abs(np.corrcoef(np.ravel(normal), again)[0, 1]) < 0.03
     assert draws.integer(3, 4) == 3
-    with pytest.raises(TypeError, match="reshape"):
+    with pytest.raises(ValueError, match="draw more"):
         draws.sign(0.5)
+
+
+def test_more_numbers_than_were_drawn_are_named():
+    draws = defect_shapes.Draws(jnp.zeros(3), jnp.zeros(2))
+    draws.uniform(0, 1, 2)
+    with pytest.raises(ValueError, match="4 uniforms are asked for, 1 are left"):
+        draws.uniform(0, 1, 2, 2)
+    with pytest.raises(ValueError, match="3 normals are asked for, 2 are left"):
+        draws.normal(3)
 
 
 def test_numbers_of_a_block_become_integers_and_signs_by_their_share():
