@@ -10,6 +10,7 @@ machine cancels. Ratios are of medians over all windows. TFDS and Grain are not 
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ import numpy as np
 
 from mmrjax import bench_model, files, memory, methods
 from mmrjax import config as config_lib
+from mmrjax import mesh as mesh_lib
 
 PARITY = {"map": 1e-4, "map_on_device": 1e-4, "score": 1e-4, "loss": 1e-4}  # float32
 COMPILATIONS = 8  # at once; eleven did not end in four minutes on sixteen cores
@@ -36,6 +38,8 @@ RANDOM = ("teacher.weights=random", "student.init=scratch")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; prints tables, and all of it as JSON with --json."""
     arguments = _parse(argv)
+    sizes = itertools.chain(*_batches(arguments).values())
+    mesh_lib.show_cores([size for size in sizes if size > 1])  # a single image: one device
     if arguments.worker:
         memory.keep_freed()
         print(json.dumps(work(arguments.worker, arguments)))

@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: profiles are read on CPUs and GPUs only", file=sys.stderr)
         return 1
     memory.keep_freed()
+    mesh_lib.show_cores([arguments.batch])
     fields = [o.removeprefix("--config.") for o in overrides]
     run, k, text = _program(arguments.task, arguments.batch, fields, arguments.config)
     plan = bench_model.Plan(windows=3, window_seconds=0.7)

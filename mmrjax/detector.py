@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from data_builders import images as image_files
 from mmrjax import calibrate, files, restore, scoring, staging, train
+from mmrjax import mesh as mesh_lib
 from mmrjax.data import geometry
 
 FULL_SCALE = 65535  # of 16-bit images, where nothing else is said
@@ -229,19 +230,24 @@ class Detector:
         )
 
 
-def load(workdir: str | os.PathLike, target_fpr: float | None = None) -> Detector:
+def load(
+    workdir: str | os.PathLike, target_fpr: float | None = None, show_cores: bool = False
+) -> Detector:
     """A trained run, ready to predict.
 
     Args:
       workdir: <workdir>/<method>/<category>/seed<k>, or a work directory with one run; a folder or
         an address in a bucket, gs://….
       target_fpr: false-positive rate of the threshold; None = the run's calibration.target_fpr.
+      show_cores: makes each core of a CPU a device, for the whole process, where JAX has not begun.
 
     Raises:
       FileNotFoundError, ValueError: no run, several, or one that cannot be read, saying what to do.
     """
     with staging.opened(workdir, ".json") as folder:
         run = restore.find_run(folder)
+        if show_cores:
+            mesh_lib.show_cores([restore.read_config(run).eval.batch_size])
         trained, config = restore.trained(run)
         calibration = calibrate.read(run / "calibration.json")
         gallery = files.read_json(run / "maps" / "gallery.json") or {}

@@ -66,6 +66,8 @@ def _run(argv: Sequence[str]) -> int:
             processes.initialize(
                 arguments.coordinator, arguments.num_processes, arguments.process_id
             )
+        else:
+            mesh_lib.show_cores(batch_sizes(config))
         with staging.opened(arguments.workdir) as workdir:
             if config.sweep.rows:
                 table, report_path = run_sweep(config, workdir, arguments.mode)
@@ -88,6 +90,16 @@ def _run(argv: Sequence[str]) -> int:
         print(table)
         print(f"\nreport: {staging.named(str(report_path))} ({time.monotonic() - started:.0f} s)")
     return 0
+
+
+def batch_sizes(config: ConfigDict) -> set[int]:
+    """Of all that `config` runs: training with each of its methods, evaluation, rows of a sweep."""
+    sizes = set()
+    for one in [row.config for row in sweep.plan(config)] or [config]:
+        own = [method.own for name, method in methods.METHODS.items() if name in one.method.names]
+        fields = {names.get("train.batch_size", "train.batch_size") for names in own}
+        sizes |= {config_lib.flatten(one)[field] for field in (*fields, "eval.batch_size")}
+    return sizes
 
 
 def _complain(line: str) -> None:

@@ -6,7 +6,13 @@ arXiv 2304.11277). With several processes, each puts the rows of its own devices
 the full shape everywhere, but only `own_rows` need to be filled.
 """
 
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+
 import jax
+import joblib
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -14,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mmrjax import processes
 
 AXES = ("data", "fsdp")
+GIB_OF_A_CORE = 4  # of the machine's memory, for the weights, moments and images of a device
 FSDP_ELEMENTS = 1 << 16  # smaller arrays stay whole: they cost more to gather than they save
 
 
@@ -33,6 +40,32 @@ def devices() -> list[jax.Device]:
             f"JAX_PLATFORMS={asked}: no such device can be used here ({reason}); unset it to take "
             "what there is, or install the driver and mmrjax with the extra cuda12, cuda13 or tpu"
         ) from e
+
+
+def show_cores(batch_sizes: Sequence[int] = ()) -> None:
+    """Lets JAX take each physical core of a CPU as a device: as many as divide every batch size.
+
+    XLA:CPU splits most operations badly over the threads of one device (docs/performance.md); as
+    devices, each core computes its own images. One for every GIB_OF_A_CORE of memory at most: the
+    full student with its moments is 1.6 GiB on each. Does nothing where JAX runs already, or where
+    its number of CPU devices is set by JAX_NUM_CPU_DEVICES or XLA_FLAGS.
+    """
+    by_flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if by_flag or jax.config.jax_num_cpu_devices >= 0:
+        return
+    cores = joblib.cpu_count(only_physical_cores=True)  # of this process: affinity, cgroups
+    most = max(1, int(min(cores, _memory_gib() / GIB_OF_A_CORE)))
+    shared = math.gcd(*batch_sizes)  # 0, which all divide, of none
+    with contextlib.suppress(RuntimeError):  # JAX runs already
+        devices = max(n for n in range(1, most + 1) if shared % n == 0)
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _memory_gib() -> float:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):  # no POSIX, or it does not say
+        return math.inf
 
 
 def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:

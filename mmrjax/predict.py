@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     check_output(arguments.output)
-    detector = detector_lib.load(arguments.workdir)
+    detector = detector_lib.load(arguments.workdir, show_cores=True)
     detector.full_scale = arguments.full_scale
     detector = choose_threshold(detector, arguments)
     if arguments.input is None:

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from mmrjax import config as config_lib
 from mmrjax import main, workdir
 
 
@@ -196,3 +197,16 @@ def test_an_address_is_refused_in_words_where_folders_are_needed(
     assert field.split("=")[1] in message
     assert words in message
     assert list(tmp_path.iterdir()) == []  # pathlib would make a folder "gs:"
+
+
+def test_cores_share_the_batches_of_all_that_will_run():
+    config = config_lib.load("configs/demo.py", ["train.batch_size=12", "aminet.batch_size=5"])
+    config.method.names = ("mmr", "patchcore")
+    assert main.batch_sizes(config) == {12, config.eval.batch_size}
+    config.method.names = ("aminet",)
+    assert main.batch_sizes(config) == {5, config.eval.batch_size}
+    config.sweep.rows = (
+        ("few", ("aminet.batch_size=1",), "x"),
+        ("many", ("eval.batch_size=64",), "x"),
+    )
+    assert main.batch_sizes(config) == {1, 5, config.eval.batch_size, 64}

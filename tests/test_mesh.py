@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -181,3 +184,39 @@ def test_parameters_are_split_after_training_too(trained):
     assert len(halves) > 5
     for leaf in halves:
         assert {np.prod(shape) for shape in shard_shapes(leaf)} == {leaf.size // 2}
+
+
+SHOWN = """
+import os
+import jax, joblib
+from mmrjax import mesh
+gib = 64
+os.sysconf = lambda name: gib << 10 if name == "SC_PHYS_PAGES" else 1 << 20
+joblib.cpu_count = lambda only_physical_cores: 6
+for sizes in ([16, 32], [9, 12], [5, 16], []):
+    mesh.show_cores(sizes)
+    print(jax.config.jax_num_cpu_devices, end=" ")
+    jax.config.update("jax_num_cpu_devices", -1)
+gib = 11
+mesh.show_cores([8])
+print(jax.device_count(), end=" ")
+mesh.show_cores([6])  # JAX runs: too late, and no error
+print(jax.device_count())
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "counts"),
+    [
+        ("UNRELATED", "1", "4 3 1 6 2 2"),
+        ("JAX_NUM_CPU_DEVICES", "2", "2 3 1 6 2 2"),  # set: left as it is, the first time
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=3", "-1 -1 -1 -1 3 3"),
+    ],
+)
+def test_cores_are_devices_as_far_as_batches_and_the_user_allow(variable, value, counts):
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    environment = {**kept, "JAX_PLATFORMS": "cpu", variable: value}
+    found = subprocess.run(
+        [sys.executable, "-c", SHOWN], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == counts.split()
