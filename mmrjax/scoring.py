@@ -172,26 +172,7 @@ def _window_program(trained: train.Trained):
         result = trained.method.predict(variables, frozen, images / 255.0)
         return result["map"], result["score"]
 
-    options = _eigen_for_products()
-    return jax.jit(predict, out_shardings=replicated, compiler_options=options)
-
-
-@functools.cache
-def _eigen_for_products() -> dict[str, str] | None:
-    """Compiler options that leave XLA:CPU's matrix products to Eigen, or None.
-
-    YNNPACK, which jaxlib 0.10 gives them to, takes a fifth longer for wide networks; convolutions
-    and sums stay with it. None where XLA does not know the option, and on other devices.
-    """
-    if jax.default_backend() != "cpu":
-        return None
-    kept = ",".join(f"LIBRARY_FUSION_TYPE_{name}" for name in ("REDUCE", "INDIVIDUAL_CONVOLUTION"))
-    options = {"xla_cpu_experimental_ynn_fusion_type": kept}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
+    return jax.jit(predict, out_shardings=replicated)
 
 
 def one_behind(trained: train.Trained, predict: Callable, batches: Iterable) -> Iterator[tuple]:

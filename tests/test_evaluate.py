@@ -4,7 +4,6 @@ import csv
 import json
 
 import cv2
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -237,23 +236,3 @@ def test_without_enough_held_out_images_the_reason_stands_where_the_threshold_wo
     none = run(tmp_path / "none", "calibration.fraction=0.1")["calibration"]
     assert "19 are needed" in none["reason"]
     assert run(tmp_path / "off", "calibration.fraction=0")["calibration"] is None
-
-
-def test_products_of_a_cpu_are_left_to_eigen_where_xla_knows_how(monkeypatch):
-    options = scoring._eigen_for_products()
-    x = jnp.ones((256, 256))
-    text = jax.jit(lambda x: x @ x, compiler_options=options).lower(x).compile().as_text()
-    assert "ynn" not in text
-    scoring._eigen_for_products.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "default_backend", lambda: "gpu")
-        assert scoring._eigen_for_products() is None
-    scoring._eigen_for_products.cache_clear()
-
-    def unknown(*_, **__):
-        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "jit", unknown)
-        assert scoring._eigen_for_products() is None
-    scoring._eigen_for_products.cache_clear()
