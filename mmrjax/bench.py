@@ -247,7 +247,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unknown argument {unknown[0]!r}")
     if min(arguments.windows, arguments.window_seconds, arguments.requests) <= 0:
         parser.error("--windows, --window_seconds and --requests must be positive")
-    if not (arguments.train_batches and arguments.eval_batches) and not arguments.only_vs:
+    both = arguments.train_batches and arguments.eval_batches
+    if not (both or arguments.only_vs or arguments.worker):
         parser.error("--train_batches and --eval_batches: one may be empty with --only_vs alone")
     if wrong := [part for part in arguments.parts if part not in (*PARTS, WHOLE_RUN)]:
         parser.error(f"--parts={wrong[0]}: known are {', '.join((*PARTS, WHOLE_RUN))}")

@@ -174,6 +174,11 @@ def test_outputs_are_compared_first_then_both_take_turns(sides, tmp_path, capsys
     assert "2.00" in capsys.readouterr().out
 
 
+def test_a_process_of_its_own_may_have_one_task_alone():
+    arguments = bench._parse(["--worker=parity:folder", "--train_batches=", "--eval_batches=4"])
+    assert (arguments.train_batches, arguments.eval_batches) == ((), (4,))
+
+
 @pytest.fixture
 def cache(tmp_path):
     before = jax.config.jax_compilation_cache_dir
