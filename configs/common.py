@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     data.tile_overlap = 32  # px that neighbouring windows share at least
     data.max_side = 0  # shrink training images whose longer side exceeds this; 0 = never
     data.feed = "auto"  # resident (uint8 in device memory) | stream (Grain) | auto
-    data.resident_gib = 4.0  # "auto" keeps the training images resident up to this size
+    data.resident_gib = 4.0  # "auto": up to this size on a device, or of all CPU devices
     data.reference_domain = ""  # the unshifted domain, to which gaps are reported
 
     # Where the data sets of data.join lie, each as its publisher ships it. demo_parts is drawn.

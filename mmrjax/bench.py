@@ -10,7 +10,6 @@ machine cancels. Ratios are of medians over all windows. TFDS and Grain are not 
 import argparse
 import concurrent.futures
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -38,8 +37,6 @@ RANDOM = ("teacher.weights=random", "student.init=scratch")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; prints tables, and all of it as JSON with --json."""
     arguments = _parse(argv)
-    sizes = itertools.chain(*_batches(arguments).values())
-    mesh_lib.show_cores([size for size in sizes if size > 1])  # a single image: one device
     if arguments.worker:
         memory.keep_freed()
         print(json.dumps(work(arguments.worker, arguments)))
@@ -254,6 +251,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--parts={wrong[0]}: known are {', '.join((*PARTS, WHOLE_RUN))}")
     if arguments.warm_up and not jax.config.jax_compilation_cache_dir:
         parser.error("--warm_up: name a folder in JAX_COMPILATION_CACHE_DIR to compile into")
+    several = [
+        size for size in arguments.eval_batches if size > 1
+    ]  # one image is scored on one device
+    mesh_lib.show_cores([*arguments.train_batches, *several])
     if arguments.vs and not arguments.worker:
         arguments.variants = _variants(arguments.variants, parser)
     return arguments

@@ -57,6 +57,7 @@ class Programs:
         variables, _ = self.method.init(jax.random.key(0), self.frozen)
         self.variables = mesh_lib.replicate(variables, self.mesh)
         self.trained, self.scorer = self._on(self.mesh)
+        self._scorers = {self.mesh.size: (self.trained, self.scorer)}
 
     def _on(self, mesh: jax.sharding.Mesh) -> tuple[train.Trained, Callable]:
         weights = (mesh_lib.replicate(part, mesh) for part in (self.variables, self.frozen))
@@ -67,9 +68,9 @@ class Programs:
     def scorer_of(self, batch: int) -> tuple[train.Trained, Callable]:
         """The networks, and what scores a batch, on as many devices as share it."""
         devices = math.gcd(batch, self.mesh.size)
-        if devices == self.mesh.size:
-            return self.trained, self.scorer
-        return self._on(mesh_lib.make_mesh(devices))
+        if devices not in self._scorers:
+            self._scorers[devices] = self._on(mesh_lib.make_mesh(devices))
+        return self._scorers[devices]
 
     # --- the machine
 

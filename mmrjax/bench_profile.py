@@ -115,11 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = parser.parse_known_args(argv)
     if unknown := [o for o in overrides if not o.startswith("--config.")]:
         parser.error(f"unknown argument {unknown[0]!r}")
+    mesh_lib.show_cores([arguments.batch])
     if jax.default_backend() not in ("cpu", "gpu"):
         print("error: profiles are read on CPUs and GPUs only", file=sys.stderr)
         return 1
     memory.keep_freed()
-    mesh_lib.show_cores([arguments.batch])
     fields = [o.removeprefix("--config.") for o in overrides]
     run, k, text = _program(arguments.task, arguments.batch, fields, arguments.config)
     plan = bench_model.Plan(windows=3, window_seconds=0.7)

@@ -29,6 +29,7 @@ from data_builders import files as image_folders
 from mmrjax import command_line, files, methods, staging
 from mmrjax import detector as detector_lib
 from mmrjax.data import geometry
+from mmrjax.models import winograd
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5  # of scores and maps; relative where the map exceeds 1
@@ -146,7 +147,8 @@ def compare(
     method = _portable(trained.method, "float32" if in_float32 else "")
     if in_float32:
         precision = "highest"
-    with jax.default_matmul_precision(precision):
+    # The file convolves directly, as a batch of any size has to.
+    with jax.default_matmul_precision(precision), winograd.direct_alone():
         want = jax.jit(method.predict)(
             *jax.device_get((trained.variables, trained.frozen)), images / np.float32(255)
         )

@@ -96,8 +96,9 @@ def batch_sizes(config: ConfigDict) -> set[int]:
     """Of all that `config` runs: training with each of its methods, evaluation, rows of a sweep."""
     sizes = set()
     for one in [row.config for row in sweep.plan(config)] or [config]:
-        own = [method.own for name, method in methods.METHODS.items() if name in one.method.names]
-        fields = {names.get("train.batch_size", "train.batch_size") for names in own}
+        run = [method for name, method in methods.METHODS.items() if name in one.method.names]
+        field = "train.batch_size"
+        fields = {method.own.get(field, field) for method in run if method.trains}
         sizes |= {config_lib.flatten(one)[field] for field in (*fields, "eval.batch_size")}
     return sizes
 

@@ -6,10 +6,10 @@ arXiv 2304.11277). With several processes, each puts the rows of its own devices
 the full shape everywhere, but only `own_rows` need to be filled.
 """
 
-import contextlib
 import math
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Iterable
 
 import jax
 import joblib
@@ -21,6 +21,8 @@ from mmrjax import processes
 
 AXES = ("data", "fsdp")
 GIB_OF_A_CORE = 4  # of the machine's memory, for the weights, moments and images of a device
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_cores_shown = False
 FSDP_ELEMENTS = 1 << 16  # smaller arrays stay whole: they cost more to gather than they save
 
 
@@ -42,30 +44,63 @@ def devices() -> list[jax.Device]:
         ) from e
 
 
-def show_cores(batch_sizes: Sequence[int] = ()) -> None:
-    """Lets JAX take each physical core of a CPU as a device: as many as divide every batch size.
+def show_cores(batch_sizes: Iterable[int] = ()) -> None:
+    """Lets JAX take each core of a CPU as a device: as many as divide every batch size.
 
     XLA:CPU splits most operations badly over the threads of one device (docs/performance.md); as
     devices, each core computes its own images. One for every GIB_OF_A_CORE of memory at most: the
     full student with its moments is 1.6 GiB on each. Does nothing where JAX runs already, or where
     its number of CPU devices is set by JAX_NUM_CPU_DEVICES or XLA_FLAGS.
     """
+    global _cores_shown
     by_flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if by_flag or jax.config.jax_num_cpu_devices >= 0:
         return
-    cores = joblib.cpu_count(only_physical_cores=True)  # of this process: affinity, cgroups
-    most = max(1, int(min(cores, _memory_gib() / GIB_OF_A_CORE)))
+    most = max(1, int(min(_cores(), _memory_gib() / GIB_OF_A_CORE)))
     shared = math.gcd(*batch_sizes)  # 0, which all divide, of none
-    with contextlib.suppress(RuntimeError):  # JAX runs already
-        devices = max(n for n in range(1, most + 1) if shared % n == 0)
-        jax.config.update("jax_num_cpu_devices", devices)
+    count = max(n for n in range(1, most + 1) if shared % n == 0)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # JAX runs already
+        return
+    _cores_shown = True
+
+
+def shared_by(*batch_sizes: int) -> int | None:
+    """How many of the devices divide all batches, where they are cores that `show_cores` showed.
+
+    Of other devices None: whoever has eight GPUs is told that a batch of 12 leaves some idle.
+    """
+    return math.gcd(len(devices()), *batch_sizes) if _cores_shown else None
+
+
+def _cores() -> int:
+    """Cores that this process may use: its affinity and quota, threads of one core counted once."""
+    try:
+        threads = os.sched_getaffinity(0)
+    except AttributeError:  # not on Linux
+        return joblib.cpu_count()
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    cores = {_read(siblings.format(n)) or str(n) for n in threads}
+    return min(len(cores), joblib.cpu_count())
 
 
 def _memory_gib() -> float:
+    """What the machine has, or this process's control group is allowed."""
+    limits = (_read(path) or "" for path in MEMORY_LIMITS)
+    sizes = [int(limit) for limit in limits if limit.isdecimal()]
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):  # no POSIX, or it does not say
-        return math.inf
+        pass
+    return min(sizes, default=math.inf) / 2**30
+
+
+def _read(path: str) -> str | None:
+    try:
+        return pathlib.Path(path).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
 
 
 def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:

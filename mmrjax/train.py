@@ -142,9 +142,10 @@ def train(
       ValueError: bad configuration or weights, or an unfinished run with `evaluate_only`.
       Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
-    mesh = mesh_lib.make_mesh(fsdp=config.train.fsdp)
     method = methods.create(name, config)
     config = method.config
+    sizes = [config.eval.batch_size] + [config.train.batch_size] * method.trains
+    mesh = mesh_lib.make_mesh(mesh_lib.shared_by(*sizes), config.train.fsdp)
     if method.trains:
         field = method.own.get("train.batch_size", "train.batch_size")
         mesh_lib.check_divisible(field, config.train.batch_size, mesh)

@@ -187,17 +187,14 @@ def test_parameters_are_split_after_training_too(trained):
 
 
 SHOWN = """
-import os
-import jax, joblib
+import jax
 from mmrjax import mesh
-gib = 64
-os.sysconf = lambda name: gib << 10 if name == "SC_PHYS_PAGES" else 1 << 20
-joblib.cpu_count = lambda only_physical_cores: 6
+mesh._cores, mesh._memory_gib = lambda: 6, lambda: 64.0
 for sizes in ([16, 32], [9, 12], [5, 16], []):
     mesh.show_cores(sizes)
     print(jax.config.jax_num_cpu_devices, end=" ")
     jax.config.update("jax_num_cpu_devices", -1)
-gib = 11
+mesh._memory_gib = lambda: 11.0
 mesh.show_cores([8])
 print(jax.device_count(), end=" ")
 mesh.show_cores([6])  # JAX runs: too late, and no error
@@ -205,18 +202,101 @@ print(jax.device_count())
 """
 
 
+def in_a_new_process(code, **variables):
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    environment = {**kept, "JAX_PLATFORMS": "cpu", **variables}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    return found.stdout.split()
+
+
 @pytest.mark.parametrize(
-    ("variable", "value", "counts"),
+    ("variables", "counts"),
     [
-        ("UNRELATED", "1", "4 3 1 6 2 2"),
-        ("JAX_NUM_CPU_DEVICES", "2", "2 3 1 6 2 2"),  # set: left as it is, the first time
-        ("XLA_FLAGS", "--xla_force_host_platform_device_count=3", "-1 -1 -1 -1 3 3"),
+        ({}, "4 3 1 6 2 2"),
+        ({"JAX_NUM_CPU_DEVICES": "2"}, "2 3 1 6 2 2"),  # set: left as it is, the first time
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, "-1 -1 -1 -1 3 3"),
     ],
 )
-def test_cores_are_devices_as_far_as_batches_and_the_user_allow(variable, value, counts):
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    environment = {**kept, "JAX_PLATFORMS": "cpu", variable: value}
-    found = subprocess.run(
-        [sys.executable, "-c", SHOWN], env=environment, capture_output=True, text=True, check=True
-    )
-    assert found.stdout.split() == counts.split()
+def test_cores_are_devices_as_far_as_batches_memory_and_the_user_allow(variables, counts):
+    assert in_a_new_process(SHOWN, **variables) == counts.split()
+
+
+STARTED = """
+import pathlib, sys
+import jax
+from mmrjax import bench, bench_profile, main, mesh, predict, restore
+mesh._cores, mesh._memory_gib = lambda: 2, lambda: 64.0
+def stop(*_, **__):
+    print(jax.device_count())
+    sys.exit(0)
+main.run_all = bench._facts = bench_profile._program = restore.trained = stop
+restore.find_run = pathlib.Path
+program, *arguments = {words!r}
+getattr(sys.modules[__name__], program).main(arguments)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "devices"),
+    [
+        (("main", "--config=configs/demo.py", "--workdir={folder}/run"), 2),
+        (
+            (
+                "main",
+                "--config=configs/demo.py",
+                "--workdir={folder}/run",
+                "--config.eval.batch_size=3",
+            ),
+            1,
+        ),
+        (("predict", "--workdir={folder}", "--input={folder}", "--output={folder}/out"), 2),
+        (("bench", "--vs=torch", "--only_vs"), 2),
+        (("bench", "--train_batches=1,16"), 1),
+        (("bench_profile", "--batch=16"), 2),
+    ],
+)
+def test_programs_show_the_cores_before_jax_runs(words, devices, tmp_path):
+    code = STARTED.format(words=tuple(word.format(folder=tmp_path) for word in words))
+    if words[0] == "predict":
+        code = code.replace("program, ", CONFIG + "program, ")
+    assert in_a_new_process(code) == [str(devices)]
+
+
+CONFIG = """
+from mmrjax import config
+restore.read_config = lambda run: config.load("configs/demo.py")
+"""
+
+
+def test_shown_cores_share_the_batches_of_a_run_others_must_divide_them(monkeypatch):
+    """A later run in the same process may have batches that the shown cores do not divide."""
+    assert mesh_lib.shared_by(12, 32) is None
+    monkeypatch.setattr(mesh_lib, "_cores_shown", True)
+    assert mesh_lib.shared_by(12, 32) == 4
+    assert mesh_lib.shared_by(15, 32) == 1
+
+
+def test_memory_is_what_the_control_group_allows(monkeypatch, tmp_path):
+    for name, text in (("max", "max\n"), ("limit", f"{3 << 30}\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 5 << 18, "SC_PAGE_SIZE": 4096}.get)
+    for names, gib in ((("max", "limit"), 3), (("max", "absent"), 5)):
+        limits = [str(tmp_path / name) for name in names]
+        monkeypatch.setattr(mesh_lib, "MEMORY_LIMITS", limits)
+        assert mesh_lib._memory_gib() == gib
+    monkeypatch.delattr(os, "sysconf")
+    assert mesh_lib._memory_gib() == float("inf")
+
+
+def test_threads_of_one_core_count_once(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(mesh_lib.joblib, "cpu_count", lambda: 64)
+    threads = {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}
+    monkeypatch.setattr(mesh_lib, "_read", lambda path: threads[int(path.split("cpu")[2][0])])
+    assert mesh_lib._cores() == 2
+    monkeypatch.setattr(mesh_lib, "_read", lambda path: None)  # no such file
+    assert mesh_lib._cores() == 4
+    monkeypatch.setattr(mesh_lib.joblib, "cpu_count", lambda: 3)  # a quota
+    assert mesh_lib._cores() == 3

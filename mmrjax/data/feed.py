@@ -69,8 +69,8 @@ class Feed:
         gib = count * self.canvas[0] * self.canvas[1] * self._channels / 2**30
         if mode == "auto":  # each device holds them; those of a CPU share its memory
             on_cpu = jax.default_backend() == "cpu"
-            copies = len(device_mesh.local_devices) if on_cpu else 1
-            mode = "resident" if gib * copies <= resident_gib else "stream"
+            held = gib * (len(device_mesh.local_devices) if on_cpu else 1)
+            mode = "resident" if held <= resident_gib else "stream"
         if mode == "stream":  # a chunk travels whole, and several wait in the queue
             batch_bytes = plan.batch_size * self.canvas[0] * self.canvas[1] * self._channels
             steps_per_call = min(steps_per_call, max(1, STREAM_CHUNK_BYTES // batch_bytes))

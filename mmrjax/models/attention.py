@@ -126,14 +126,14 @@ def softmax_attention(
     XLA:CPU takes half of the time that jax.nn.dot_product_attention does.
 
     Args:
-      q: [b, n, heads, d], float32 or bfloat16.
-      k: the same.
-      v: the same.
-      bias: broadcasts to [b, heads, n, n], or none.
-      kernel: "xla", or "cudnn" for bfloat16 on an NVIDIA GPU.
+      q: [b, m, heads, d], float32 or bfloat16.
+      k: [b, n, heads, d].
+      v: [b, n, heads, d].
+      bias: broadcasts to [b, heads, m, n], or none.
+      kernel: of bfloat16: "xla", or "cudnn" on an NVIDIA GPU.
 
     Returns:
-      [b, n, heads, d].
+      [b, m, heads, d].
     """
     if q.dtype != jnp.float32:
         return jax.nn.dot_product_attention(q, k, v, bias, implementation=kernel)

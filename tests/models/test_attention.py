@@ -299,3 +299,28 @@ def test_order_of_visible_patches_does_not_matter(images):
     moved = jnp.concatenate([x[:, :1], x[:, 1:][:, order]], axis=1)
     two = model.apply(variables, moved, tokens(ids[:, order]), layer)
     np.testing.assert_allclose(one[:, 1:][:, order], two[:, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1, 300])  # of logits: unscaled exponentials would overflow
+@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize("biased", [False, True])
+def test_softmax_attention_and_its_gradients_are_those_of_jax(scale, queries, biased):
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(2, queries, 3, 8)) * scale, jnp.float32)
+    k, v = jnp.asarray(rng.normal(size=(2, 2, 7, 3, 8)), jnp.float32)
+    hidden = rng.random((2, 3, queries, 7)) < 0.3
+    bias = jnp.asarray(np.where(hidden, -1e9, 0.0), jnp.float32) if biased else None
+    results = []
+    for attend in (attention.softmax_attention, jax.nn.dot_product_attention):
+        y, pull = jax.vjp(lambda q, k, v, attend=attend: attend(q, k, v, bias), q, k, v)
+        results.append((y, *pull(jnp.cos(y))))
+    for ours, theirs in zip(*results, strict=True):
+        assert jnp.isfinite(ours).all()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6 * scale)
+
+
+def test_softmax_attention_in_bfloat16_is_jax_s_own():
+    q, k, v = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 5, 2, 8)), jnp.bfloat16)
+    found = attention.softmax_attention(q, k, v)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, jax.nn.dot_product_attention(q, k, v))

@@ -21,22 +21,27 @@ def test_the_matrices_convolve_any_six_numbers_with_any_three():
         np.testing.assert_allclose(found, [d[i : i + 3] @ g for i in range(4)], atol=1e-12)
 
 
+@pytest.mark.parametrize("features", [4, 5])
 @pytest.mark.parametrize(
-    "shape", [(3, 6, 9, 4), (16, 4, 5, 2), (1, 1, 1, 2), (2, 5, 1, 3), (8, 8, 8, 3)]
+    "shape",
+    [(3, 6, 9, 4), (16, 4, 5, 4), (1, 1, 1, 4), (2, 5, 1, 4), (24, 24, 24, 4), (32, 8, 12, 4)],
 )
-def test_values_and_gradients_are_those_of_the_convolution(shape):
-    """Also of sizes that fill no tile, and of batches that devices do not divide."""
-    x, kernel = jnp.asarray(random(shape)), jnp.asarray(random((3, 3, shape[-1], 5), 1))
-    gradient = jnp.asarray(random((*shape[:3], 5), 2))
+def test_values_and_gradients_are_those_of_the_convolution(shape, features):
+    """Of sizes that fill no tile, of batches that devices do not divide, and over several rounds.
+
+    With as many features as channels an image's result takes its own place.
+    """
+    x, kernel = jnp.asarray(random(shape)), jnp.asarray(random((3, 3, shape[-1], features), 1))
+    gradient = jnp.asarray(random((*shape[:3], features), 2))
     results = {}
     for convolve in (winograd.by_tiles, winograd.direct):
         y, pull = jax.vjp(convolve, x, kernel)
         results[convolve] = (y, *pull(gradient))
     for ours, xla in zip(*results.values(), strict=True):
-        np.testing.assert_allclose(ours, xla, rtol=1e-4, atol=5e-5)
+        np.testing.assert_allclose(ours, xla, rtol=1e-4, atol=1e-5 * float(xla.std()) + 5e-5)
 
 
-def test_the_error_is_what_the_docstring_says():
+def test_the_error_is_about_what_the_docstring_says():
     x, kernel = random((2, 28, 28, 128)), random((3, 3, 128, 128), 1)
     with jax.enable_x64(True):
         exact = np.asarray(winograd.direct(x.astype(np.float64), kernel.astype(np.float64)))
@@ -59,15 +64,11 @@ def test_devices_convolve_their_own_images_and_exchange_the_kernel_gradient_alon
     both = jax.jit(lambda x, k, g: jax.vjp(winograd.by_tiles, x, k)[1](g))
     text = both.lower(x, kernel, gradient).compile().as_text()
     assert text.count(" all-reduce(") == 1
-    assert not any(
-        f" {word}(" in text for word in ("all-gather", "all-to-all", "collective-permute")
-    )
-    np.testing.assert_allclose(
-        both(x, kernel, gradient)[1],
-        jax.vjp(winograd.direct, x, kernel)[1](gradient)[1],
-        rtol=1e-3,
-        atol=1e-3,
-    )
+    for word in ("all-gather", "all-to-all", "collective-permute"):
+        assert f" {word}(" not in text
+    expected = jax.vjp(winograd.direct, x, kernel)[1](gradient)
+    for ours, xla in zip(both(x, kernel, gradient), expected, strict=True):
+        np.testing.assert_allclose(ours, xla, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -106,4 +107,5 @@ def test_with_direct_alone_every_operation_is_seen():
     x, kernel = jnp.ones((4, 8, 8, 32)), jnp.ones((3, 3, 32, 32))
     with winograd.direct_alone():
         assert "while" not in jax.jit(winograd.convolve).lower(x, kernel).as_text()
-    assert "while" in jax.jit(lambda *a: winograd.convolve(*a)).lower(x, kernel).as_text()
+    traced_anew = lambda *a: winograd.convolve(*a)  # noqa: E731
+    assert "while" in jax.jit(traced_anew).lower(x, kernel).as_text()
