@@ -12,7 +12,6 @@ import pathlib
 from collections.abc import Iterable
 
 import jax
-import joblib
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -21,6 +20,9 @@ from mmrjax import processes
 
 AXES = ("data", "fsdp")
 GIB_OF_A_CORE = 4  # of the machine's memory, for the weights, moments and images of a device
+# Of control groups, versions 2 and 1.
+CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
+CPU_QUOTA_1 = ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us")
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _cores_shown = False
 FSDP_ELEMENTS = 1 << 16  # smaller arrays stay whole: they cost more to gather than they save
@@ -79,10 +81,13 @@ def _cores() -> int:
     try:
         threads = os.sched_getaffinity(0)
     except AttributeError:  # not on Linux
-        return joblib.cpu_count()
+        return os.cpu_count() or 1
     siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    cores = {_read(siblings.format(n)) or str(n) for n in threads}
-    return min(len(cores), joblib.cpu_count())
+    cores = len({_read(siblings.format(n)) or str(n) for n in threads})
+    quota, period = (_read(CPU_QUOTA) or " ".join(f"{_read(path)}" for path in CPU_QUOTA_1)).split()
+    if quota.isdecimal() and period.isdecimal():
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
 
 
 def _memory_gib() -> float:

@@ -34,7 +34,7 @@ def test_the_traceback_can_be_asked_for(monkeypatch):
         command_line.run(lambda: open("nowhere"))
 
 
-def press_ctrl_c(*_):
+def press_ctrl_c(*_, **__):
     raise KeyboardInterrupt
 
 

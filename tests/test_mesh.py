@@ -290,13 +290,20 @@ def test_memory_is_what_the_control_group_allows(monkeypatch, tmp_path):
     assert mesh_lib._memory_gib() == float("inf")
 
 
-def test_threads_of_one_core_count_once(monkeypatch):
+def test_threads_of_one_core_count_once_and_a_quota_limits_them(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr(mesh_lib.joblib, "cpu_count", lambda: 64)
-    threads = {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}
-    monkeypatch.setattr(mesh_lib, "_read", lambda path: threads[int(path.split("cpu")[2][0])])
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    known = {siblings.format(n): f"{n % 2},{n % 2 + 2}" for n in range(4)}
+    monkeypatch.setattr(mesh_lib, "_read", lambda path: known.get(path))
     assert mesh_lib._cores() == 2
-    monkeypatch.setattr(mesh_lib, "_read", lambda path: None)  # no such file
+    known.clear()  # the system does not say
     assert mesh_lib._cores() == 4
-    monkeypatch.setattr(mesh_lib.joblib, "cpu_count", lambda: 3)  # a quota
+    known[mesh_lib.CPU_QUOTA] = "max 100000"
+    assert mesh_lib._cores() == 4
+    known[mesh_lib.CPU_QUOTA] = "250000 100000"
     assert mesh_lib._cores() == 3
+    known.clear()
+    known.update(zip(mesh_lib.CPU_QUOTA_1, ("150000", "100000"), strict=True))
+    assert mesh_lib._cores() == 2
+    known[mesh_lib.CPU_QUOTA_1[0]] = "-1"
+    assert mesh_lib._cores() == 4
