@@ -9,7 +9,7 @@ the full shape everywhere, but only `own_rows` need to be filled.
 import math
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -68,14 +68,6 @@ def show_cores(batch_sizes: Iterable[int] = ()) -> None:
     _cores_shown = True
 
 
-def shared_by(*batch_sizes: int) -> int | None:
-    """How many of the devices divide all batches, where they are cores that `show_cores` showed.
-
-    Of other devices None: whoever has eight GPUs is told that a batch of 12 leaves some idle.
-    """
-    return math.gcd(len(devices()), *batch_sizes) if _cores_shown else None
-
-
 def _cores() -> int:
     """Cores that this process may use: its affinity and quota, threads of one core counted once."""
     try:
@@ -108,14 +100,20 @@ def _read(path: str) -> str | None:
         return None
 
 
-def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
+def make_mesh(devices: int | None = None, fsdp: int = 1, batch_sizes: Sequence[int] = ()) -> Mesh:
     """A mesh ("data", "fsdp") over all devices of all processes, or over the first `devices`.
+
+    Of the cores that `show_cores` showed, over as many as divide `batch_sizes`: a later run in the
+    same process may have others. Of other devices over all: whoever has eight GPUs is to be told
+    that a batch of 12 leaves some idle.
 
     Raises:
       ValueError: `fsdp` does not divide the devices.
     """
     available = jax.devices()
     n = devices or len(available)
+    if _cores_shown:
+        n = math.gcd(n, *batch_sizes)
     if n % fsdp:
         valid = ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
         raise ValueError(f"train.fsdp={fsdp} must divide the {n} devices; try one of {valid}")

@@ -145,7 +145,7 @@ def train(
     method = methods.create(name, config)
     config = method.config
     sizes = [config.eval.batch_size] + [config.train.batch_size] * method.trains
-    mesh = mesh_lib.make_mesh(mesh_lib.shared_by(*sizes), config.train.fsdp)
+    mesh = mesh_lib.make_mesh(fsdp=config.train.fsdp, batch_sizes=sizes)
     if method.trains:
         field = method.own.get("train.batch_size", "train.batch_size")
         mesh_lib.check_divisible(field, config.train.batch_size, mesh)

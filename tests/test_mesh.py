@@ -258,6 +258,8 @@ getattr(sys.modules[__name__], program).main(arguments)
     ],
 )
 def test_programs_show_the_cores_before_jax_runs(words, devices, tmp_path):
+    if "--vs=torch" in words:
+        pytest.importorskip("torch")
     code = STARTED.format(words=tuple(word.format(folder=tmp_path) for word in words))
     if words[0] == "predict":
         code = code.replace("program, ", CONFIG + "program, ")
@@ -270,12 +272,12 @@ restore.read_config = lambda run: config.load("configs/demo.py")
 """
 
 
-def test_shown_cores_share_the_batches_of_a_run_others_must_divide_them(monkeypatch):
-    """A later run in the same process may have batches that the shown cores do not divide."""
-    assert mesh_lib.shared_by(12, 32) is None
+def test_shown_cores_share_the_batches_of_a_run_others_have_to_divide_them(monkeypatch):
+    assert mesh_lib.make_mesh(batch_sizes=(12, 32)).size == 8
     monkeypatch.setattr(mesh_lib, "_cores_shown", True)
-    assert mesh_lib.shared_by(12, 32) == 4
-    assert mesh_lib.shared_by(15, 32) == 1
+    assert mesh_lib.make_mesh(batch_sizes=(12, 32)).size == 4
+    assert mesh_lib.make_mesh(batch_sizes=(15, 32)).size == 1
+    assert mesh_lib.make_mesh().size == 8
 
 
 def test_memory_is_what_the_control_group_allows(monkeypatch, tmp_path):

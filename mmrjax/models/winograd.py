@@ -19,6 +19,7 @@ TILE, WINDOW = 4, 6  # px: what a tile gives, and what it reads
 # is four times as large.
 POINTS = (0, 0.75, -0.75, 1.5, -1.5)
 MIN_CHANNELS = 32  # fewer: turning tiles costs more than it saves
+MIN_PIXELS = 100  # of an image; fewer: too few tiles to be worth the longer compilation
 ROWS = 32  # of a product at least, where there are so many tiles: fewer do not fill the processor
 _enabled = True
 
@@ -53,11 +54,14 @@ def convolve(x: jax.Array, kernel: jax.Array, *_, **__) -> jax.Array:
         as the first line.
 
     Returns:
-      [b, h, w, features]; by tiles on a CPU, for float32 and MIN_CHANNELS or more on both sides.
+      [b, h, w, features]; by tiles on a CPU, for float32, MIN_CHANNELS on both sides
+      and MIN_PIXELS.
     """
     known = all(isinstance(n, int) and n for n in x.shape)  # in an exported program b is a symbol
     wide = min(kernel.shape[2:]) >= MIN_CHANNELS
-    if _enabled and known and wide and x.dtype == jnp.float32:
+    if not (_enabled and known and wide and x.dtype == jnp.float32):
+        return direct(x, kernel)
+    if x.shape[1] * x.shape[2] >= MIN_PIXELS:
         return jax.lax.platform_dependent(x, kernel, cpu=by_tiles, default=direct)
     return direct(x, kernel)
 

@@ -72,28 +72,32 @@ def test_devices_convolve_their_own_images_and_exchange_the_kernel_gradient_alon
 
 
 @pytest.mark.parametrize(
-    ("platform", "channels", "dtype", "tiles"),
+    ("platform", "channels", "side", "dtype", "tiles"),
     [
-        ("cpu", 32, jnp.float32, True),
-        ("cpu", 16, jnp.float32, False),
-        ("cpu", 32, jnp.bfloat16, False),
-        ("cuda", 32, jnp.float32, False),
-        ("tpu", 32, jnp.float32, False),
+        ("cpu", 32, 10, jnp.float32, True),
+        ("cpu", 16, 10, jnp.float32, False),
+        ("cpu", 32, 9, jnp.float32, False),
+        ("cpu", 32, 10, jnp.bfloat16, False),
+        ("cuda", 32, 10, jnp.float32, False),
+        ("tpu", 32, 10, jnp.float32, False),
     ],
 )  # fmt: skip
-def test_tiles_are_for_cpus_wide_layers_and_float32(platform, channels, dtype, tiles):
-    x, kernel = jnp.ones((1, 4, 4, channels), dtype), jnp.ones((3, 3, channels, channels), dtype)
+def test_tiles_are_for_cpus_large_wide_layers_and_float32(platform, channels, side, dtype, tiles):
+    x, kernel = (
+        jnp.ones((1, side, side, channels), dtype),
+        jnp.ones((3, 3, channels, channels), dtype),
+    )
     lowered = jax.jit(winograd.convolve).trace(x, kernel).lower(lowering_platforms=(platform,))
     assert ("stablehlo.convolution" not in lowered.as_text()) == tiles
 
 
 def test_convolutions_of_stride_1_in_teacher_and_pyramid_are_by_tiles():
-    images = jnp.zeros((1, 64, 64, 3))
+    images = jnp.zeros((1, 224, 224, 3))
     teacher = resnet.ResNet(resnet.architecture("resnet18"))
     variables = jax.eval_shape(teacher.init, jax.random.key(0), images)
     assert loops(teacher, variables, images) == 10  # 13 3x3 but for two of stride 2; and the stem
     pyramid = fpn.SimpleFPN({1: 64, 2: 128, 3: 256})
-    x = jnp.zeros((1, 4, 4, 192))
+    x = jnp.zeros((1, 14, 14, 192))
     variables = jax.eval_shape(pyramid.init, jax.random.key(0), x)
     assert loops(pyramid, variables, x) == 3
 
@@ -104,7 +108,7 @@ def loops(module, variables, x):
 
 
 def test_with_direct_alone_every_operation_is_seen():
-    x, kernel = jnp.ones((4, 8, 8, 32)), jnp.ones((3, 3, 32, 32))
+    x, kernel = jnp.ones((8, 12, 12, 32)), jnp.ones((3, 3, 32, 32))
     with winograd.direct_alone():
         assert "while" not in jax.jit(winograd.convolve).lower(x, kernel).as_text()
     traced_anew = lambda *a: winograd.convolve(*a)  # noqa: E731
