@@ -10,15 +10,18 @@ directory; a killed call is repeated. The table, <evidence>/table.md, is written
 
 Two intervals stand beside a difference: over seeds (paired t, 95 %), whether training again would
 show it; for the image AUROC also over groups of test images (paired bootstrap, 95 %), whether other
-images would. `--grid` names the rows; `--domain=none` leaves out the alignment of domains, for data
-whose training images are of one domain.
+images would. `--looks` notes every run in the file of all looks at test labels (search.py).
+`--grid` names the rows; `--domain=none` leaves out the alignment of domains, for data whose
+training images are of one domain.
 """
 
 import argparse
 import concurrent.futures
 import csv
+import datetime
 import fractions
 import functools
+import io
 import json
 import os
 import pathlib
@@ -36,6 +39,8 @@ from mmrjax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 METRICS = ("image_auroc", "pixel_auroc", "aupro_0.3", "pro_mmr")
+LOOK_METRICS = (*METRICS, "tiny_recall")
+LOOK_HEADS = ("date", "what", "seed", *LOOK_METRICS, "why")
 BASE = "base"
 LONGER = "longer"  # MMR with as many steps as rows with synthetic defects, whose epochs are longer
 OFF = {"hybrid": "false", "synthetic_every": 0, "tiny_weight": 1, "contrast": "none",
@@ -151,48 +156,63 @@ def run_grid(
     evidence: pathlib.Path,
     start: Callable[[list[str]], int],
     jobs: int = 1,
+    looks: pathlib.Path | None = None,
 ) -> int:
     """Runs what is not in `evidence` yet, `jobs` at once; the first exit status not 0, else 0.
 
     Seeds outside, rows inside: a stopped grid has whole pairs. `start` runs mmrjax.main; after one
-    that fails no other is started.
+    that fails no other is started. Every run is noted in `looks`, if given.
 
     Raises:
       ValueError: what is there was trained with other fields, or tested on other images.
     """
-    trained, wanted = trained_with(spec, fields, FOREIGN), []
-    for seed in dict.fromkeys(seeds):
-        for row, switches in rows.items():
-            path = evidence / row / f"seed{seed}" / "results.json"
-            expected = {"config": spec, "fields": trained, "row": row, "seed": seed}
-            expected["switches"] = {name: str(value) for name, value in switches.items()}
-            found = files.read_json(path)
-            if found is None:
-                home = folder / row / f"seed{seed}"
-                wanted.append(
-                    (path, expected, home, command(spec, fields, row, switches, home, seed))
-                )
-            else:
-                kept = found.get("fields", {}).items()
-                found["fields"] = {k: v for k, v in kept if not k.startswith(FOREIGN)}
-                check_same(expected, found, path)
+    trained = trained_with(spec, fields, FOREIGN)
+    every = [(row, seed) for seed in dict.fromkeys(seeds) for row in rows]
+    wanted = [one for one in every if not _is_there(*one, spec, trained, rows, evidence)]
     writing, failed = threading.Lock(), []
 
-    def finish(path: pathlib.Path, expected: dict, home: pathlib.Path, arguments: list) -> None:
+    def finish(row: str, seed: int) -> None:
         if failed:
             return
-        if status := start(arguments):
+        home = folder / row / f"seed{seed}"
+        if status := start(command(spec, fields, row, rows[row], home, seed)):
             failed.append(status)
             return
-        runs, images = summary(home, expected["seed"])
+        runs, images = summary(home, seed)
+        content = {**_expected(row, seed, spec, trained, rows), "runs": runs}
         with writing:
             check_images(images, evidence / "images.json")
-            files.write_text(path, json.dumps({**expected, "runs": runs}) + "\n")
+            files.write_text(_path(row, seed, evidence), json.dumps(content) + "\n")
             write_table(evidence, rows)
+            for key, run in runs.items() if looks else ():
+                note_look(looks, f"grid {row}", seed, run["metrics"]["all"], f"{spec}, {key}")
 
-    at_once([functools.partial(finish, *what) for what in wanted], jobs)
+    at_once([functools.partial(finish, *one) for one in wanted], jobs)
     write_table(evidence, rows)
     return failed[0] if failed else 0
+
+
+def _expected(row: str, seed: int, spec: str, trained: dict, rows: dict[str, dict]) -> dict:
+    """What the results of a run begin with."""
+    switches = {name: str(value) for name, value in rows[row].items()}
+    return {"config": spec, "fields": trained, "row": row, "seed": seed, "switches": switches}
+
+
+def _path(row: str, seed: int, evidence: pathlib.Path) -> pathlib.Path:
+    return evidence / row / f"seed{seed}" / "results.json"
+
+
+def _is_there(
+    row: str, seed: int, spec: str, trained: dict, rows: dict[str, dict], evidence: pathlib.Path
+) -> bool:
+    """Whether the run has results; raises ValueError if they were trained with other fields."""
+    path = _path(row, seed, evidence)
+    found = files.read_json(path)
+    if found is None:
+        return False
+    kept = {k: v for k, v in found.get("fields", {}).items() if not k.startswith(FOREIGN)}
+    check_same(_expected(row, seed, spec, trained, rows), {**found, "fields": kept}, path)
+    return True
 
 
 def at_once(work: Sequence[Callable[[], None]], jobs: int) -> None:
@@ -233,6 +253,19 @@ def check_images(images: dict, path: pathlib.Path) -> None:
         )
     if stored is None:
         files.write_text(path, json.dumps(images) + "\n")
+
+
+def note_look(looks: pathlib.Path, what: str, seed: int, metrics: dict, why: str) -> None:
+    """Adds a line to a CSV file that has one for every look at test labels; made if missing."""
+    values = [report_tables.percent(metrics.get(name)) for name in LOOK_METRICS]
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if not looks.exists():
+        writer.writerow(LOOK_HEADS)
+    writer.writerow([today, what, seed, *values, why])
+    before = looks.read_text(encoding="utf-8") if looks.exists() else ""
+    files.write_text(looks, before + text.getvalue())
 
 
 def write_table(evidence: pathlib.Path, rows: dict[str, dict]) -> None:
@@ -350,6 +383,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--evidence", required=True, type=files.local_path, help="results and table"
     )
+    parser.add_argument(
+        "--looks", type=files.local_path, help="CSV file to note every run on test images in"
+    )
     parser.add_argument("--seeds", default="54,55,56,57,58")
     parser.add_argument("--grid", default="parts", choices=sorted(GRIDS))
     parser.add_argument("--rows", default="", help="some rows of the grid; the base always runs")
@@ -374,7 +410,7 @@ def main(
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         status = run_grid(
             *(arguments.config, fields, rows, seeds, arguments.workdir, arguments.evidence),
-            *(start, arguments.jobs),
+            *(start, arguments.jobs, arguments.looks),
         )
     except (ValueError, OSError) as e:
         print(f"error: {files.explain(e)}", file=sys.stderr)

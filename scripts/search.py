@@ -3,12 +3,16 @@
     python scripts/search.py make --data_dir=<records> --output=<set>
     python scripts/search.py run --set=<set> --workdir=runs/search --jobs=8 \
         --evidence=docs/evidence/search --config.teacher.weights=<resnet18 file, or imagenet>
+    python scripts/search.py look --candidate=<name> --why="<reason>" --workdir=runs/looks \
+        --looks=docs/evidence/looks.csv --config.data.raw_dir=<tiles> --config.teacher.weights=<...>
 
 `make` splits the training tiles by group and puts defects of another make into those kept apart
 (search_set.py). `run` trains and tests every candidate there, each in a process of its own, --jobs
 of them at once, and ranks them by the mean of image AUROC, pixel AUROC and aupro_0.3 in
 <evidence>/table.md. A finished run leaves a small results.json in --evidence and is not run again,
 also without the work directory; what failed is named at the end, and the same call tries it again.
+`look` trains one candidate on all training tiles, tests it on the test tiles and adds a line to
+--looks: whatever was ever decided after a look at test labels can be read there.
 
 A candidate is a method and changes of configs/magnetic_tile.py, joined by "+": `mmr`,
 `mmr_plus+synthetic+384`. Any combination of CHANGES may be given, not only those of CANDIDATES.
@@ -37,6 +41,7 @@ from mmrjax.data import records as records_lib
 SPEC = "configs/magnetic_tile.py"
 RANKED = ("image_auroc", "pixel_auroc", "aupro_0.3")
 METRICS = (*RANKED, "pro_mmr", "tiny_recall")
+SEARCHED = ("data.name=folder",)  # the set, in place of the tiles
 BASE = "mmr"
 METHODS = {
     "mmr": (),
@@ -113,7 +118,7 @@ def fields_of(candidate: str) -> list[str]:
     for name, known in ((method, METHODS), *((change, CHANGES) for change in changes)):
         if name not in known:
             raise ValueError(f"candidate {candidate}: unknown {name!r}; known: {', '.join(known)}")
-    common = ("data.name=folder", "mmr_plus.domain=none", f"method.names={method}")
+    common = ("mmr_plus.domain=none", f"method.names={method}")
     return [*common, *METHODS[method], *(field for c in changes for field in CHANGES[c])]
 
 
@@ -163,43 +168,102 @@ def run(
         fields or on another set.
     """
     digest = _build(fields)
-    wanted = {}
-    for seed in seeds:  # outside: a stopped search has compared all
-        for name in candidates:
-            own = [*fields_of(name), *fields]
-            method = config_lib.load(SPEC, own)
-            config_lib.validate(method)
-            methods.create(method.method.names[0], method)
-            trained = ablate.trained_with(SPEC, own)
-            expected = {"config": SPEC, "candidate": name, "seed": seed, "set": digest,
-                        "fields": trained}  # fmt: skip
-            path = evidence / name / f"seed{seed}" / "results.json"
-            found = files.read_json(path)
-            if found is not None:
-                ablate.check_same(expected, found, path)
-            else:
-                wanted[path] = (expected, own)
+    wanted = [
+        _expected(name, seed, fields, digest)
+        for seed in seeds  # outside: a stopped search has compared all
+        for name in candidates
+    ]
+    wanted = [one for one in wanted if not _is_there(one, evidence)]
     writing, failed = threading.Lock(), []
 
-    def finish(path: pathlib.Path, expected: dict, own: list[str]) -> None:
+    def finish(expected: dict) -> None:
         name, seed = expected["candidate"], expected["seed"]
         home = folder / name / f"seed{seed}"
-        home.mkdir(parents=True, exist_ok=True)
-        arguments = [f"--config={SPEC}", f"--workdir={home}", f"--config.train.seeds={seed}"]
-        with (home / "log.txt").open("a", encoding="utf-8") as log:
-            status = start([*arguments, *(f"--config.{field}" for field in own)], log)
-        if status:
+        if status := _start(SEARCHED, name, seed, fields, home, start):
             failed.append(f"{name}, seed {seed}: exit status {status}; see {home / 'log.txt'}")
             return
         small, images = summary(home)
         with writing:
             ablate.check_images({"images": images}, evidence / "images.json")
-            files.write_text(path, json.dumps({**expected, **small}) + "\n")
+            files.write_text(_path(expected, evidence), json.dumps({**expected, **small}) + "\n")
             write_table(evidence)
 
-    ablate.at_once([functools.partial(finish, path, *what) for path, what in wanted.items()], jobs)
+    ablate.at_once([functools.partial(finish, one) for one in wanted], jobs)
     write_table(evidence)
     return failed
+
+
+def _expected(name: str, seed: int, fields: Sequence[str], digest: str) -> dict:
+    """What the results of a run begin with; raises ValueError for an impossible candidate."""
+    own = [*SEARCHED, *fields_of(name), *fields]
+    config = config_lib.load(SPEC, own)
+    config_lib.validate(config)
+    methods.create(config.method.names[0], config)
+    trained = ablate.trained_with(SPEC, own)
+    return {"config": SPEC, "candidate": name, "seed": seed, "set": digest, "fields": trained}
+
+
+def _path(expected: dict, evidence: pathlib.Path) -> pathlib.Path:
+    return evidence / expected["candidate"] / f"seed{expected['seed']}" / "results.json"
+
+
+def _is_there(expected: dict, evidence: pathlib.Path) -> bool:
+    """Whether the run has results; raises ValueError if they are of other fields or data."""
+    path = _path(expected, evidence)
+    found = files.read_json(path)
+    if found is not None:
+        ablate.check_same(expected, found, path)
+    return found is not None
+
+
+def _start(
+    data: Sequence[str],
+    name: str,
+    seed: int,
+    fields: Sequence[str],
+    home: pathlib.Path,
+    start: Callable[..., int],
+) -> int:
+    """Trains and tests a candidate in the work directory `home`; the exit status."""
+    home.mkdir(parents=True, exist_ok=True)
+    arguments = [f"--config={SPEC}", f"--workdir={home}", f"--config.train.seeds={seed}"]
+    own = [f"--config.{field}" for field in (*data, *fields_of(name), *fields)]
+    with (home / "log.txt").open("a", encoding="utf-8") as log:
+        return start([*arguments, *own], log)
+
+
+def look(
+    candidate: str,
+    fields: Sequence[str],
+    seed: int,
+    folder: pathlib.Path,
+    looks: pathlib.Path,
+    why: str,
+    start: Callable[..., int],
+) -> dict:
+    """Trains a candidate on all training tiles, tests it on the test tiles and notes that.
+
+    Args:
+      candidate: as `fields_of` takes it.
+      fields: "group.field=value", with data.raw_dir or data.data_dir, the tiles.
+      seed: of the training.
+      folder: of the run, as of `run`.
+      looks: as of `ablate.note_look`.
+      why: the reason for the look.
+      start: as of `run`.
+
+    Returns:
+      {metric: value}, METRICS.
+
+    Raises:
+      ValueError: an impossible candidate; the run failed, in which case nothing is noted.
+    """
+    home = folder / candidate / f"seed{seed}"
+    if status := _start((), candidate, seed, fields, home, start):
+        raise ValueError(f"{candidate}, seed {seed}: exit status {status}; see {home / 'log.txt'}")
+    metrics = summary(home)[0]["metrics"]
+    ablate.note_look(looks, candidate, seed, metrics, why)
+    return metrics
 
 
 def _build(fields: Sequence[str]) -> str:
@@ -305,6 +369,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     runner.add_argument("--candidates", default="all", help="names separated by commas, or all")
     runner.add_argument("--seeds", default="54")
     runner.add_argument("--jobs", type=int, default=1, help="runs at once")
+    looker = commands.add_parser("look", help="test one, and note it", allow_abbrev=False)
+    looker.add_argument("--candidate", required=True)
+    looker.add_argument("--why", required=True, help="the reason for this look at test labels")
+    for name in ("--workdir", "--looks"):
+        looker.add_argument(name, required=True, type=files.local_path)
+    looker.add_argument("--seed", type=int, default=54)
     arguments = parser.parse_args(rest)
     if fields and arguments.command == "make":
         parser.error(f"make takes no --config.{fields[0]}")
@@ -337,13 +407,24 @@ def _run(arguments: argparse.Namespace, fields: list[str], start: Callable[..., 
     return 1 if failed else 0
 
 
+def _look(arguments: argparse.Namespace, fields: list[str], start: Callable[..., int]) -> int:
+    metrics = look(
+        *(arguments.candidate, fields, arguments.seed, arguments.workdir, arguments.looks),
+        *(arguments.why, start),
+    )
+    print(", ".join(f"{name} {report_tables.percent(metrics[name])}" for name in METRICS))
+    return 0
+
+
 def main(
     argv: Sequence[str] | None = None, start: Callable[..., int] = ablate.start_program
 ) -> int:
     """Runs the command line; the exit status."""
     arguments, fields = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return _make(arguments) if arguments.command == "make" else _run(arguments, fields, start)
+        if arguments.command == "make":
+            return _make(arguments)
+        return {"run": _run, "look": _look}[arguments.command](arguments, fields, start)
     except (ValueError, OSError) as e:
         print(f"error: {files.explain(e)}", file=sys.stderr)
         return 1

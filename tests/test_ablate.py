@@ -195,6 +195,20 @@ def test_intervals_of_pairs():
     assert ablate.over_groups(np.ones((1, 3)), np.ones((1, 3)), one_class) is None
 
 
+def test_every_run_on_test_images_is_noted_where_asked(tmp_path):
+    looks = tmp_path / "looks.csv"
+    assert call(tmp_path, Program(), "--seeds=1,2", f"--looks={looks}") == 0
+    assert call(tmp_path, Program(), "--seeds=3", f"--looks={looks}") == 0
+    with looks.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(lines[0]) == ablate.LOOK_HEADS
+    assert [(line["what"], line["seed"]) for line in lines] == [
+        (f"grid {row}", seed) for seed in "123" for row in ("base", "hybrid", "all")
+    ]
+    assert lines[2]["image_auroc"] == "61.0"
+    assert lines[2]["why"] == "configs/demo.py, folder/parts"
+
+
 def test_several_runs_at_once_give_the_same_table_and_none_runs_twice(finished, tmp_path):
     folder, _ = finished
     program = Program()

@@ -18,6 +18,7 @@ from mmrjax import main, methods
 from mmrjax.data import records as records_lib
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "scripts"
+EVIDENCE = SCRIPTS.parent / "docs/evidence"
 GROUPS, EACH = 20, 2  # tiles, and images of each
 
 
@@ -139,7 +140,7 @@ def test_every_candidate_is_a_configuration_that_its_method_accepts(search):
     assert set(search.CHANGES) == {c for name in search.CANDIDATES for c in name.split("+")[1:]}
     seen = {}
     for candidate in search.CANDIDATES:
-        config = config_lib.load(search.SPEC, search.fields_of(candidate))
+        config = config_lib.load(search.SPEC, [*search.SEARCHED, *search.fields_of(candidate)])
         config_lib.validate(config)
         (name,) = config.method.names
         methods.create(name, config)
@@ -249,6 +250,34 @@ def test_wrong_flags_are_refused(search, made, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def look(search, folder, program, *more):
+    places = [f"--workdir={folder / 'runs'}", f"--looks={folder / 'looks.csv'}"]
+    return search.main(["look", "--why=the best, on all tiles", *places, *more], program)
+
+
+def test_a_look_at_the_test_is_noted_and_a_failed_one_is_not(search, tmp_path, capsys):
+    raw = "--config.data.raw_dir=tiles"
+    program = Program()
+    seen = []
+
+    def start(arguments, log):
+        seen.append(arguments)
+        return program(arguments, log)
+
+    assert look(search, tmp_path, start, "--candidate=patchcore", "--seed=3", raw) == 0
+    assert "image_auroc 90.0, pixel_auroc 60.0" in capsys.readouterr().out
+    assert raw in seen[0]
+    assert not any("folder" in argument.split("=")[-1] for argument in seen[0][3:])  # the tiles
+    assert look(search, tmp_path, Program(), "--candidate=mmr") == 0
+    assert look(search, tmp_path, Program(fail=("mmr+320",)), "--candidate=mmr+320") == 1
+    assert "mmr+320, seed 54: exit status 3; see" in capsys.readouterr().err
+    with (tmp_path / "looks.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["what"], line["seed"]) for line in lines] == [("patchcore", "3"), ("mmr", "54")]
+    assert lines[0]["image_auroc"] == "90.0"
+    assert {line["why"] for line in lines} == {"the best, on all tiles"}
+
+
 def test_a_real_candidate_on_a_small_set(search, made, tmp_path):
     """The program itself, in this process."""
     fields = ("teacher.weights=random", "data.image_size=64,64", "data.resize=64,64",
@@ -267,3 +296,21 @@ def test_a_real_candidate_on_a_small_set(search, made, tmp_path):
     assert all(0 <= content["metrics"][name] <= 1 for name in search.RANKED)
     images = json.loads((tmp_path / "evidence/images.json").read_text())["images"]
     assert len({group for *_, group in images}) == 5
+
+
+# --- what is recorded
+
+
+def test_every_look_of_the_grid_at_the_tiles_is_noted(search):
+    with (EVIDENCE / "looks.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(lines[0]) == search.ablate.LOOK_HEADS
+    noted = {(*line["what"].split()[:2], line["seed"]): line for line in lines}
+    runs = sorted((EVIDENCE / "magnetic_tile").glob("*/seed*/results.json"))
+    assert runs
+    for path in runs:
+        content = json.loads(path.read_text())
+        line = noted["grid", content["row"], str(content["seed"])]
+        metrics = content["runs"]["magnetic_tile/tile"]["metrics"]["all"]
+        for name in ("image_auroc", "pixel_auroc", "aupro_0.3", "pro_mmr"):
+            assert line[name] == f"{100 * metrics[name]:.1f}", path
