@@ -6,6 +6,11 @@ import pathlib
 import threading
 
 import cv2
+
+# Programs here run once or twice on tiny data: compiling them well takes longer than it saves, a
+# third of the suite's time. Also of child processes; 0 in the environment tests them as users run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import jax
 import numpy as np
 import pytest

@@ -63,13 +63,13 @@ def test_loss_is_a_scalar_and_its_gradient_reaches_every_parameter(fitted, image
     }
     progress = {"step": jnp.int32(0), "epoch": jnp.int32(0)}
 
-    def loss(params):
+    def loss(params, frozen):
         return method.loss(
             {**variables, "params": params}, frozen, batch, jax.random.key(3), progress
         )
 
     slope = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, (collections, logs)), gradients = slope(variables["params"])
+    (value, (collections, logs)), gradients = slope(variables["params"], frozen)
     assert value.shape == ()
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
     assert all(leaf.shape == () for leaf in jax.tree.leaves(logs))

@@ -75,7 +75,7 @@ def test_neighbourhoods_equal_torch_unfold():
 def test_embedding_has_one_row_per_patch_of_the_finer_layer(tiny_config):
     method = patchcore.PatchCore(tiny_config)
     frozen, _ = method.load_frozen()
-    got = method.embed(frozen, jnp.zeros((2, 64, 96, 3)))
+    got = jax.jit(method.embed)(frozen, jnp.zeros((2, 64, 96, 3)))
     assert got.shape == (2, 8, 12, tiny_config.patchcore.width)
 
 
@@ -85,9 +85,9 @@ def test_an_enlarged_image_has_a_finer_grid_and_a_map_of_its_own_size(tiny_confi
     method = patchcore.PatchCore(config)
     frozen, _ = method.load_frozen()
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
-    assert method.embed(frozen, jnp.asarray(images) / 255.0).shape[1:3] == (12, 18)
+    assert jax.jit(method.embed)(frozen, jnp.asarray(images) / 255.0).shape[1:3] == (12, 18)
     variables = method.fit({"params": {}}, frozen, [(images, 2)], 2, jax.random.key(1))
-    found = method.predict(variables, frozen, jnp.asarray(images) / 255.0)
+    found = jax.jit(method.predict)(variables, frozen, jnp.asarray(images) / 255.0)
     assert found["map"].shape == (2, 64, 96)
 
 
@@ -99,7 +99,7 @@ def test_a_defect_raises_the_map_where_it_is(tiny_config):
     variables = method.fit({"params": {}}, frozen, [(good, 8)], 8, jax.random.key(1))
     defective = good[:1].copy()
     defective[0, 40:56, 8:24] = 255
-    found = method.predict(variables, frozen, jnp.asarray(defective) / 255.0)["map"][0]
+    found = jax.jit(method.predict)(variables, frozen, jnp.asarray(defective) / 255.0)["map"][0]
     y, x = np.unravel_index(np.argmax(found), found.shape)
     assert 32 <= y < 64
     assert 0 <= x < 32
@@ -117,7 +117,7 @@ def test_candidates_are_drawn_evenly_from_every_image(tiny_config):
     batches = [(images[:4], 4), (np.concatenate([images[4:], images[4:]]), 2)]  # one is filled up
     bank = method.fit({"params": {}}, frozen, batches, 6, jax.random.key(1))["memory"]["bank"]
     assert bank.shape == (24, config.patchcore.width)
-    every = np.asarray(method.embed(frozen, jnp.asarray(images) / 255.0))
+    every = np.asarray(jax.jit(method.embed)(frozen, jnp.asarray(images) / 255.0))
     every = every.reshape(6, -1, 1, bank.shape[1])
     distance = np.square(every - np.asarray(bank)).sum(-1).min(1)  # of image, of row
     assert distance.min(0).max() < 1e-6
@@ -192,8 +192,8 @@ def test_an_option_changes_the_map_and_leaves_training_patches_at_zero(tiny_conf
         assert set(variables["memory"]) - {"bank"} == (
             {{"whiten": "whitening", "relative": "expected"}[name] for name in more}
         )
-        there = np.asarray(method.predict(variables, frozen, new)["map"])
-        other = np.asarray(method.predict(variables, frozen, new[:, ::-1])["map"])
+        there = np.asarray(jax.jit(method.predict)(variables, frozen, new)["map"])
+        other = np.asarray(jax.jit(method.predict)(variables, frozen, new[:, ::-1])["map"])
         assert there.max() < 1e-3 * other.mean()
         maps.append(other / other.mean())
     assert np.abs(maps[0] - maps[1]).max() > 0.01
