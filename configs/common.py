@@ -142,6 +142,11 @@ def get_config() -> ConfigDict:
     plus.domain_weight = 0.05
     plus.ramp = (20 / 200, 50 / 200)  # shares of the epochs between which both weights grow from 0
 
+    # Not in any paper: maps in standard deviations of the good training images at the same place,
+    # for pictures in which a place means the same; the score of an image is the map's maximum.
+    config.score = ConfigDict()
+    config.score.by_place = False
+
     config.calibration = ConfigDict()
     config.calibration.fraction = 0.0  # of the good training images, held out for the threshold
     config.calibration.target_fpr = 0.05  # share of good parts that may be called defective

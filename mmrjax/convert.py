@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from data_builders import buckets
 from mmrjax import command_line, files, restore, staging
@@ -223,6 +224,12 @@ def _of_run(folder: pathlib.Path, kind: str) -> tuple[dict, dict[str, str], tupl
         raise ValueError(
             f"--input={folder}: the heads of this student see a part of the image each "
             "(mmr_plus.hybrid), which the official PyTorch student cannot; convert a run without"
+        )
+    if config.score.by_place:
+        logging.warning(
+            "%s: maps of this run are by place (score.by_place), and a PyTorch file has no room "
+            "for the statistics: the plain maps come out of it; mmrjax.export keeps them",
+            folder,
         )
     view = geometry.View.of(config, evaluation=True)
     facts = {

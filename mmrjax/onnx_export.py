@@ -77,7 +77,7 @@ def build(detector: detector_lib.Detector) -> "Scorer":
 
 
 class Scorer(nn.Module):
-    """Frozen teacher, normalisation and verdict; a subclass gives map and score."""
+    """Frozen teacher, normalisation, statistics by place, verdict; a subclass gives the parts."""
 
     def __init__(self, detector: detector_lib.Detector):
         super().__init__()
@@ -87,13 +87,20 @@ class Scorer(nn.Module):
         variables = jax.device_get(detector.trained.frozen["teacher"])
         state = _tensors(torch_names.teacher_to_torch(variables, resnet.architecture(arch)))
         self.teacher = torch_reference.teacher_of(state, arch)
+        places = jax.device_get(detector.trained.variables).get("places", {})
+        self.places = _tensors({k: np.stack([x["mean"], x["std"]]) for k, x in places.items()})
         self.register_buffer("mean", torch.tensor(resnet.IMAGENET_MEAN))
         self.register_buffer("std", torch.tensor(resnet.IMAGENET_STD))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """uint8 [b, h, w, 3] -> map [b, h, w], score [b] and, with a threshold, verdict [b]."""
         x = (images.float() / 255 - self.mean) / self.std
-        found, score = self.judge(x.permute(0, 3, 1, 2))
+        parts, score = self.judge(x.permute(0, 3, 1, 2))
+        if self.places:  # methods/by_place.py
+            parts = {k: (part - self.places[k][0]) / self.places[k][1] for k, part in parts.items()}
+        found = sum(parts.values())
+        if self.places or score is None:
+            score = found.amax((1, 2))
         return (found, score) if self.threshold is None else (found, score, score > self.threshold)
 
     def smooth(self, distance: torch.Tensor, align_corners: bool) -> torch.Tensor:
@@ -117,14 +124,12 @@ class MMRScorer(Scorer):
         header = {"heads": student.heads, "image_size": "{},{}".format(*self.size)}
         self.student = torch_reference.student_of(state, header)
 
-    def judge(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised [b, 3, h, w] -> map [b, h, w], score [b]."""
+    def judge(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], None]:
+        """Normalised [b, 3, h, w] -> parts of the map [b, h, w], whose maximum is the score."""
         features, targets = self.student.unmasked(images), self.teacher(images)
-        total = sum(
-            self.smooth(torch_reference.cosine_distance(features[name], targets[name]), True)
-            for name in features
-        )
-        return total, total.amax((1, 2))
+        distance = torch_reference.cosine_distance
+        parts = {k: self.smooth(distance(x, targets[k]), True) for k, x in features.items()}
+        return parts, None
 
 
 class PatchCoreScorer(Scorer):
@@ -140,12 +145,12 @@ class PatchCoreScorer(Scorer):
         self.register_buffer("bank", torch.from_numpy(bank))
         self.register_buffer("squares", torch.from_numpy(np.sum(bank**2, axis=1)))
 
-    def judge(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised [b, 3, h, w] -> map [b, h, w], score [b]."""
+    def judge(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Normalised [b, 3, h, w] -> the map [b, h, w] as its only part; score [b] if another."""
         distance = self.nearest(self.embed(images))
         total = self.smooth(distance, False)
         by_patch = self.config.patchcore.score == "patch"
-        return total, (distance if by_patch else total).amax((1, 2))
+        return {"patches": total}, distance.amax((1, 2)) if by_patch else None
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Patch embeddings [b, h, w, d]."""

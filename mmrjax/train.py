@@ -112,6 +112,18 @@ class Run:
         )
 
 
+@dataclasses.dataclass
+class Views:
+    """The training images of a run as `Run.views` gives them, as often as they are asked for."""
+
+    run: Run
+    label: str
+
+    def __iter__(self) -> Iterator[tuple[jax.Array, int]]:
+        """Begins with the first image."""
+        return self.run.views(self.run.indices, self.label)
+
+
 class Interrupted(Exception):
     """The run was asked to stop by a signal; its state is saved. `args`: message, signal."""
 
@@ -274,8 +286,7 @@ def _fit_stage(run: Run, variables: dict, key: jax.Array) -> tuple[dict, bool]:
             return {**variables, **restored[1]}, False
         run.refuse_to_train("not fitted")
         count = len(run.indices) * len(geometry.View.of(config).corners())
-        images = run.views(run.indices, "embedding")
-        fitted = run.method.fit(variables, run.frozen, images, count, key)
+        fitted = run.method.fit(variables, run.frozen, Views(run, "fitting"), count, key)
         fitted = mesh_lib.replicate(fitted, run.mesh)
         checkpoints.save(0, {name: fitted[name] for name in fitted if name not in variables})
     return fitted, True

@@ -85,6 +85,7 @@ CHANGES = {
     "whiten": ("patchcore.whiten=0.1",),
     "relative": ("patchcore.relative=true",),
     "finer": ("patchcore.enlarge=1.5",),
+    "places": ("score.by_place=true",),
 }
 CANDIDATES = (
     *("mmr", "mmr+320", "mmr+384", "mmr+448", "mmr+tiles"),
@@ -105,6 +106,8 @@ CANDIDATES = (
     *("patchcore+sparse+384+patch5", "patchcore+sparse+384+width384"),
     *("patchcore+whiten", "patchcore+relative", "patchcore+whiten+relative"),
     *("patchcore+whiten+relative+sparse+384", "patchcore+whiten+relative+bank123"),
+    *("patchcore+places", "patchcore+sparse+384+places", "mmr+places", "mmr+learn12+places"),
+    *("mmr+384+places", "mmr_plus+synthetic+384+places"),
 )
 
 

@@ -111,6 +111,8 @@ RUN_BY = {
     "test_the_set_splits_training_tiles_by_group_and_reads_no_test_image",
     r"python scripts/search.py run .*": "tests/test_search.py::"
     "test_candidates_run_at_once_are_ranked_and_not_run_again",
+    r"python scripts/search.py look .*": "tests/test_search.py::"
+    "test_a_look_at_the_test_is_noted_and_a_failed_one_is_not",
     r"python scripts/pretrain_teacher.py .*": "tests/test_pretrain_teacher.py::"
     "test_script_writes_a_teacher_that_loads",
 }

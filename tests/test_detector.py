@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mmrjax
-from mmrjax import calibrate, restore
+from mmrjax import calibrate, convert, main, restore
 from mmrjax import detector as detector_lib
 from mmrjax.data import geometry
 
@@ -39,6 +39,38 @@ def test_scores_equal_those_of_the_evaluation_in_any_order_and_batch(loaded, tin
     finally:
         detector.config.eval.batch_size = 8
     np.testing.assert_allclose([a.score for a in again], [f.score for f in found], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def by_place(tiny_raw, tiny_fields, tmp_path_factory):
+    """A run of both methods with maps by place; (work directory, arguments)."""
+    home = tmp_path_factory.mktemp("by_place")
+    fields = tiny_fields(tiny_raw, home / "records")
+    args = ["--config=configs/folder.py", f"--workdir={home / 'run'}", *fields]
+    args += ["--config.score.by_place=true", "--config.train.epochs=2"]
+    assert main.main(args) == 0
+    return home / "run", args
+
+
+@pytest.mark.parametrize("name", ["mmr", "patchcore"])
+def test_maps_by_place_are_read_from_the_run_and_none_is_learnt_twice(by_place, tiny_raw, name):
+    (run,) = by_place[0].glob(f"{name}/parts/seed*")
+    expected = evaluated(run)
+    detector = mmrjax.load(run)
+    assert set(detector.trained.variables) >= {"places"}
+    ids = sorted(expected)
+    for image, one in zip(ids, detector.predict([tiny_raw / i for i in ids]), strict=True):
+        assert one.score == pytest.approx(expected[image], rel=1e-4, abs=1e-3)
+    before = {path: path.stat().st_mtime_ns for path in (run / "fitted").rglob("*")}
+    assert main.main([*by_place[1], "--mode=evaluate"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "fitted").rglob("*")}
+    assert evaluated(run) == expected
+
+
+def test_a_student_of_a_run_by_place_is_converted_with_a_warning(by_place, tmp_path, caplog):
+    (run,) = by_place[0].glob("mmr/parts/seed*")
+    convert.to_torch("mmr", "", run, tmp_path / "student.safetensors")
+    assert "the plain maps come out of it" in caplog.text
 
 
 def test_verdicts_p_values_and_boxes_follow_from_the_held_out_images(loaded, tiny_raw):

@@ -96,6 +96,13 @@ def test_learnt_distances_are_exported(tiny_config):
     np.testing.assert_allclose(*serialised(config, "patchcore"), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["mmr", "patchcore"])
+def test_statistics_by_place_are_exported(tiny_config, name):
+    config = tiny_config.copy_and_resolve_references()
+    config.score.by_place = True
+    np.testing.assert_allclose(*serialised(config, name), rtol=1e-3, atol=1e-2)
+
+
 def test_a_file_holds_no_attention_of_one_platform(tiny_config, monkeypatch):
     kernels = []
 

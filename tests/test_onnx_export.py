@@ -1,5 +1,6 @@
 """An ONNX file says what the model says, for any batch, in a process that has no JAX."""
 
+import itertools
 import json
 import pathlib
 import runpy
@@ -99,7 +100,7 @@ def test_the_example_skips_what_it_cannot_read(exported, tmp_path):
 def test_what_the_tiny_runs_do_not_have_is_traced_too(tiny_config, tmp_path):
     """Oblong images, all three layers, the patch score, a bank of two chunks, no threshold.
 
-    And PatchCore's learnt distances.
+    And PatchCore's learnt distances, and maps by place.
     """
     from mmrjax import onnx_export
 
@@ -117,9 +118,9 @@ def test_what_the_tiny_runs_do_not_have_is_traced_too(tiny_config, tmp_path):
         }
     )
     images = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), np.uint8)
-    for name in ("mmr", "patchcore"):
+    for name, config.score.by_place in itertools.product(("mmr", "patchcore"), (False, True)):
         detector = untrained(name, config)
-        path = tmp_path / f"{name}.onnx"
+        path = tmp_path / f"{name}_{config.score.by_place}.onnx"
         path.write_bytes(onnx_export.serialise(detector))
         found = onnx_export.run(path, images)
         assert set(found) == {"map", "score"}
@@ -171,6 +172,16 @@ def untrained(name, config):
         if config.patchcore.relative:
             memory["expected"] = jax.numpy.linspace(0.5, 2.0, rows)
         variables = {**variables, "memory": memory}
+    if config.score.by_place:
+        rng = np.random.default_rng(2)
+        layers = [f"layer{n}" for n in config.student.layers] if name == "mmr" else ["patches"]
+        variables["places"] = {
+            layer: {
+                "mean": rng.uniform(0, 0.5, config.data.image_size).astype(np.float32),
+                "std": rng.uniform(0.5, 1, config.data.image_size).astype(np.float32),
+            }
+            for layer in layers
+        }
     trained = train.Trained(method, variables, frozen, facts, devices)
     return detector_lib.Detector(trained, config)
 

@@ -136,7 +136,8 @@ class Method:
         Args:
           variables: all collections.
           frozen: from `load_frozen`.
-          batches: of uint8 [b, h, w, 3] in evaluation geometry, with the number of real rows.
+          batches: of uint8 [b, h, w, 3] in evaluation geometry, with the number of real rows; may
+            be gone through more than once.
           count: images in all batches together.
           key: of the run.
 
