@@ -49,7 +49,7 @@ class Programs:
         """Builds the networks; nothing of them is compiled yet."""
         self.config, self.plan = config, plan
         self.mesh = mesh_lib.make_mesh()
-        self.method = methods.create("mmr", config)
+        self.method = methods.METHODS["mmr"](config)  # without statistics by place: none are learnt
         self.on_cpu = jax.default_backend() == "cpu"
         if self.method.dtype == jnp.float32:
             jax.config.update("jax_default_matmul_precision", "highest")

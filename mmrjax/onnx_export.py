@@ -88,7 +88,9 @@ class Scorer(nn.Module):
         state = _tensors(torch_names.teacher_to_torch(variables, resnet.architecture(arch)))
         self.teacher = torch_reference.teacher_of(state, arch)
         places = jax.device_get(detector.trained.variables).get("places", {})
-        self.places = _tensors({k: np.stack([x["mean"], x["std"]]) for k, x in places.items()})
+        for part, x in places.items():
+            self.register_buffer(f"place_{part}", torch.tensor(np.stack([x["mean"], x["std"]])))
+        self.by_place = bool(places)
         self.register_buffer("mean", torch.tensor(resnet.IMAGENET_MEAN))
         self.register_buffer("std", torch.tensor(resnet.IMAGENET_STD))
 
@@ -96,10 +98,11 @@ class Scorer(nn.Module):
         """uint8 [b, h, w, 3] -> map [b, h, w], score [b] and, with a threshold, verdict [b]."""
         x = (images.float() / 255 - self.mean) / self.std
         parts, score = self.judge(x.permute(0, 3, 1, 2))
-        if self.places:  # methods/by_place.py
-            parts = {k: (part - self.places[k][0]) / self.places[k][1] for k, part in parts.items()}
+        if self.by_place:  # methods/by_place.py
+            places = {part: getattr(self, f"place_{part}") for part in parts}
+            parts = {part: (x - places[part][0]) / places[part][1] for part, x in parts.items()}
         found = sum(parts.values())
-        if self.places or score is None:
+        if self.by_place or score is None:
             score = found.amax((1, 2))
         return (found, score) if self.threshold is None else (found, score, score > self.threshold)
 

@@ -151,11 +151,14 @@ def train(
       labelled: defective records that a method may learn from, if it can.
 
     Raises:
-      ValueError: bad configuration or weights, or an unfinished run with `evaluate_only`.
+      ValueError: bad configuration or weights, too few images for statistics by place, or an
+        unfinished run with `evaluate_only`.
       Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     method = methods.create(name, config)
     config = method.config
+    if config.score.by_place:
+        methods.by_place.check(name, config, len(indices))
     sizes = [config.eval.batch_size] + [config.train.batch_size] * method.trains
     mesh = mesh_lib.make_mesh(fsdp=config.train.fsdp, batch_sizes=sizes)
     if method.trains:
@@ -287,9 +290,10 @@ def _fit_stage(run: Run, variables: dict, key: jax.Array) -> tuple[dict, bool]:
         run.refuse_to_train("not fitted")
         count = len(run.indices) * len(geometry.View.of(config).corners())
         fitted = run.method.fit(variables, run.frozen, Views(run, "fitting"), count, key)
-        fitted = mesh_lib.replicate(fitted, run.mesh)
-        checkpoints.save(0, {name: fitted[name] for name in fitted if name not in variables})
-    return fitted, True
+        new = {name: fitted[name] for name in fitted if name not in variables}
+        new = mesh_lib.replicate(new, run.mesh)
+        checkpoints.save(0, new)
+    return {**variables, **new}, True
 
 
 def make_augment(config: ConfigDict) -> state_lib.Augment:

@@ -43,6 +43,7 @@ OLDER = {
     "patchcore.candidates": 0,
     "patchcore.whiten": 0.0,
     "patchcore.relative": False,
+    "score.by_place": False,
 }
 
 

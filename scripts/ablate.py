@@ -21,7 +21,6 @@ import csv
 import datetime
 import fractions
 import functools
-import io
 import json
 import os
 import pathlib
@@ -181,11 +180,11 @@ def run_grid(
         runs, images = summary(home, seed)
         content = {**_expected(row, seed, spec, trained, rows), "runs": runs}
         with writing:
+            for key, run in runs.items() if looks else ():
+                note_look(looks, f"grid {row}", seed, run["metrics"]["all"], f"{spec}, {key}")
             check_images(images, evidence / "images.json")
             files.write_text(_path(row, seed, evidence), json.dumps(content) + "\n")
             write_table(evidence, rows)
-            for key, run in runs.items() if looks else ():
-                note_look(looks, f"grid {row}", seed, run["metrics"]["all"], f"{spec}, {key}")
 
     at_once([functools.partial(finish, *one) for one in wanted], jobs)
     write_table(evidence, rows)
@@ -256,16 +255,21 @@ def check_images(images: dict, path: pathlib.Path) -> None:
 
 
 def note_look(looks: pathlib.Path, what: str, seed: int, metrics: dict, why: str) -> None:
-    """Adds a line to a CSV file that has one for every look at test labels; made if missing."""
+    """Adds a line to a CSV file that has one for every look at test labels; made if missing.
+
+    The same look is not noted twice, on whatever day.
+    """
     values = [report_tables.percent(metrics.get(name)) for name in LOOK_METRICS]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if not looks.exists():
-        writer.writerow(LOOK_HEADS)
-    writer.writerow([today, what, seed, *values, why])
-    before = looks.read_text(encoding="utf-8") if looks.exists() else ""
-    files.write_text(looks, before + text.getvalue())
+    line = [today, what, str(seed), *values, why]
+    with looks.open("a+", newline="", encoding="utf-8") as file:
+        file.seek(0)
+        noted = list(csv.reader(file))
+        writer = csv.writer(file, lineterminator="\n")
+        if not noted:
+            writer.writerow(LOOK_HEADS)
+        if line[1:] not in [before[1:] for before in noted]:
+            writer.writerow(line)
 
 
 def write_table(evidence: pathlib.Path, rows: dict[str, dict]) -> None:

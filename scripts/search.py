@@ -173,8 +173,8 @@ def run(
     digest = _build(fields)
     wanted = [
         _expected(name, seed, fields, digest)
-        for seed in seeds  # outside: a stopped search has compared all
-        for name in candidates
+        for seed in dict.fromkeys(seeds)  # outside: a stopped search has compared all
+        for name in dict.fromkeys(candidates)
     ]
     wanted = [one for one in wanted if not _is_there(one, evidence)]
     writing, failed = threading.Lock(), []
@@ -228,9 +228,9 @@ def _start(
     start: Callable[..., int],
 ) -> int:
     """Trains and tests a candidate in the work directory `home`; the exit status."""
-    home.mkdir(parents=True, exist_ok=True)
     arguments = [f"--config={SPEC}", f"--workdir={home}", f"--config.train.seeds={seed}"]
     own = [f"--config.{field}" for field in (*data, *fields_of(name), *fields)]
+    home.mkdir(parents=True, exist_ok=True)
     with (home / "log.txt").open("a", encoding="utf-8") as log:
         return start([*arguments, *own], log)
 

@@ -13,10 +13,12 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from mmrjax import anomaly_map, mesh
 from mmrjax.methods import base
 
+LARGEST_BANK = 0.1  # share of the training patches: those in the bank are at no distance from it
 SMALLEST = 0.1  # deviation of a place, over the mean of all: quiet places must not outweigh others
 
 
@@ -29,16 +31,7 @@ class ByPlace:
     def fit(
         self, variables: dict, frozen: dict, batches: Iterable, count: int, key: jax.Array
     ) -> dict:
-        """The method's own fit, if it has one, then the statistics, as the collection "places".
-
-        Raises:
-          ValueError: fewer than two images.
-        """
-        if count < 2:
-            raise ValueError(
-                "--config.score.by_place compares training images with each other and needs two or "
-                "more, not 1; add images or give False"
-            )
+        """The method's own fit, if it has one, then the statistics, as the collection "places"."""
         if super().fits:
             variables = super().fit(variables, frozen, batches, count, key)
         plain = super().predict
@@ -54,6 +47,21 @@ class ByPlace:
         parts = {k: (x - places[k]["mean"]) / places[k]["std"] for k, x in found["parts"].items()}
         total = sum(parts.values())
         return {"map": total, "score": anomaly_map.max_score(total), "parts": parts}
+
+
+def check(name: str, config: ConfigDict, images: int) -> None:
+    """Raises ValueError where statistics of so many training images would mean nothing."""
+    if images < 2:
+        raise ValueError(
+            "--config.score.by_place compares training images with each other and needs two or "
+            f"more, not {images}; add images or give False"
+        )
+    if name == "patchcore" and config.patchcore.coreset > LARGEST_BANK:
+        raise ValueError(
+            f"--config.patchcore.coreset={config.patchcore.coreset:g} keeps so many training "
+            "patches that these are at no distance from the bank, and --config.score.by_place "
+            f"learns from their distances; give at most {LARGEST_BANK:g}, or score.by_place=False"
+        )
 
 
 def statistics(batches: Iterable[dict[str, np.ndarray]]) -> dict[str, dict[str, jax.Array]]:

@@ -85,9 +85,12 @@ def test_training_maps_have_mean_zero_and_deviation_one(grey):
     np.testing.assert_allclose(busy, 1, atol=1e-4)
 
 
-def test_a_single_image_is_refused(grey):
+def test_a_single_image_and_a_bank_of_all_patches_are_refused(tiny_config):
+    by_place.check("mmr", tiny_config, 2)
     with pytest.raises(ValueError, match=r"score.by_place .* needs two or more, not 1"):
-        fit(grey, (pictures(1), 1))
+        by_place.check("mmr", tiny_config, 1)
+    with pytest.raises(ValueError, match=r"coreset=0.2 .* give at most 0.1, or score.by_place"):
+        by_place.check("patchcore", tiny_config, 9)
 
 
 @pytest.mark.parametrize("name", ["aminet", "mmr", "patchcore"])
