@@ -8,21 +8,19 @@ resized to 224. Expected image AUROC / pixel AUROC / aupro_0.3 / pro_mmr in perc
 the official PyTorch code on the same split: MMR 82.1 / 71.1 / 75.0 / 74.7; PatchCore 87.2 / 74.8 /
 74.3 / 73.2 (1 % coreset).
 
-Variants: `magnetic_tile.py:best` is what a search on training tiles alone has found so far (see
-docs/mmr_plus.md): PatchCore at 448 px with maps by place. `magnetic_tile.py:crop` evaluates as the
-MMR code does (resize 256, centre crop 224, which cuts 47 of 392 defects away entirely): MMR 74.2 /
-70.8 / 68.2 / 70.6, PatchCore 81.5 / 75.1 / 72.8 / 71.5. `magnetic_tile.py:image_split` draws images
-at random: exposures of one tile then lie on both sides, so its scores are too good; it exists to
-measure by how much.
+Variants: `magnetic_tile.py:crop` evaluates as the MMR code does (resize 256, centre crop 224, which
+cuts 47 of 392 defects away entirely): MMR 74.2 / 70.8 / 68.2 / 70.6, PatchCore 81.5 / 75.1 / 72.8 /
+71.5. `magnetic_tile.py:image_split` draws images at random: exposures of one tile then lie on both
+sides, so its scores are too good; it exists to measure by how much.
 """
 
 from configs import common
 
 
 def get_config(variant: str = "full"):
-    """Returns the configuration of the "full" or "crop" view, "best", or leaking "image_split"."""
-    if variant not in ("full", "crop", "best", "image_split"):
-        raise ValueError(f"magnetic_tile.py:{variant}: known are full, crop, best and image_split")
+    """Returns the configuration of the "full" or "crop" view, or of the leaking "image_split"."""
+    if variant not in ("full", "crop", "image_split"):
+        raise ValueError(f"magnetic_tile.py:{variant}: known are full, crop and image_split")
     config = common.get_config()
     config.title = f"Magnetic tiles ({variant})"
     config.data.name = "magnetic_tile"
@@ -39,10 +37,4 @@ def get_config(variant: str = "full"):
     config.aminet.epochs = 40
     config.mmr_plus.domain = "supcon"  # of the six exposures
     config.train.epochs = 40
-    if variant == "best":
-        config.method.names = ("patchcore",)
-        config.data.image_size = config.data.resize = (448, 448)  # thin cracks vanish at 224
-        config.patchcore.candidates = 200_000  # all 1.8 million patches do not fit into memory
-        config.patchcore.coreset = 0.004
-        config.score.by_place = True  # the border of a tile differs on good ones, too
     return config

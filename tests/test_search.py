@@ -304,21 +304,6 @@ def test_a_real_candidate_on_a_small_set(search, made, tmp_path):
 # --- what is recorded
 
 
-def test_the_best_is_the_first_of_the_table(search):
-    """configs/magnetic_tile.py:best has the fields of the candidate that leads."""
-    table = (EVIDENCE / "search/table.md").read_text().splitlines()
-    first = next(line for line in table if line.startswith(("| mmr", "| patchcore"))).split()[1]
-    best, candidate = (
-        config_lib.flatten(config_lib.load(spec, fields))
-        for spec, fields in (
-            ("configs/magnetic_tile.py:best", []),
-            (search.SPEC, search.fields_of(first)),
-        )
-    )
-    differing = {name for name in best if best[name] != candidate[name]}
-    assert differing <= {"title", "mmr_plus.domain"}  # PatchCore reads neither
-
-
 def test_every_look_of_the_grid_at_the_tiles_is_noted(search):
     with (EVIDENCE / "looks.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
