@@ -93,7 +93,7 @@ def test_a_single_image_and_a_bank_of_all_patches_are_refused(tiny_config):
         by_place.check("patchcore", tiny_config, 9)
 
 
-@pytest.mark.parametrize("name", ["aminet", "mmr", "patchcore"])
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
 def test_any_method_learns_places_after_its_own_training_or_fit(tiny_config, name):
     config = tiny_config.copy_and_resolve_references()
     plain = methods.create(name, config)
