@@ -88,6 +88,21 @@ def test_damaged_results_of_another_run_are_named_with_what_to_do(run, tmp_path,
         aggregate.aggregate(tmp_path, "", "")
 
 
+def test_a_run_from_before_maps_by_place_is_not_continued_with_them(tmp_path):
+    config = config_lib.load("configs/demo.py")
+    folder = tmp_path / "mmr" / "blade" / "seed0"
+    workdir.settle(config, "mmr", folder, "abc", "train")
+    (folder / "checkpoints" / "6").mkdir(parents=True)
+    stored = json.loads((folder / "config.json").read_text())
+    del stored["score"]
+    (folder / "config.json").write_text(json.dumps(stored))
+    workdir.settle(config, "mmr", folder, "abc", "train")
+    (folder / "config.json").write_text(json.dumps(stored))
+    config.score.by_place = True
+    with pytest.raises(ValueError, match=r"score\.by_place: was False, is True"):
+        workdir.settle(config, "mmr", folder, "abc", "train")
+
+
 def test_a_bank_from_before_an_option_existed_is_not_continued_with_it(tmp_path):
     config = config_lib.load("configs/demo.py")
     folder = tmp_path / "patchcore" / "blade" / "seed0"
