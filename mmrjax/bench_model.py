@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from mmrjax import bench_metrics, flops, losses, methods, scoring, train, weights
+from mmrjax import bench_metrics, flops, losses, methods, placement, scoring, train, weights
 from mmrjax import mesh as mesh_lib
 from mmrjax import state as state_lib
 from mmrjax.data import epochs, geometry
@@ -137,7 +137,8 @@ class Programs:
         }
         chunk = mesh_lib.put_batch(chunk, self.mesh, axis=1)
         resident = mesh_lib.replicate(resident_images(count), self.mesh)
-        return step, state, (self.frozen, resident, chunk, jax.random.key(1)), k
+        frozen = placement.place(self.frozen, self.method.dtype)
+        return step, state, (frozen, resident, chunk, jax.random.key(1)), k
 
     # --- evaluation
 

@@ -46,6 +46,12 @@ def devices() -> list[jax.Device]:
         ) from e
 
 
+def on_nvidia() -> bool:
+    """Whether the devices are NVIDIA's GPUs."""
+    device = jax.devices()[0]
+    return device.platform == "gpu" and "cuda" in device.client.platform_version
+
+
 def show_cores(batch_sizes: Iterable[int] = ()) -> None:
     """Lets JAX take each core of a CPU as a device: as many as divide every batch size.
 

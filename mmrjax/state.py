@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from mmrjax import mesh as mesh_lib
+from mmrjax import placement
 from mmrjax.methods import base
 
 Augment = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -101,10 +102,12 @@ def make_train_step(
 
     `chunk` holds k batches (see `data.feed.Feed.chunks`); with k > 1 they run in one dispatch.
     Logs are float32 [k]. The state is donated: the caller must not touch the old one again.
-    Teacher and images are arguments, since captured arrays would become constants of the program.
+    Teacher and images are arguments, since captured arrays would become constants of the program;
+    the teacher comes as it is or from `placement.place`.
     """
 
     def one_step(state, frozen, resident, rows, key):
+        frozen = placement.restore(frozen)
         key = jax.random.fold_in(key, state.step)
         # A key per example: masks and crops do not depend on the number of devices.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows["index"])

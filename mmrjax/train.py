@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mmrjax import checkpoint, files, logs, methods, optim, processes, trackers
+from mmrjax import checkpoint, files, logs, methods, optim, placement, processes, trackers
 from mmrjax import mesh as mesh_lib
 from mmrjax import state as state_lib
 from mmrjax.data import augment, epochs, feed, geometry
@@ -43,18 +43,8 @@ class Trained:
 
     @functools.cached_property
     def ready(self) -> tuple[dict, dict]:
-        """(variables, frozen) to predict with: kernels lie in the compute dtype.
-
-        Layers would cast them in every call, so nothing else comes out; in bfloat16 a call reads
-        half as much.
-        """
-        dtype = self.method.dtype
-
-        def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-            is_kernel = str(getattr(path[-1], "key", "")).endswith("kernel")
-            return leaf.astype(dtype) if is_kernel else leaf
-
-        return jax.tree_util.tree_map_with_path(cast, (self.variables, self.frozen))
+        """(variables, frozen) as a scoring program takes them."""
+        return placement.place((self.variables, self.frozen), self.method.dtype)
 
 
 @dataclasses.dataclass
@@ -256,8 +246,9 @@ def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.Trai
         logs.TrainLog(run.folder / LOG, *sizes, rate_field, told) as log,
         StopRequest() as stop,
     ):
+        frozen = placement.place(run.frozen, run.method.dtype)
         for chunk in data.chunks(start, total):
-            state, values = step_fn(state, run.frozen, data.resident, chunk, key)
+            state, values = step_fn(state, frozen, data.resident, chunk, key)
             rate = np.full(data.steps_per_call, rates[step // data.steps_per_epoch])
             log.add(step, {**values, "lr": rate})
             step += data.steps_per_call

@@ -25,23 +25,30 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false          # so that the peak of memory
 export TORCHINDUCTOR_CACHE_DIR="$out/inductor_cache"
 bench=(python -m mmrjax.bench --config=configs/aebad.py --window_seconds=1)
 
-# Each part has its own limit and file: one that is cut off loses nothing of the others.
+# Each part has its own limit and file: one that is cut off loses nothing of the others. All end
+# within 590 seconds, or within BENCH_SECONDS.
 failed=0
 part() {
-  local name="$1" limit="$2"
+  local name="$1" limit="$2" left=$((${BENCH_SECONDS:-590} - SECONDS))
   shift 2
+  limit=$((limit < left ? limit : left))
+  if ((limit < 10)); then
+    echo "no time left for $name" >&2
+    failed=124
+    return
+  fi
   "${run[@]}" timeout "$limit" "${bench[@]}" "$@" "--json=$out/$name.json" || failed=$?
 }
 # All as the whole run has it, so that its programs serve them: 521 images, 33 steps in a call.
 bench+=(--images=521 --config.train.steps_per_call=33)
 batches=("--train_batches=16,128" "--eval_batches=32,256")
 # From an empty cache, alone; then everything else is compiled, at once; then nothing is any more.
-part whole_run 150 --parts=recipe --train_batches=16 --test_images=1639
-part warm_up 130 "${batches[@]}" --warm_up --vs=torch --variants=compile
+part whole_run 220 --parts=recipe --train_batches=16 --test_images=1639
+part warm_up 180 "${batches[@]}" --warm_up --vs=torch --variants=compile
 part model 90 "${batches[@]}" --requests=2000 --test_images=1639 \
   --parts=ceiling,gflop,train,evaluate,latency_ms,with_metrics
 versus=(--vs=torch --only_vs --windows=3 "--variants=bfloat16,compile,official")
-part versus_train 130 "${versus[@]}" --train_batches=16 --eval_batches=
+part versus_train 150 "${versus[@]}" --train_batches=16 --eval_batches=
 part versus_evaluate 100 "${versus[@]}" --train_batches= --eval_batches=32
 
 "${run[@]}" python - "$out" <<'END'

@@ -12,7 +12,7 @@ LAYERS = (
     {"files", "memory", "processes", "staging"},
     {
         *("models", "metrics", "mesh", "optim", "logs", "losses", "losses_plus", "config"),
-        *("checkpoint", "visualize", "trackers", "command_line"),
+        *("checkpoint", "placement", "visualize", "trackers", "command_line"),
     },
     {"data", "weights", "anomaly_map"},
     {"methods"},

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrjax import anomaly_map, losses, weights
+from mmrjax import mesh as mesh_lib
 from mmrjax.methods import base
 from mmrjax.models import masking, resnet, student
 
@@ -103,10 +104,7 @@ class MMR(base.Method):
 
 def _has_flash_attention() -> bool:
     """Whether cuDNN's flash attention runs here: on NVIDIA from Ampere on."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-        return False
-    return float(device.compute_capability) >= 8.0
+    return mesh_lib.on_nvidia() and float(jax.devices()[0].compute_capability) >= 8.0
 
 
 def attention_kernel(name: str, dtype: jnp.dtype, head_width: int) -> str:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy import special
 
 from mmrjax.models import vit
@@ -42,3 +43,43 @@ def test_in_bfloat16_every_number_gets_the_slope_of_gelu():
 def test_in_float32_gelu_is_exact():
     x = np.linspace(-10, 10, 10_001, dtype=np.float32)
     np.testing.assert_allclose(vit.gelu(jnp.asarray(x)), exact(x)[0], atol=2e-6)
+
+
+def norms(dtype, shape, mean=0.0):
+    """Input, parameters and slope of a norm over 32 channels; all that bfloat16 can hold."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(mean, 2, (*shape, 32)), jnp.bfloat16)
+    parameters = {"scale": rng.normal(1, 0.2, 32), "bias": rng.normal(0, 0.2, 32)}
+    parameters = {"params": {k: jnp.asarray(v, jnp.float32) for k, v in parameters.items()}}
+    slope = jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16)
+    return x.astype(dtype), parameters, slope.astype(dtype)
+
+
+def norm_and_gradient(dtype, shape, mean=0.0):
+    x, parameters, slope = norms(dtype, shape, mean)
+    norm = vit.layer_norm(dtype, None)
+    y, backward = jax.vjp(norm.apply, parameters, x)
+    to_parameters, to_x = jax.jit(backward)(slope)
+    return {"y": y, "x": to_x, **to_parameters["params"]}
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7,), (2, 3, 4)])
+@pytest.mark.parametrize("mean", [0.0, 20.0])
+def test_in_bfloat16_the_norm_and_its_gradient_are_those_of_flax(shape, mean):
+    found = norm_and_gradient(jnp.bfloat16, shape, mean)
+    expected = norm_and_gradient(jnp.float32, shape, mean)  # nn.LayerNorm
+    for name, value in expected.items():
+        largest = np.abs(value).max()
+        off = np.abs(found[name].astype(jnp.float32) - value).max() / largest
+        # The norm and the slope are rounded to bfloat16; the parameters' sums are not.
+        assert off < (2**-8 if name in "yx" else 1e-3), name
+    assert found["y"].dtype == found["x"].dtype == jnp.bfloat16
+    assert found["scale"].dtype == found["bias"].dtype == jnp.float32
+
+
+def test_a_large_norm_is_that_of_its_parts(monkeypatch):
+    x, parameters, _ = norms(jnp.bfloat16, (6, 5))
+    norm = vit.layer_norm(jnp.bfloat16, None)
+    at_once = jax.jit(norm.apply)(parameters, x)
+    monkeypatch.setattr(vit, "SEPARATE", 1)
+    np.testing.assert_array_equal(jax.jit(lambda *a: norm.apply(*a))(parameters, x), at_once)
