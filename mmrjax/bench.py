@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 
 import jax
@@ -65,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         files.write_text(arguments.json, json.dumps(result, indent=1))
         print(f"written: {arguments.json}")
-    return 0
+    failed = result.get("mmrjax", {}).get("failed", {})
+    for name, reason in failed.items():
+        print(f"error: {name} was not measured: {reason}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def work(task: str, arguments: argparse.Namespace) -> dict:
@@ -101,12 +105,18 @@ def _everything(programs: bench_model.Programs, arguments: argparse.Namespace) -
         "latency_ms": programs.latency,
         "with_metrics": lambda: programs.with_metrics(arguments.test_images, evaluate[-1]),
     }
-    found = {name: measure[name]() for name in measure if name in arguments.parts}
+    found, failed = {}, {}
+    for name in (name for name in measure if name in arguments.parts):
+        try:
+            found[name] = measure[name]()
+        except Exception as e:  # whatever it is, the other parts may have taken minutes
+            traceback.print_exc()
+            failed[name] = f"{type(e).__name__}: {e}"
     rates = [*found.get("train", {}).values()]
     rates += [one["resident"] for one in found.get("evaluate", {}).values()]
     for rate in rates if "ceiling" in found else ():
         rate["of_ceiling"] = rate["gflops"] / found["ceiling"]["matmul_gflops"]
-    return found
+    return found | ({"failed": failed} if failed else {})
 
 
 # --- processes
@@ -304,10 +314,9 @@ def _print_ours(found: dict) -> None:
             f"copy {ceiling['copy_gb_per_s']:.1f} GB/s"
         )
     for name, counted in found.get("gflop", {}).items():
-        print(
-            f"{name}: {counted['paper']:.2f} GFLOP per image on paper, "
-            f"{counted['lowered']:.2f} in the lowered program"
-        )
+        lowered = counted["lowered"]
+        told = "not counted by this platform" if lowered is None else f"{lowered:.2f}"
+        print(f"{name}: {counted['paper']:.2f} GFLOP per image on paper, lowered program: {told}")
     rows = [("", "images/s", "min", "max", "of ceiling", "temporary MiB", "peak MiB")]
     for batch, one in found.get("train", {}).items():
         rows.append(_row(f"train, batch {batch}", one, one["memory"]))

@@ -59,6 +59,40 @@ def test_utilisation_is_of_the_matrix_product_of_the_same_run(everything):
     assert one["of_ceiling"] == pytest.approx(rate / everything["ceiling"]["matmul_gflops"])
 
 
+class Failing:
+    """Of the machine only the matrix product can be measured."""
+
+    compilation = latency = None  # not asked for
+
+    def ceiling(self):
+        return {"matmul_gflops": 2.0, "copy_gb_per_s": 1.0}
+
+    def counts(self):
+        raise RuntimeError("nobody counts here")
+
+
+def test_a_part_that_fails_takes_no_other_with_it(monkeypatch, tmp_path, capsys):
+    found = bench._everything(Failing(), arguments("--parts=gflop,ceiling"))
+    assert found["ceiling"]["matmul_gflops"] == 2
+    assert found["failed"] == {"gflop": "RuntimeError: nobody counts here"}
+    monkeypatch.setattr(bench, "_ours", lambda *_: found)
+    assert bench.main([f"--json={tmp_path}/all.json"]) == 1
+    captured = capsys.readouterr()
+    assert "gflop was not measured: RuntimeError: nobody counts here" in captured.err
+    assert "matrix product 2 GFLOP/s" in captured.out
+    assert json.loads((tmp_path / "all.json").read_text())["mmrjax"]["ceiling"] == found["ceiling"]
+
+
+def test_a_platform_that_counts_no_operations_is_no_error(monkeypatch, capsys):
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
+    fields = [field.removeprefix("--config.") for field in TINY]
+    config = config_lib.load("configs/magnetic_tile.py", [*bench.RANDOM, *fields])
+    counts = bench_model.Programs(config, bench_model.Plan(images=2)).counts()
+    assert counts["train"]["lowered"] is counts["evaluate"]["lowered"] is None
+    bench._print_ours({"gflop": counts})
+    assert "lowered program: not counted by this platform" in capsys.readouterr().out
+
+
 def test_no_operation_hides_in_a_loop_over_images(monkeypatch):
     """At this width 3x3 convolutions are by tiles on a CPU, with fewer products, in loops."""
     fields = [field.removeprefix("--config.") for field in TINY]
