@@ -120,8 +120,8 @@ class Programs:
             "memory": self._memory(step.lower(state, *arguments).compile()),
         }
 
-    def step(self, batch: int, steps_per_call: int = 0):
-        """(step, state, its other arguments, steps in a call)."""
+    def step(self, batch: int, steps_per_call: int = 0, images: int = 0):
+        """(step, state, its other arguments, steps in a call); `images` in memory or the plan's."""
         tx = self.method.optimiser(steps_per_epoch=1)
         augment = train.make_augment(self.config)
         step = state_lib.make_train_step(self.method, tx, augment, 1, self.mesh)
@@ -130,7 +130,7 @@ class Programs:
         state = mesh_lib.replicate(state, self.mesh)
         k = steps_per_call or self.config.train.steps_per_call or (1 if self.on_cpu else 32)
         rng = np.random.default_rng(0)
-        count = max(self.plan.images, batch)
+        count = max(images or self.plan.images, batch)
         chunk = {
             "index": np.stack([rng.permutation(count)[:batch] for _ in range(k)]).astype(np.int32),
             "weight": np.ones((k, batch), np.float32),
@@ -257,9 +257,8 @@ class Programs:
 
     def recipe(self, images: int, test_images: int, batch: int) -> dict[str, float]:
         """Seconds of the phases of a whole run with everything in memory, from a cold start."""
-        programs = Programs(self.config, dataclasses.replace(self.plan, images=images))
         per_epoch = epochs.steps_per_epoch(images, batch)
-        step, state, arguments, k = programs.step(batch)
+        step, state, arguments, k = self.step(batch, images=images)
         started = time.perf_counter()
         state, logs = jax.block_until_ready(step(state, *arguments))
         compiled = time.perf_counter()
@@ -268,7 +267,7 @@ class Programs:
         jax.block_until_ready((state, logs))
         trained = time.perf_counter()
         phases = {"first_call": compiled - started, "training": trained - compiled}
-        return phases | programs.with_metrics(test_images, min(256, test_images))
+        return phases | self.with_metrics(test_images, min(256, test_images))
 
     # --- parity
 
