@@ -104,12 +104,13 @@ def forward_seconds(config_file: str, overrides: Sequence[str], images: int) -> 
     frozen = mesh_lib.replicate(method.load_frozen()[0], mesh)
     variables = mesh_lib.replicate(method.init(jax.random.key(0), frozen)[0], mesh)
     view = geometry.View.of(config)
-    predict = scoring.make_predict(train.Trained(method, variables, frozen, {}, mesh), view)
+    trained = train.Trained(method, variables, frozen, {}, mesh)
+    predict = scoring.make_predict(trained, view)
     batch = config.eval.batch_size
     shape = (batch, *config.data.image_size, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     on_device = mesh_lib.put_batch(pixels, mesh)
-    run = lambda: jax.block_until_ready(predict(variables, frozen, on_device))  # noqa: E731
+    run = lambda: jax.block_until_ready(predict(*trained.ready, on_device))  # noqa: E731
     run()
     return _seconds(run, 2)["median"] / batch * images
 

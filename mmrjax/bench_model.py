@@ -258,8 +258,8 @@ class Programs:
     def recipe(self, images: int, test_images: int, batch: int) -> dict[str, float]:
         """Seconds of the phases of a whole run with everything in memory, from a cold start."""
         per_epoch = epochs.steps_per_epoch(images, batch)
-        step, state, arguments, k = self.step(batch, images=images)
         started = time.perf_counter()
+        step, state, arguments, k = self.step(batch, images=images)
         state, logs = jax.block_until_ready(step(state, *arguments))
         compiled = time.perf_counter()
         for _ in range(-(-self.config.train.epochs * per_epoch // k) - 1):

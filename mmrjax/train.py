@@ -44,7 +44,8 @@ class Trained:
     @functools.cached_property
     def ready(self) -> tuple[dict, dict]:
         """(variables, frozen) as a scoring program takes them."""
-        return placement.place((self.variables, self.frozen), self.method.dtype)
+        weights = self.variables, self.frozen
+        return placement.place(weights, self.method.dtype, self.method.unroll)
 
 
 @dataclasses.dataclass

@@ -103,6 +103,12 @@ def test_statistics_by_place_are_exported(tiny_config, name):
     np.testing.assert_allclose(*serialised(config, name), rtol=1e-3, atol=1e-2)
 
 
+def test_a_scorer_in_bfloat16_is_exported_too(tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.train.compute_dtype = "bfloat16"  # what "auto" is on accelerators
+    np.testing.assert_allclose(*serialised(config, "mmr"), atol=0.02)
+
+
 def test_a_file_holds_no_attention_of_one_platform(tiny_config, monkeypatch):
     kernels = []
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrjax import methods, placement
+from mmrjax import methods, placement, scoring, train
 
 
 def networks(config, name, dtype):
@@ -33,13 +33,13 @@ def test_weights_laid_out_predict_the_same(tiny_config, name):
     predict = program(method)
     expected = predict(weights, images)
     for on_gpu in (False, True):
-        placed = placement.lay_out(weights, method.dtype, on_gpu)
+        placed = placement.lay_out(weights, method.dtype, on_gpu, method.unroll)
         np.testing.assert_array_equal(predict(placed, images), expected)
 
 
 def test_weights_lie_as_a_gpu_reads_them(tiny_config):
     method, weights = networks(tiny_config, "mmr", "bfloat16")
-    variables, frozen = placement.lay_out(weights, method.dtype, on_gpu=True)
+    variables, frozen = placement.lay_out(weights, method.dtype, True, method.unroll)
     blocks = variables["params"]["encoder"]["blocks"]
     depth = len(blocks["fc1"]["kernel"].parts)
     assert depth == len(weights[0]["params"]["encoder"]["blocks"]["fc1"]["kernel"])
@@ -53,9 +53,44 @@ def test_weights_lie_as_a_gpu_reads_them(tiny_config):
     assert conv["bias"].dtype == jnp.bfloat16
 
 
+def test_what_is_in_place_is_not_copied(tiny_config):
+    _, weights = networks(tiny_config, "mmr", "float32")
+    placed = placement.lay_out(weights, jnp.float32, on_gpu=False)
+    for before, after in zip(jax.tree.leaves(weights), jax.tree.leaves(placed), strict=True):
+        assert after is before
+
+
+def test_a_stack_that_a_loop_reads_stays_whole(tiny_config):
+    _, weights = networks(tiny_config, "mmr", "bfloat16")
+    depth = len(weights[0]["params"]["encoder"]["blocks"]["fc1"]["kernel"])
+    variables, _ = placement.lay_out(weights, jnp.bfloat16, True, unroll=depth - 1)
+    assert variables["params"]["encoder"]["blocks"]["fc1"]["kernel"].shape[0] == depth
+
+
+def test_kernels_of_matrix_products_are_not_turned(tiny_config):
+    _, weights = networks(tiny_config, "mmr", "bfloat16")
+    variables, _ = placement.lay_out(weights, jnp.bfloat16, on_gpu=True)
+    kernel = variables["params"]["fpn"]["layer2_up1"]["kernel"]
+    assert kernel.shape == weights[0]["params"]["fpn"]["layer2_up1"]["kernel"].shape
+
+
+def test_a_finished_run_gives_its_weights_in_the_compute_dtype(tiny_config):
+    method, weights = networks(tiny_config, "mmr", "bfloat16")
+    variables, frozen = train.Trained(method, *weights, {}, None).ready
+    for network in (
+        variables["params"]["encoder"]["blocks"]["fc1"],
+        frozen["teacher"]["params"]["conv1"],
+    ):
+        assert {str(x.dtype) for x in jax.tree.leaves(network)} == {"bfloat16"}
+
+
+def test_options_of_scoring_are_known_to_the_compiler():
+    jax.jit(lambda x: x @ x, compiler_options=scoring.SCORED_BY)(jnp.ones((2, 2)))
+
+
 def test_nothing_of_the_blocks_is_copied_in_the_program(tiny_config):
     method, weights = networks(tiny_config, "mmr", "float32")
-    placed = placement.lay_out(weights, method.dtype, on_gpu=True)
+    placed = placement.lay_out(weights, method.dtype, True, method.unroll)
     images = jnp.zeros((1, *tiny_config.data.image_size, 3))
     blocks = weights[0]["params"]["encoder"]["blocks"]
     stacked = {blocks[name]["kernel"].shape for name in ("fc1", "fc2")}

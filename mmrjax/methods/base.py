@@ -34,6 +34,7 @@ class Method:
     """
 
     name: str
+    unroll = 1  # blocks of an encoder that are computed without a loop, see placement.py
     fields: tuple[str, ...] = ()  # configuration that not every method reads, by prefix
     # Shared fields in whose place the method has its own, such as {"train.epochs": "x.epochs"}.
     own: ClassVar[Mapping[str, str]] = {}

@@ -54,6 +54,7 @@ class MMR(base.Method):
             dtype=self.dtype,
             kernel=attention_kernel(config.student.attention, self.dtype, width // heads),
         )
+        self.unroll = self.student.unroll
 
     def init(self, key, frozen):
         """Fresh or pretrained student."""
