@@ -3,9 +3,10 @@
 Used by `scripts/search.py make`. Nothing of the test is read. The good training images are split by
 group (three quarters train, a quarter is tested), and every tested image comes again with one
 defect. Their kinds must not be what mmrjax/data/defects.py blends into training images, or the
-search would ask for what was taught. So they are drawn by other code: five kinds of damage that
-the embedded teacher was pretrained with (procedural/scenes.py), a piece of another tile set in with
-a sharp border, and a frayed edge. Nothing is Poisson-blended.
+search would ask for what was taught. So they are drawn by other code. Small ones: five kinds of
+damage that the embedded teacher was pretrained with (procedural/scenes.py), a piece of another tile
+set in with a sharp border, and a frayed edge. Large ones: a region or a strip across the tile where
+its own surface is lighter or darker, smoother or rougher. Nothing is Poisson-blended.
 """
 
 import csv
@@ -23,13 +24,22 @@ from mmrjax.data import defect_preview, splits
 from mmrjax.data import records as records_lib
 
 DRAWN = ("crack", "pit", "chip", "smear", "warp")  # as scenes.DAMAGE
-KINDS = (*DRAWN, "patch", "fray")
+SMALL = (*DRAWN, "patch", "fray")
+LARGE = ("shade", "band")
+KINDS = (*SMALL, *LARGE)
 HELD_OUT = 0.25  # of the groups
+CHANGED = 4  # grey levels from which a pixel belongs to the mask
+TRIES = 16  # draws, of which the nearest to the wanted side is taken
+# Of small kinds.
 SMALLEST, LARGEST = 4.0, 0.25  # side of a defect: px, share of the tile's shorter side
 CONTRAST = (14.0, 80.0)  # mean change of a defect's pixels, in grey levels; from faint to plain
 GAIN = 4.0  # by which a change may be strengthened for it; what is fainter stays so
-CHANGED = 4  # grey levels from which a pixel belongs to the mask
-TRIES = 16  # draws, of which the nearest to the wanted side is taken
+# Of large kinds; good tiles differ by 25 grey levels in light, their texture by 6 from its mean.
+AREA = (0.1, 0.6)  # share of the tile
+PIECE = 0.02  # share of the tile from which a part counts: the fringe would be full of tiny defects
+LIGHT = (8.0, 48.0)  # grey levels by which a region is lighter or darker
+TEXTURE = (1.7, 3.5)  # factor by which its texture is stronger or weaker
+SOFT = (0.5, 12.0)  # standard deviation of the border's blur, px
 QUALITY = 90  # of the JPEG files: good and defective ones alike, or the format tells them apart
 SHEETS = 44  # textures that a chip may show
 
@@ -130,15 +140,24 @@ def defective(
       sheets: uint8 [classes, side, side], from `textures.sheet`.
 
     Returns:
-      The tile with the defect, uint8 [h, w], and bool [h, w], where it is. Sides of defects are
-      spread from SMALLEST to LARGEST as far as the kind reaches, mean changes over CONTRAST.
+      The tile with the defect, uint8 [h, w], and bool [h, w], where it is. Sides of small defects
+      are spread from SMALLEST to LARGEST as far as the kind reaches, mean changes over CONTRAST;
+      large ones cover a share of AREA.
 
     Raises:
       ValueError: the tile is so plain that a defect of this kind does not show.
     """
     before, donor = tile.astype(np.float32), donor.astype(np.float32)
+    made = _large(rng, before, kind) if kind in LARGE else _small(rng, before, kind, donor, sheets)
+    if made is None:
+        raise ValueError(f"no {kind} can be seen on a tile of grey level {before.mean():.0f}")
+    return made
+
+
+def _small(rng, before, kind, donor, sheets) -> tuple[np.ndarray, np.ndarray] | None:
+    """As `defective` returns it; None if nothing shows."""
     # Evenly on logarithmic scales, of sides the larger ones more often.
-    wanted = SMALLEST * (LARGEST * min(tile.shape) / SMALLEST) ** rng.uniform() ** 0.4
+    wanted = SMALLEST * (LARGEST * min(before.shape) / SMALLEST) ** rng.uniform() ** 0.4
     contrast = np.exp(rng.uniform(*np.log(CONTRAST)))
     best, distance = None, np.inf
     for i in range(10 * TRIES):  # some draws are too faint, or cut off by their window
@@ -152,7 +171,7 @@ def defective(
             best, distance = (after.astype(np.uint8), mask), abs(np.log(side / wanted))
         if best and i >= TRIES - 1:
             return best
-    raise ValueError(f"no {kind} can be seen on a tile of grey level {before.mean():.0f}")
+    return None
 
 
 def _changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -161,9 +180,14 @@ def _changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
     closed = cv2.morphologyEx(cv2.copyMakeBorder(changed, *(4 * [4]), cv2.BORDER_CONSTANT),
                               cv2.MORPH_CLOSE, kernel)[4:-4, 4:-4]  # fmt: skip
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(closed)
-    is_kept = stats[:, cv2.CC_STAT_AREA] >= 4
-    is_kept[0] = False  # what did not change
+    return _pieces(closed, 4)
+
+
+def _pieces(mask: np.ndarray, least: float) -> np.ndarray:
+    """Of a mask, uint8 [h, w], the connected parts of at least so many pixels: bool [h, w]."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask)
+    is_kept = stats[:, cv2.CC_STAT_AREA] >= least
+    is_kept[0] = False  # outside the mask
     return is_kept[labels]
 
 
@@ -219,6 +243,53 @@ def _fray(rng, before, wanted, donor, sheets) -> np.ndarray:
     pulled = cv2.blur(tile, (1, 2 * int(wanted / 4) + 3)) * (1 + 0.5 * (fibres[None] - 0.5))
     pulled = pulled * rng.choice((0.55, 0.75, 1.3)) + 4 * rng.standard_normal((h, w))
     return np.rot90(tile + share * (pulled - tile), -turns).astype(np.float32)
+
+
+def _large(rng, before, kind) -> tuple[np.ndarray, np.ndarray] | None:
+    """As `defective` returns it; None if nothing shows."""
+    for _ in range(10 * TRIES):  # dark and plain tiles hide some draws
+        cover = _cover(rng, before.shape, kind)
+        after = np.round(before + cover * (_resurfaced(rng, before) - before)).clip(0, 255)
+        # The mean around a pixel: single ones of a changed texture stay as they were.
+        mask = (cv2.blur(np.abs(after - before), (17, 17)) > CHANGED) & (cover > 0.1)
+        mask = _pieces(mask.astype(np.uint8), PIECE * mask.size)
+        if AREA[0] <= mask.mean() <= AREA[1]:
+            return after.astype(np.uint8), mask
+    return None
+
+
+def _cover(rng, shape: tuple[int, int], kind: str) -> np.ndarray:
+    """How much of the changed surface shows at each pixel, in [0, 1]: float32 [h, w]."""
+    side = min(shape)
+    if kind == "shade":  # where a slow random field is high
+        field = _noise(rng, shape, side * rng.uniform(0.18, 0.35))
+        field += 0.12 * _noise(rng, shape, side / 40)
+    else:  # near a wavy line along one of the tile's sides, a little askew
+        angle = rng.choice((0, np.pi / 2)) + rng.normal(0, 0.15)
+        y, x = (np.arange(n)[:, None] - rng.uniform(0, n) for n in shape)
+        field = -np.abs(y * np.cos(angle) + x.T * np.sin(angle))
+        field += 0.04 * side * _noise(rng, shape, side * rng.uniform(0.05, 0.2))
+    share = np.exp(rng.uniform(*np.log(AREA)))
+    region = (field > np.quantile(field, 1 - share)).astype(np.uint8)
+    region = _pieces(region, PIECE * region.size).astype(np.float32)
+    return cv2.GaussianBlur(region, (0, 0), np.exp(rng.uniform(*np.log(SOFT))))
+
+
+def _resurfaced(rng, before) -> np.ndarray:
+    """The whole tile in other light, with a stronger or weaker texture, or both."""
+    which = rng.integers(3)
+    light = rng.choice((-1, 1)) * np.exp(rng.uniform(*np.log(LIGHT)))
+    factor = np.exp(rng.uniform(*np.log(TEXTURE))) ** rng.choice((-1, 1))
+    ground = cv2.GaussianBlur(before, (0, 0), 4.0)
+    texture = (1.0 if which == 0 else factor) * (before - ground)
+    return ground + texture + (0.0 if which == 1 else light)
+
+
+def _noise(rng, shape: tuple[int, int], sigma: float) -> np.ndarray:
+    """Blurred noise of mean 0 and standard deviation 1: float32 [h, w]."""
+    noise = rng.standard_normal(shape).astype(np.float32)
+    noise = cv2.GaussianBlur(noise, (0, 0), sigma)
+    return (noise - noise.mean()) / noise.std()
 
 
 _PAINTERS = {**{kind: _drawn(kind) for kind in DRAWN}, "patch": _patch, "fray": _fray}

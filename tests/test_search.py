@@ -69,11 +69,11 @@ def made(search, tiles, tmp_path_factory):
 # --- the set
 
 
-def test_every_kind_changes_the_tile_where_its_mask_says(search):
+def test_every_small_kind_changes_the_tile_where_its_mask_says(search):
     rng = np.random.default_rng(1)
     tile, donor = surface(rng, 180, 160), surface(rng, 120, 130)
     sheets = rng.integers(0, 256, (3, 128, 128), np.uint8)
-    for kind in search.search_set.KINDS:
+    for kind in search.search_set.SMALL:
         sides = []
         for seed in range(4):
             one, again = (
@@ -87,6 +87,37 @@ def test_every_kind_changes_the_tile_where_its_mask_says(search):
             assert stray[1:, cv2.CC_STAT_AREA].max(initial=0) < 4, kind
             sides.append(max(np.ptp(axis) + 1 for axis in np.nonzero(one[1])))
         assert 3 <= min(sides) < max(sides) <= 80, kind
+
+
+@pytest.mark.parametrize("kind", ["shade", "band"])
+def test_a_large_kind_covers_its_share_of_the_tile_and_little_else_changes(search, kind):
+    tile = surface(np.random.default_rng(2), 180, 160)
+    shares, lights = [], []
+    for seed in range(12):
+        one, again = (
+            search.search_set.defective(np.random.default_rng(seed), tile, kind, tile, None)
+            for _ in range(2)
+        )
+        np.testing.assert_array_equal(one[0], again[0])
+        change, mask = one[0].astype(int) - tile, one[1]
+        shares.append(mask.mean())
+        lights.append(change[mask].mean())
+        pieces = cv2.connectedComponentsWithStats(mask.astype(np.uint8))[2][1:]
+        assert pieces[:, cv2.CC_STAT_AREA].min() >= 0.02 * mask.size
+        assert np.abs(change[mask]).mean() > search.search_set.CHANGED
+        assert (np.abs(change[~mask]) > 2 * search.search_set.CHANGED).mean() < 0.05
+    assert 0.1 <= min(shares) < 0.2 < 0.35 < max(shares) <= 0.6
+    assert min(lights) < -5 < 5 < max(lights)
+    assert min(np.abs(lights)) < 2  # another texture under the same light
+
+
+def test_a_large_kind_shows_on_a_plain_dark_tile(search):
+    plain = np.full((100, 100), 3, np.uint8)  # without texture, and nothing can be darker
+    for kind in search.search_set.LARGE:
+        image, mask = search.search_set.defective(
+            np.random.default_rng(0), plain, kind, plain, None
+        )
+        assert image[mask].mean() > 3 + search.search_set.CHANGED
 
 
 def test_a_defect_that_cannot_show_is_refused(search):
