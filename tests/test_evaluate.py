@@ -53,6 +53,7 @@ class Brightness:
     name = "brightness"
     dtype = jnp.float32
     score_is_peak = True
+    unroll = 1
 
     def predict(self, variables, frozen, images):
         maps = jnp.exp(images.mean(axis=-1)) + variables["bias"]
