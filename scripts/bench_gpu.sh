@@ -41,7 +41,7 @@ part() {
   "${run[@]}" env "JAX_COMPILATION_CACHE_DIR=$cache" timeout -k 5 "$limit" "${bench[@]}" "$@" "--json=$out/$name.json" || status=$?
   if ((status)); then
     failed=$status
-    ((status != 124)) || echo "$name was cut off after $limit seconds" >&2
+    ((status != 124 && status != 137)) || echo "$name was cut off after $limit seconds" >&2
   fi
 }
 # All as the whole run has it, so that its programs serve them: 521 images, 33 steps in a call.
