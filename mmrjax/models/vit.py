@@ -81,8 +81,8 @@ def _normalise_backward(epsilon, kept, slope):
     common = to_standard.mean(axis=-1, keepdims=True)
     along = (to_standard * standard).mean(axis=-1, keepdims=True)
     to_x = inverse * (to_standard - common - standard * along)
-    # Apart, or XLA writes slope * standard in the kernel that sums `slope` over the rows: on an H200
-    # that took 25 us, where two kernels had taken 8.
+    # Apart, or XLA writes slope * standard in the kernel that sums `slope` over the rows: that took
+    # 25 us on an H200, where two kernels had taken 8.
     alone = jax.lax.optimization_barrier(slope)
     return to_x.astype(x.dtype), (slope * standard).sum(rows), alone.sum(rows)
 
