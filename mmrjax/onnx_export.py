@@ -141,24 +141,24 @@ class PatchCoreScorer(Scorer):
     def __init__(self, detector: detector_lib.Detector):
         super().__init__(detector)
         memory = detector.trained.variables["memory"]
-        bank = np.array(memory["bank"])
-        for name in ("whitening", "expected"):  # there with the options of these names
-            there = torch.from_numpy(np.array(memory[name])) if name in memory else None
-            self.register_buffer(name, there)
-        self.register_buffer("bank", torch.from_numpy(bank))
-        self.register_buffer("squares", torch.from_numpy(np.sum(bank**2, axis=1)))
+        self.scales = patchcore.by_part(self.config.patchcore.scales)
+        self.memories = nn.ModuleDict(
+            {part: Memory(memory if len(self.scales) == 1 else memory[part]) for part in self.scales}
+        )
 
     def judge(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Normalised [b, 3, h, w] -> the map [b, h, w] as its only part; score [b] if another."""
-        distance = self.nearest(self.embed(images))
-        total = self.smooth(distance, False)
-        by_patch = self.config.patchcore.score == "patch"
-        return {"patches": total}, distance.amax((1, 2)) if by_patch else None
+        """Normalised [b, 3, h, w] -> a part [b, h, w] for each scale; score [b] if another."""
+        parts, peak = {}, 0.0
+        for part, scale in self.scales.items():
+            distance = self.memories[part](self.embed(images, scale))
+            parts[part] = self.smooth(distance, False)
+            peak = peak + distance.amax((1, 2))
+        return parts, peak if self.config.patchcore.score == "patch" else None
 
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor, scale: float) -> torch.Tensor:
         """Patch embeddings [b, h, w, d]."""
         options = self.config.patchcore
-        size = patchcore.enlarged(tuple(images.shape[2:]), options.enlarge)
+        size = patchcore.scaled(tuple(images.shape[2:]), scale)
         features = self.teacher(_resize(images.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2))
         layers = [features[f"layer{layer}"] for layer in sorted(options.layers)]
         grid, pooled = layers[0].shape[2:], []
@@ -167,14 +167,27 @@ class PatchCoreScorer(Scorer):
             x = x @ _constant(patchcore.adaptive_pool_matrix(x.shape[-1], options.width))
             pooled.append(_resize(x, grid))
         x = torch.stack(pooled, dim=-2)
-        x = x.flatten(3).unflatten(3, (options.width, len(pooled))).mean(dim=-1)
-        return x if self.whitening is None else x @ self.whitening
+        return x.flatten(3).unflatten(3, (options.width, len(pooled))).mean(dim=-1)
 
-    def nearest(self, patches: torch.Tensor) -> torch.Tensor:
+
+class Memory(nn.Module):
+    """What a fit keeps of one scale."""
+
+    def __init__(self, memory: dict):
+        super().__init__()
+        bank = np.array(memory["bank"])
+        for name in ("whitening", "expected"):  # there with the options of these names
+            there = torch.from_numpy(np.array(memory[name])) if name in memory else None
+            self.register_buffer(name, there)
+        self.register_buffer("bank", torch.from_numpy(bank))
+        self.register_buffer("squares", torch.from_numpy(np.sum(bank**2, axis=1)))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Squared distances of patches [b, h, w, d] to their nearest bank rows, [b, h, w].
 
         Relative to what the rows expect, where the run has that.
         """
+        patches = patches if self.whitening is None else patches @ self.whitening
         best, expected = None, None
         for start in range(0, len(self.bank), patchcore.BANK_ROWS_PER_CHUNK):
             chunk = slice(start, start + patchcore.BANK_ROWS_PER_CHUNK)

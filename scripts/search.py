@@ -84,7 +84,7 @@ CHANGES = {
     "raw": ("patchcore.score=patch",),
     "whiten": ("patchcore.whiten=0.1",),
     "relative": ("patchcore.relative=true",),
-    "finer": ("patchcore.enlarge=1.5",),
+    "finer": ("patchcore.scales=1.5",),
     "places": ("score.by_place=true",),
 }
 CANDIDATES = (
