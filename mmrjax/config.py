@@ -44,7 +44,7 @@ RANGES = (
     ("patchcore.layers", 1, 3),
     ("patchcore.coreset", 1e-6, 1.0),  # a share, not percent
     ("patchcore.candidates", 0, 1 << 40),
-    ("patchcore.scales", 0.5, 8.0),
+    ("patchcore.scales", 0.1, 8.0),
     ("patchcore.whiten", 0.0, 1e6),
     ("aminet.layers", 1, 3),
     ("aminet.pool", 1, 1 << 10),

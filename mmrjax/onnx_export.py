@@ -106,10 +106,15 @@ class Scorer(nn.Module):
             score = found.amax((1, 2))
         return (found, score) if self.threshold is None else (found, score, score > self.threshold)
 
-    def smooth(self, distance: torch.Tensor, align_corners: bool) -> torch.Tensor:
+    def smooth(
+        self,
+        distance: torch.Tensor,
+        align_corners: bool,
+        sigma: float = anomaly_map.GAUSSIAN_SIGMA,
+    ) -> torch.Tensor:
         """As anomaly_map.upsample_and_smooth: [b, h_l, w_l] -> [b, h, w]."""
         rows, columns = (
-            _constant(anomaly_map.operator(n, size, align_corners))
+            _constant(anomaly_map.operator(n, size, align_corners, sigma))
             for n, size in zip(distance.shape[1:], self.size, strict=True)
         )
         return rows @ distance @ columns.T
@@ -143,7 +148,10 @@ class PatchCoreScorer(Scorer):
         memory = detector.trained.variables["memory"]
         self.scales = patchcore.by_part(self.config.patchcore.scales)
         self.memories = nn.ModuleDict(
-            {part: Memory(memory if len(self.scales) == 1 else memory[part]) for part in self.scales}
+            {
+                part: Memory(memory if len(self.scales) == 1 else memory[part])
+                for part in self.scales
+            }
         )
 
     def judge(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
@@ -151,7 +159,7 @@ class PatchCoreScorer(Scorer):
         parts, peak = {}, 0.0
         for part, scale in self.scales.items():
             distance = self.memories[part](self.embed(images, scale))
-            parts[part] = self.smooth(distance, False)
+            parts[part] = self.smooth(distance, False, patchcore.smoothing(scale))
             peak = peak + distance.amax((1, 2))
         return parts, peak if self.config.patchcore.score == "patch" else None
 
@@ -228,12 +236,11 @@ def _neighbourhoods(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _resize(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Bilinear, align_corners False: [b, h, w, d] -> [b, *grid, d]."""
+    """Bilinear, averaging where it shrinks: [b, h, w, d] -> [b, *grid, d]."""
     if tuple(x.shape[1:3]) == tuple(grid):
         return x
     rows, columns = (
-        _constant(anomaly_map.upsample_matrix(n, m, align_corners=False))
-        for n, m in zip(x.shape[1:3], grid, strict=True)
+        _constant(anomaly_map.resize_matrix(n, m)) for n, m in zip(x.shape[1:3], grid, strict=True)
     )
     x = columns @ x  # [b, h, grid w, d]
     return (rows @ x.flatten(2)).unflatten(2, x.shape[2:])

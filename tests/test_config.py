@@ -388,7 +388,7 @@ def test_counts_must_be_positive(field, value):
         ("student.layers=1,1", "give one or more different values"),
         ("patchcore.scales=", "give one or more different values"),
         ("patchcore.scales=1,1.0", "give one or more different values"),
-        ("patchcore.scales=0.4,1", "must lie between 0.5 and 8.0"),
+        ("patchcore.scales=0.05,1", "must lie between 0.1 and 8.0"),
         ("train.crop_scale=1,0.7", "expected smallest,largest"),
         ("optim.warmup=50", "must lie between 0.0 and 1.0"),
         ("patchcore.coreset=1.5", "must lie between"),

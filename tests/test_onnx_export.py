@@ -117,7 +117,7 @@ def test_what_the_tiny_runs_do_not_have_is_traced_too(tiny_config, tmp_path):
         }
     )
     images = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), np.uint8)
-    kinds = (("mmr", (1.0,)), ("patchcore", (1.5,)), ("patchcore", (1.0, 0.75)))
+    kinds = (("mmr", (1.0,)), ("patchcore", (1.5,)), ("patchcore", (1.0, 0.4)))
     for (name, scales), config.score.by_place in itertools.product(kinds, (False, True)):
         config.patchcore.scales = scales
         detector = untrained(name, config)

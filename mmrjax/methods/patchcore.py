@@ -141,8 +141,8 @@ class PatchCore(base.Method):
             own = memory if len(scales) == 1 else memory[part]
             distance = _distance(own, self.embed(frozen, images, scale))
             peak += anomaly_map.max_score(distance)
-            size = images.shape[1:3]
-            parts[part] = anomaly_map.upsample_and_smooth(distance, size, align_corners=False)
+            size, sigma = images.shape[1:3], smoothing(scale)
+            parts[part] = anomaly_map.upsample_and_smooth(distance, size, False, sigma)
         total = sum(parts.values())
         score = peak if self.config.patchcore.score == "patch" else anomaly_map.max_score(total)
         return {"map": total, "score": score, "parts": parts}
@@ -158,6 +158,11 @@ def by_part(scales: tuple[float, ...]) -> dict[str, float]:
 def scaled(size_hw: tuple[int, int], scale: float) -> tuple[int, int]:
     """Sides of what the teacher sees."""
     return round(size_hw[0] * scale), round(size_hw[1] * scale)
+
+
+def smoothing(scale: float) -> float:
+    """Sigma of a map's Gaussian, in px of the image or of what the teacher sees: the larger."""
+    return anomaly_map.GAUSSIAN_SIGMA / min(1.0, scale)
 
 
 def _distance(memory: dict, patches: jax.Array) -> jax.Array:
@@ -202,11 +207,11 @@ def adaptive_pool_matrix(n: int, m: int) -> np.ndarray:
 
 
 def _resize(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Bilinear, align_corners False: [b, h, w, d] -> [b, *grid, d]."""
+    """Bilinear, averaging where it shrinks: [b, h, w, d] -> [b, *grid, d]."""
     if x.shape[1:3] == grid:
         return x
     rows, columns = (
-        anomaly_map.upsample_matrix(n_in, n_out, align_corners=False).astype(np.float32)
+        anomaly_map.resize_matrix(n_in, n_out).astype(np.float32)
         for n_in, n_out in zip(x.shape[1:3], grid, strict=True)
     )
     return jnp.einsum("yh,xw,bhwd->byxd", rows, columns, x, precision=EXACT)
