@@ -73,7 +73,7 @@ def get_config() -> ConfigDict:
     patchcore.layers = (2, 3)
     patchcore.patch = 3  # neighbourhood that one feature sees
     patchcore.width = 1024  # of an embedded patch
-    patchcore.coreset = 0.01  # share of all patches kept in the memory bank
+    patchcore.coreset = 0.01  # share of all patches (of a scale) kept in its memory bank
     # Sides of what the teacher sees, relative to the image; several: a bank and a map for each
     patchcore.scales = (1.0,)
     patchcore.candidates = 0  # patches that the coreset is chosen from, drawn at random; 0: all

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import importlib.util
 import inspect
+import itertools
 import pathlib
 import sys
 import traceback
@@ -32,6 +33,8 @@ TUPLES = {
     "aminet.drops": float,
     "log.trackers": str,
 }
+SMALLEST_SCALED = 32  # px of an image that patchcore.scales shrinks: two cells of layer 3
+RENAMED = {"patchcore.enlarge": "patchcore.scales"}
 PROTOCOLS = ("one_class", "k_shot", "one_for_all", "image_split", "track_a", "track_b")
 # Smallest and largest value of a field, or of every entry of a tuple.
 RANGES = (
@@ -166,7 +169,7 @@ def _naming_errors(path: str | pathlib.Path) -> Iterator[None]:
 
 
 def _check_fields(config: ConfigDict, spec: str) -> None:
-    """Raises ValueError for a configuration that lacks fields of configs/common.py."""
+    """Raises ValueError for a configuration without the very fields of configs/common.py."""
     wanted = flatten(_import(PACKAGED / "common.py").get_config())
     given = flatten(config) if isinstance(config, ConfigDict) else {}
     if lacking := sorted(wanted.keys() - given.keys()):
@@ -174,6 +177,11 @@ def _check_fields(config: ConfigDict, spec: str) -> None:
             f"--config={spec}: get_config() lacks {', '.join(lacking[:4])}"
             f"{' …' if lacking[4:] else ''}; begin with common.get_config(), as configs/folder.py"
         )
+    free = ("raw_dirs.", "sweep.")
+    for name in sorted(given.keys() - wanted.keys()):
+        if not name.startswith(free):
+            hint = _nearest(name, list(wanted))
+            raise ValueError(f"--config={spec}: get_config() sets {name}, no such field; {hint}")
 
 
 def _import_package() -> None:
@@ -201,8 +209,8 @@ def flatten(config: ConfigDict) -> dict[str, object]:
 def flatten_stored(content: dict) -> dict[str, object]:
     """`flatten` of what a run's config.json holds, under the names of today."""
     flat = flatten(ConfigDict(content))
-    if "patchcore.enlarge" in flat:  # one number, until it became several
-        flat["patchcore.scales"] = (flat.pop("patchcore.enlarge"),)
+    if "patchcore.scales" not in flat and "patchcore.enlarge" in flat:  # one number
+        flat["patchcore.scales"] = (flat["patchcore.enlarge"],)
     return flat
 
 
@@ -220,6 +228,8 @@ def _set(config: ConfigDict, name: str, text: str) -> None:
 
 
 def _nearest(name: str, known: list[str]) -> str:
+    if name in RENAMED:
+        return f"it is {RENAMED[name]} now"
     by_leaf = [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
     near = by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
@@ -317,8 +327,7 @@ def validate(config: ConfigDict) -> None:
         if flat[name] % 2 == 0:
             raise ValueError(f"--config.{name}={flat[name]}: must be odd, as 1 or 3")
     layers = ("student.layers", "patchcore.layers", "aminet.layers")
-    several = (*layers, "train.seeds", "method.names", "mmr_plus.defect_kinds", "patchcore.scales")
-    for name in several:
+    for name in (*layers, "train.seeds", "method.names", "mmr_plus.defect_kinds"):
         if not flat[name] or len(set(flat[name])) < len(flat[name]):
             raise ValueError(f"--config.{name}={flat[name]}: give one or more different values")
     for name in ("data.image_size", "data.resize", "eval.resize"):
@@ -326,6 +335,7 @@ def validate(config: ConfigDict) -> None:
         optional = name == "eval.resize" and not value
         if not optional and (len(value) != 2 or min(value) < 1):
             raise ValueError(f"--config.{name}={value}: expected height,width such as 224,224")
+    _check_scales(flat)
     overlap, smallest = flat["data.tile_overlap"], min(flat["data.image_size"])
     if flat["data.tiling"] and not 0 <= overlap < smallest:
         raise ValueError(
@@ -340,6 +350,19 @@ def validate(config: ConfigDict) -> None:
                 f"--config.{name}={flat[name]}: smaller than data.image_size="
                 f"{flat['data.image_size']}, which is cropped from it"
             )
+
+
+def _check_scales(flat: dict) -> None:
+    scales, side = flat["patchcore.scales"], min(flat["data.image_size"])
+    if not scales or any(a >= b for a, b in itertools.pairwise(scales)):
+        raise ValueError(
+            f"--config.patchcore.scales={scales}: give one or more, each larger than the one before"
+        )
+    if scales[0] < 1 and scales[0] * side < SMALLEST_SCALED:
+        raise ValueError(
+            f"--config.patchcore.scales={scales}: {scales[0]:g} of data.image_size leaves "
+            f"{scales[0] * side:g} px, and the teacher needs {SMALLEST_SCALED}; give a larger one"
+        )
 
 
 def _check_tracks(flat: dict) -> None:

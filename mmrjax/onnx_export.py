@@ -166,7 +166,7 @@ class PatchCoreScorer(Scorer):
     def embed(self, images: torch.Tensor, scale: float) -> torch.Tensor:
         """Patch embeddings [b, h, w, d]."""
         options = self.config.patchcore
-        size = patchcore.scaled(tuple(images.shape[2:]), scale)
+        size = patchcore.scaled(tuple(images.shape[2:]), scale, max(options.layers))
         features = self.teacher(_resize(images.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2))
         layers = [features[f"layer{layer}"] for layer in sorted(options.layers)]
         grid, pooled = layers[0].shape[2:], []

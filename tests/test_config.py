@@ -386,8 +386,10 @@ def test_counts_must_be_positive(field, value):
         ("train.seeds=54,54", "give one or more different values"),
         ("method.names=", "give one or more different values"),
         ("student.layers=1,1", "give one or more different values"),
-        ("patchcore.scales=", "give one or more different values"),
-        ("patchcore.scales=1,1.0", "give one or more different values"),
+        ("patchcore.scales=", "give one or more, each larger than the one before"),
+        ("patchcore.scales=1,1.0", "give one or more, each larger than the one before"),
+        ("patchcore.scales=1,0.5", "give one or more, each larger than the one before"),
+        ("patchcore.scales=0.12,1", "leaves .* px, and the teacher needs 32"),
         ("patchcore.scales=0.05,1", "must lie between 0.1 and 8.0"),
         ("train.crop_scale=1,0.7", "expected smallest,largest"),
         ("optim.warmup=50", "must lie between 0.0 and 1.0"),
@@ -461,6 +463,11 @@ def test_flatten_sorts_by_name():
         ("def get_config():\n    return 1 / 0\n", r"line 2: ZeroDivisionError"),
         ("def get_config():\n    return 5\n", r"get_config\(\) lacks aminet.augment, .*common"),
         ("def get_config():\n    raise ValueError('no blade')\n", r"^no blade$"),
+        (
+            "from configs import common\ndef get_config():\n    config = common.get_config()\n"
+            "    config.patchcore.enlarge = 1.5\n    return config\n",
+            r"mine\.py: get_config\(\) sets patchcore\.enlarge, no such .* patchcore\.scales now$",
+        ),
     ],
 )
 def test_a_configuration_file_that_fails_is_named_with_the_line(tmp_path, code, message):

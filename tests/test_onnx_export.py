@@ -111,17 +111,17 @@ def test_what_the_tiny_runs_do_not_have_is_traced_too(tiny_config, tmp_path):
             "data.resize": (48, 80),
             "student.layers": (1, 2, 3),
             "patchcore.layers": (1, 3),
-            "patchcore.score": "patch",
             "patchcore.whiten": 0.1,
             "patchcore.relative": True,
         }
     )
     images = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), np.uint8)
-    kinds = (("mmr", (1.0,)), ("patchcore", (1.5,)), ("patchcore", (1.0, 0.4)))
-    for (name, scales), config.score.by_place in itertools.product(kinds, (False, True)):
-        config.patchcore.scales = scales
+    one, two = {"scales": (1.5,), "score": "patch"}, {"scales": (0.4, 1.0), "score": "smoothed"}
+    kinds = (("mmr", one), ("patchcore", one), ("patchcore", two))
+    for (name, options), config.score.by_place in itertools.product(kinds, (False, True)):
+        config.patchcore.update(options)
         detector = untrained(name, config)
-        path = tmp_path / f"{name}{len(scales)}_{config.score.by_place}.onnx"
+        path = tmp_path / f"{name}{len(options['scales'])}_{config.score.by_place}.onnx"
         path.write_bytes(onnx_export.serialise(detector))
         found = onnx_export.run(path, images)
         assert set(found) == {"map", "score"}

@@ -77,7 +77,10 @@ def test_the_one_scale_of_an_older_run_is_known_under_its_new_name(tmp_path, con
     with pytest.raises(ValueError, match=r"patchcore\.scales: was \(1\.5,\), is \(1\.0,\)"):
         workdir.settle(config, "patchcore", folder, "abc", "train")
     assert workdir.settle(config, "patchcore", folder, "abc", "evaluate").patchcore.scales == (1.5,)
-    config.patchcore.scales = (1.5,)
+    content["patchcore"]["scales"] = [2.0]  # a later one that has both
+    (folder / "config.json").write_text(json.dumps(content))
+    assert restore.read_config(folder).patchcore.scales == (2.0,)
+    config.patchcore.scales = (2.0,)
     assert workdir.settle(config, "patchcore", folder, "abc", "train") == config
 
 

@@ -48,14 +48,14 @@ class PatchCore(base.Method):
         """Nothing is drawn; the bank comes with `fit`."""
         return {"params": {}}, {}
 
-    def embed(self, frozen: dict, images: jax.Array, scale: float = 1.0) -> jax.Array:
+    def embed(self, frozen: dict, images: jax.Array, scale: float) -> jax.Array:
         """Patch embeddings [b, h, w, d] on the grid of the shallowest layer, float32.
 
         The teacher sees images `scale` times as large: a small defect fills more of a patch, or a
         patch more of a large one.
         """
         options = self.config.patchcore
-        images = _resize(images, scaled(images.shape[1:3], scale))
+        images = _resize(images, scaled(images.shape[1:3], scale, max(options.layers)))
         features = self.backbone.apply(frozen["teacher"], resnet.normalise(images))
         grid = None
         pooled = []
@@ -91,8 +91,9 @@ class PatchCore(base.Method):
         rows = min(max(1, int(options.coreset * count * of_image)), len(patches))
         if rows < min(SMALL_BANK, len(patches)):
             logging.warning(
-                "the memory bank keeps %d of %d patches; of so few images a larger share costs "
+                "the memory bank%s keeps %d of %d patches; of so few images a larger share costs "
                 "little and finds more: --config.patchcore.coreset=%.2g in another --workdir",
+                f" of scale {scale:g}" if len(options.scales) > 1 else "",
                 rows,
                 len(patches),
                 min(1.0, SMALL_BANK / len(patches)),
@@ -155,9 +156,14 @@ def by_part(scales: tuple[float, ...]) -> dict[str, float]:
     return {f"patches{i}": scale for i, scale in enumerate(scales, 1)}
 
 
-def scaled(size_hw: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Sides of what the teacher sees."""
-    return round(size_hw[0] * scale), round(size_hw[1] * scale)
+def scaled(size_hw: tuple[int, int], scale: float, layer: int) -> tuple[int, int]:
+    """Sides of what the teacher sees.
+
+    Smaller ones are whole cells of the deepest layer in use: a part of a cell would move the map by
+    as much, and a cell of a small scale is many pixels wide.
+    """
+    stride = 1 if scale >= 1 else 2 ** (layer + 1)
+    return tuple(max(1, round(side * scale / stride)) * stride for side in size_hw)
 
 
 def smoothing(scale: float) -> float:

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 
+from mmrjax import anomaly_map
 from mmrjax.methods import patchcore
 
 
@@ -75,7 +77,7 @@ def test_neighbourhoods_equal_torch_unfold():
 def test_embedding_has_one_row_per_patch_of_the_finer_layer(tiny_config):
     method = patchcore.PatchCore(tiny_config)
     frozen, _ = method.load_frozen()
-    got = jax.jit(method.embed)(frozen, jnp.zeros((2, 64, 96, 3)))
+    got = jax.jit(method.embed, static_argnums=2)(frozen, jnp.zeros((2, 64, 96, 3)), 1.0)
     assert got.shape == (2, 8, 12, tiny_config.patchcore.width)
 
 
@@ -115,18 +117,44 @@ def test_maps_of_several_scales_are_those_of_each_added_up(tiny_config, score):
     np.testing.assert_allclose(both["score"], peak, rtol=1e-5)
 
 
-def test_a_defect_raises_the_map_where_it_is(tiny_config):
-    method = patchcore.PatchCore(tiny_config)
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.313])
+@pytest.mark.parametrize("corner", [16, 104, 152])
+def test_a_defect_raises_the_map_where_it_is(tiny_config, scale, corner):
+    config = tiny_config.copy_and_resolve_references()
+    config.patchcore.scales = (scale,)
+    config.teacher.name, config.teacher.weights = "fdsl18", "embedded"
+    method = patchcore.PatchCore(config)
     frozen, _ = method.load_frozen()
-    noise = np.random.default_rng(0).integers(0, 16, (8, 64, 64, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 16, (4, 208, 208, 3), dtype=np.uint8)
     good = noise + np.uint8(128)
-    variables = method.fit({"params": {}}, frozen, [(good, 8)], 8, jax.random.key(1))
+    variables = method.fit({"params": {}}, frozen, [(good, 4)], 4, jax.random.key(1))
     defective = good[:1].copy()
-    defective[0, 40:56, 8:24] = 255
+    defective[0, corner : corner + 40, corner : corner + 40] = 255
     found = jax.jit(method.predict)(variables, frozen, jnp.asarray(defective) / 255.0)["map"][0]
-    y, x = np.unravel_index(np.argmax(found), found.shape)
-    assert 32 <= y < 64
-    assert 0 <= x < 32
+    weight = np.asarray(np.maximum(found - np.quantile(found, 0.9), 0), np.float64)
+    rows, columns = np.indices(weight.shape)
+    for places in (rows, columns):  # the centre; 26 px are a cell of the smallest scale
+        assert abs((weight * places).sum() / weight.sum() - corner - 20) < 14
+
+
+def test_a_small_scale_is_smoothed_as_widely_in_what_the_teacher_sees(tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.patchcore.scales, config.patchcore.layers = (0.5,), (1,)
+    method = patchcore.PatchCore(config)
+    frozen, _ = method.load_frozen()
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    variables = method.fit({"params": {}}, frozen, [(images[:1], 1)], 1, jax.random.key(1))
+    image = jnp.asarray(images[1:]) / 255.0
+    found = jax.jit(method.predict)(variables, frozen, image)["map"][0]
+    patches = method.embed(frozen, image, 0.5)
+    assert patches.shape[1:3] == (8, 8)
+    distance = patchcore.nearest_squared_distance(
+        patches.reshape(64, -1), variables["memory"]["bank"]
+    )
+    matrix = anomaly_map.upsample_matrix(8, 64, align_corners=False)
+    raw = matrix @ np.asarray(distance).reshape(8, 8) @ matrix.T
+    want = scipy.ndimage.gaussian_filter(raw, sigma=2 * anomaly_map.GAUSSIAN_SIGMA)
+    np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
 def test_candidates_are_drawn_evenly_from_every_image(tiny_config):
