@@ -74,7 +74,8 @@ def get_config() -> ConfigDict:
     patchcore.patch = 3  # neighbourhood that one feature sees
     patchcore.width = 1024  # of an embedded patch
     patchcore.coreset = 0.01  # share of all patches kept in the memory bank
-    patchcore.enlarge = 1.0  # sides of what the teacher sees, relative to the image
+    # Sides of what the teacher sees, relative to the image; several: a bank and a map for each
+    patchcore.scales = (1.0,)
     patchcore.candidates = 0  # patches that the coreset is chosen from, drawn at random; 0: all
     patchcore.projection = 128  # width of the random projection in which the coreset is chosen
     patchcore.start_points = 10

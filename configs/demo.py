@@ -31,7 +31,7 @@ def get_config():
     config.aminet.depth = 4
     config.aminet.epochs = 20
     config.patchcore.layers = (1, 2, 3)
-    config.patchcore.enlarge = 1.5  # with layer 1 a grid of 96 x 96, for small defects
+    config.patchcore.scales = (1.5,)  # with layer 1 a grid of 96 x 96, for small defects
     config.patchcore.width = 384
     config.patchcore.candidates = 100_000
     config.patchcore.coreset = 0.002

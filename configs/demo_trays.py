@@ -18,7 +18,7 @@ def get_config():
     config.data.reference_domain = ""
     config.data.resize = (1024, 1024)  # as drawn
     config.data.tiling = True
-    config.patchcore.enlarge = 1.0  # the windows show the picture as drawn
+    config.patchcore.scales = (1.0,)  # the windows show the picture as drawn
     config.patchcore.candidates = 0
     config.patchcore.whiten = 0.0  # four trays are too few to learn distances from
     config.patchcore.relative = False

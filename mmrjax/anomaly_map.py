@@ -33,6 +33,19 @@ def upsample_matrix(n_in: int, n_out: int, align_corners: bool) -> np.ndarray:
     return matrix
 
 
+def resize_matrix(n_in: int, n_out: int) -> np.ndarray:
+    """Half-pixel linear interpolation that averages where it shrinks, float64 [n_out, n_in].
+
+    As Pillow's BILINEAR: the triangle is as wide as the shrinking asks for.
+    """
+    if n_out >= n_in:
+        return upsample_matrix(n_in, n_out, align_corners=False)
+    step = n_in / n_out
+    centres = (np.arange(n_out)[:, None] + 0.5) * step - 0.5
+    weights = np.maximum(1 - np.abs(np.arange(n_in) - centres) / step, 0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
 def gaussian_matrix(n: int, sigma: float = GAUSSIAN_SIGMA) -> np.ndarray:
     """scipy.ndimage.gaussian_filter1d (mode "reflect") as a matrix, float64 [n, n]."""
     if sigma == 0:

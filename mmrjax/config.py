@@ -44,7 +44,7 @@ RANGES = (
     ("patchcore.layers", 1, 3),
     ("patchcore.coreset", 1e-6, 1.0),  # a share, not percent
     ("patchcore.candidates", 0, 1 << 40),
-    ("patchcore.enlarge", 1.0, 8.0),
+    ("patchcore.scales", 0.1, 8.0),
     ("patchcore.whiten", 0.0, 1e6),
     ("aminet.layers", 1, 3),
     ("aminet.pool", 1, 1 << 10),
@@ -198,6 +198,14 @@ def flatten(config: ConfigDict) -> dict[str, object]:
     return flat
 
 
+def flatten_stored(content: dict) -> dict[str, object]:
+    """`flatten` of what a run's config.json holds, under the names of today."""
+    flat = flatten(ConfigDict(content))
+    if "patchcore.enlarge" in flat:  # one number, until it became several
+        flat["patchcore.scales"] = (flat.pop("patchcore.enlarge"),)
+    return flat
+
+
 def _set(config: ConfigDict, name: str, text: str) -> None:
     flat = flatten(config)
     if name not in flat:
@@ -309,7 +317,8 @@ def validate(config: ConfigDict) -> None:
         if flat[name] % 2 == 0:
             raise ValueError(f"--config.{name}={flat[name]}: must be odd, as 1 or 3")
     layers = ("student.layers", "patchcore.layers", "aminet.layers")
-    for name in (*layers, "train.seeds", "method.names", "mmr_plus.defect_kinds"):
+    several = (*layers, "train.seeds", "method.names", "mmr_plus.defect_kinds", "patchcore.scales")
+    for name in several:
         if not flat[name] or len(set(flat[name])) < len(flat[name]):
             raise ValueError(f"--config.{name}={flat[name]}: give one or more different values")
     for name in ("data.image_size", "data.resize", "eval.resize"):

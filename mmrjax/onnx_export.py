@@ -106,10 +106,15 @@ class Scorer(nn.Module):
             score = found.amax((1, 2))
         return (found, score) if self.threshold is None else (found, score, score > self.threshold)
 
-    def smooth(self, distance: torch.Tensor, align_corners: bool) -> torch.Tensor:
+    def smooth(
+        self,
+        distance: torch.Tensor,
+        align_corners: bool,
+        sigma: float = anomaly_map.GAUSSIAN_SIGMA,
+    ) -> torch.Tensor:
         """As anomaly_map.upsample_and_smooth: [b, h_l, w_l] -> [b, h, w]."""
         rows, columns = (
-            _constant(anomaly_map.operator(n, size, align_corners))
+            _constant(anomaly_map.operator(n, size, align_corners, sigma))
             for n, size in zip(distance.shape[1:], self.size, strict=True)
         )
         return rows @ distance @ columns.T
@@ -141,24 +146,27 @@ class PatchCoreScorer(Scorer):
     def __init__(self, detector: detector_lib.Detector):
         super().__init__(detector)
         memory = detector.trained.variables["memory"]
-        bank = np.array(memory["bank"])
-        for name in ("whitening", "expected"):  # there with the options of these names
-            there = torch.from_numpy(np.array(memory[name])) if name in memory else None
-            self.register_buffer(name, there)
-        self.register_buffer("bank", torch.from_numpy(bank))
-        self.register_buffer("squares", torch.from_numpy(np.sum(bank**2, axis=1)))
+        self.scales = patchcore.by_part(self.config.patchcore.scales)
+        self.memories = nn.ModuleDict(
+            {
+                part: Memory(memory if len(self.scales) == 1 else memory[part])
+                for part in self.scales
+            }
+        )
 
     def judge(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Normalised [b, 3, h, w] -> the map [b, h, w] as its only part; score [b] if another."""
-        distance = self.nearest(self.embed(images))
-        total = self.smooth(distance, False)
-        by_patch = self.config.patchcore.score == "patch"
-        return {"patches": total}, distance.amax((1, 2)) if by_patch else None
+        """Normalised [b, 3, h, w] -> a part [b, h, w] for each scale; score [b] if another."""
+        parts, peak = {}, 0.0
+        for part, scale in self.scales.items():
+            distance = self.memories[part](self.embed(images, scale))
+            parts[part] = self.smooth(distance, False, patchcore.smoothing(scale))
+            peak = peak + distance.amax((1, 2))
+        return parts, peak if self.config.patchcore.score == "patch" else None
 
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor, scale: float) -> torch.Tensor:
         """Patch embeddings [b, h, w, d]."""
         options = self.config.patchcore
-        size = patchcore.enlarged(tuple(images.shape[2:]), options.enlarge)
+        size = patchcore.scaled(tuple(images.shape[2:]), scale)
         features = self.teacher(_resize(images.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2))
         layers = [features[f"layer{layer}"] for layer in sorted(options.layers)]
         grid, pooled = layers[0].shape[2:], []
@@ -167,14 +175,27 @@ class PatchCoreScorer(Scorer):
             x = x @ _constant(patchcore.adaptive_pool_matrix(x.shape[-1], options.width))
             pooled.append(_resize(x, grid))
         x = torch.stack(pooled, dim=-2)
-        x = x.flatten(3).unflatten(3, (options.width, len(pooled))).mean(dim=-1)
-        return x if self.whitening is None else x @ self.whitening
+        return x.flatten(3).unflatten(3, (options.width, len(pooled))).mean(dim=-1)
 
-    def nearest(self, patches: torch.Tensor) -> torch.Tensor:
+
+class Memory(nn.Module):
+    """What a fit keeps of one scale."""
+
+    def __init__(self, memory: dict):
+        super().__init__()
+        bank = np.array(memory["bank"])
+        for name in ("whitening", "expected"):  # there with the options of these names
+            there = torch.from_numpy(np.array(memory[name])) if name in memory else None
+            self.register_buffer(name, there)
+        self.register_buffer("bank", torch.from_numpy(bank))
+        self.register_buffer("squares", torch.from_numpy(np.sum(bank**2, axis=1)))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Squared distances of patches [b, h, w, d] to their nearest bank rows, [b, h, w].
 
         Relative to what the rows expect, where the run has that.
         """
+        patches = patches if self.whitening is None else patches @ self.whitening
         best, expected = None, None
         for start in range(0, len(self.bank), patchcore.BANK_ROWS_PER_CHUNK):
             chunk = slice(start, start + patchcore.BANK_ROWS_PER_CHUNK)
@@ -215,12 +236,11 @@ def _neighbourhoods(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _resize(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Bilinear, align_corners False: [b, h, w, d] -> [b, *grid, d]."""
+    """Bilinear, averaging where it shrinks: [b, h, w, d] -> [b, *grid, d]."""
     if tuple(x.shape[1:3]) == tuple(grid):
         return x
     rows, columns = (
-        _constant(anomaly_map.upsample_matrix(n, m, align_corners=False))
-        for n, m in zip(x.shape[1:3], grid, strict=True)
+        _constant(anomaly_map.resize_matrix(n, m)) for n, m in zip(x.shape[1:3], grid, strict=True)
     )
     x = columns @ x  # [b, h, grid w, d]
     return (rows @ x.flatten(2)).unflatten(2, x.shape[2:])

@@ -114,7 +114,7 @@ def read_config(folder: pathlib.Path) -> ConfigDict:
         hint = f"; runs in it: {', '.join(runs[:6])}" if runs else ""
         raise FileNotFoundError(f"{folder} is no run folder: it has no readable config.json{hint}")
     config = config_lib.load(str(config_lib.PACKAGED / "common.py"))
-    before = config_lib.flatten(ConfigDict(stored))
+    before = config_lib.flatten_stored(stored)
     for field, value in config_lib.flatten(config).items():
         if field in before and not field.startswith("sweep."):
             old = before[field]

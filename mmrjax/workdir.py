@@ -39,7 +39,7 @@ FREE_FIELDS = (
 # What runs did before there was a field for it, where that is not the default of every config.
 OLDER = {
     "calibration.fraction": 0.0,
-    "patchcore.enlarge": 1.0,
+    "patchcore.scales": (1.0,),
     "patchcore.candidates": 0,
     "patchcore.whiten": 0.0,
     "patchcore.relative": False,
@@ -142,7 +142,7 @@ def settle(config: ConfigDict, name: str, run: pathlib.Path, digest: str, mode: 
             f"{run} was trained on other data than the records hold now; use another --workdir"
         )
     settled = config.copy_and_resolve_references()
-    differing = _differing(config_lib.flatten(ConfigDict(stored)), config, name)
+    differing = _differing(config_lib.flatten_stored(stored), config, name)
     if differing and mode == "evaluate":
         settled.update_from_flattened_dict(differing)
     elif differing:

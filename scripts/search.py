@@ -56,7 +56,7 @@ def _size(n: int) -> tuple[str, ...]:
 
 # {name: fields that differ}; later ones of a candidate win.
 CHANGES = {
-    **{str(n): _size(n) for n in (320, 384, 448)},
+    **{str(n): _size(n) for n in (112, 160, 320, 384, 448)},
     "tiles": ("data.tiling=true", "data.resize=448,448"),  # windows of 224
     "synthetic": ("mmr_plus.synthetic_every=4",),
     "half": ("mmr_plus.synthetic_every=2",),
@@ -78,13 +78,15 @@ CHANGES = {
     "sampled": ("patchcore.candidates=200000", "patchcore.coreset=0.02"),
     "sparse": ("patchcore.candidates=200000", "patchcore.coreset=0.004"),
     "sparser": ("patchcore.candidates=200000", "patchcore.coreset=0.001"),
+    "capped": ("patchcore.candidates=200000",),
+    **{f"scales{n}": (f"patchcore.scales={n / 100},1",) for n in (25, 50)},
     "coreset10": ("patchcore.coreset=0.1", "patchcore.candidates=200000"),
     "width384": ("patchcore.width=384",),
     "patch5": ("patchcore.patch=5",),
     "raw": ("patchcore.score=patch",),
     "whiten": ("patchcore.whiten=0.1",),
     "relative": ("patchcore.relative=true",),
-    "finer": ("patchcore.enlarge=1.5",),
+    "finer": ("patchcore.scales=1.5",),
     "places": ("score.by_place=true",),
 }
 CANDIDATES = (

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+from PIL import Image
 
 from mmrjax import anomaly_map, losses
 
@@ -83,3 +84,11 @@ def test_non_square_maps_keep_their_axes():
     got = np.asarray(anomaly_map.upsample_and_smooth(jnp.asarray(x), (32, 64), True))[0]
     assert got.shape == (32, 64)
     assert np.unravel_index(got.argmax(), got.shape) == (0, 63)
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(48, 17), (48, 12), (7, 1), (9, 9), (5, 12)])
+def test_resizing_is_that_of_pillow(n_in, n_out):
+    x = np.random.default_rng(0).uniform(size=(3, n_in)).astype(np.float32)
+    want = Image.fromarray(x).resize((n_out, 3), Image.Resampling.BILINEAR)
+    matrix = anomaly_map.resize_matrix(n_in, n_out)
+    np.testing.assert_allclose(x @ matrix.T, np.asarray(want), atol=1e-6)

@@ -112,15 +112,16 @@ def test_what_the_tiny_runs_do_not_have_is_traced_too(tiny_config, tmp_path):
             "student.layers": (1, 2, 3),
             "patchcore.layers": (1, 3),
             "patchcore.score": "patch",
-            "patchcore.enlarge": 1.5,
             "patchcore.whiten": 0.1,
             "patchcore.relative": True,
         }
     )
     images = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), np.uint8)
-    for name, config.score.by_place in itertools.product(("mmr", "patchcore"), (False, True)):
+    kinds = (("mmr", (1.0,)), ("patchcore", (1.5,)), ("patchcore", (1.0, 0.4)))
+    for (name, scales), config.score.by_place in itertools.product(kinds, (False, True)):
+        config.patchcore.scales = scales
         detector = untrained(name, config)
-        path = tmp_path / f"{name}_{config.score.by_place}.onnx"
+        path = tmp_path / f"{name}{len(scales)}_{config.score.by_place}.onnx"
         path.write_bytes(onnx_export.serialise(detector))
         found = onnx_export.run(path, images)
         assert set(found) == {"map", "score"}
@@ -165,16 +166,20 @@ def untrained(name, config):
     variables, _ = method.init(jax.random.key(0), frozen)
     if name == "patchcore":
         rows = patchcore.BANK_ROWS_PER_CHUNK + 5
-        bank = np.abs(np.random.default_rng(1).normal(size=(rows, config.patchcore.width)))
-        memory = {"bank": jax.numpy.asarray(bank, "float32")}
-        if config.patchcore.whiten:
-            memory["whitening"] = jax.numpy.eye(bank.shape[1])[::-1] * 1.5
-        if config.patchcore.relative:
-            memory["expected"] = jax.numpy.linspace(0.5, 2.0, rows)
+        memories = {}
+        for i, part in enumerate(patchcore.by_part(config.patchcore.scales), 1):
+            bank = np.abs(np.random.default_rng(i).normal(size=(rows, config.patchcore.width)))
+            memories[part] = memory = {"bank": jax.numpy.asarray(bank, "float32")}
+            if config.patchcore.whiten:
+                memory["whitening"] = jax.numpy.eye(bank.shape[1])[::-1] * 1.5
+            if config.patchcore.relative:
+                memory["expected"] = jax.numpy.linspace(0.5, 2.0, rows)
+        memory = memory if len(memories) == 1 else memories
         variables = {**variables, "memory": memory}
     if config.score.by_place:
         rng = np.random.default_rng(2)
-        layers = [f"layer{n}" for n in config.student.layers] if name == "mmr" else ["patches"]
+        layers = [f"layer{n}" for n in config.student.layers]
+        layers = layers if name == "mmr" else patchcore.by_part(config.patchcore.scales)
         variables["places"] = {
             layer: {
                 "mean": rng.uniform(0, 0.5, config.data.image_size).astype(np.float32),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mmrjax import aggregate, evaluate, workdir
+from mmrjax import aggregate, evaluate, restore, workdir
 from mmrjax import config as config_lib
 
 
@@ -63,6 +63,22 @@ def test_a_run_without_checkpoints_may_change_its_mind(run, config):
     config.train.epochs = 5
     workdir.settle(config, "mmr", run, "abc", "train")
     assert json.loads((run / "config.json").read_text())["train"]["epochs"] == 5
+
+
+def test_the_one_scale_of_an_older_run_is_known_under_its_new_name(tmp_path, config):
+    folder = tmp_path / "patchcore" / "parts" / "seed1"
+    workdir.settle(config, "patchcore", folder, "abc", "train")
+    (folder / "fitted" / "0").mkdir(parents=True)
+    content = json.loads((folder / "config.json").read_text())
+    del content["patchcore"]["scales"]
+    content["patchcore"]["enlarge"] = 1.5
+    (folder / "config.json").write_text(json.dumps(content))
+    assert restore.read_config(folder).patchcore.scales == (1.5,)
+    with pytest.raises(ValueError, match=r"patchcore\.scales: was \(1\.5,\), is \(1\.0,\)"):
+        workdir.settle(config, "patchcore", folder, "abc", "train")
+    assert workdir.settle(config, "patchcore", folder, "abc", "evaluate").patchcore.scales == (1.5,)
+    config.patchcore.scales = (1.5,)
+    assert workdir.settle(config, "patchcore", folder, "abc", "train") == config
 
 
 def test_a_copy_that_somebody_made_of_a_run_is_none(run, tmp_path):

@@ -37,7 +37,7 @@ class PatchCore(base.Method):
         super().__init__(config)
         arch = resnet.architecture(config.teacher.name)
         self.backbone = resnet.ResNet(arch, tuple(config.patchcore.layers), self.dtype)
-        self._embed = jax.jit(lambda frozen, images: self.embed(frozen, images / 255.0))
+        self._embed = jax.jit(lambda *x: self.embed(x[0], x[1] / 255.0, x[2]), static_argnums=2)
 
     @property
     def score_is_peak(self) -> bool:
@@ -48,11 +48,14 @@ class PatchCore(base.Method):
         """Nothing is drawn; the bank comes with `fit`."""
         return {"params": {}}, {}
 
-    def embed(self, frozen: dict, images: jax.Array) -> jax.Array:
-        """Patch embeddings [b, h, w, d] on the grid of the shallowest layer, float32."""
+    def embed(self, frozen: dict, images: jax.Array, scale: float = 1.0) -> jax.Array:
+        """Patch embeddings [b, h, w, d] on the grid of the shallowest layer, float32.
+
+        The teacher sees images `scale` times as large: a small defect fills more of a patch, or a
+        patch more of a large one.
+        """
         options = self.config.patchcore
-        # A finer grid: a small defect fills more of a patch.
-        images = _resize(images, enlarged(images.shape[1:3], options.enlarge))
+        images = _resize(images, scaled(images.shape[1:3], scale))
         features = self.backbone.apply(frozen["teacher"], resnet.normalise(images))
         grid = None
         pooled = []
@@ -68,9 +71,15 @@ class PatchCore(base.Method):
         return x.reshape(*x.shape[:3], options.width, len(pooled)).mean(axis=-1)
 
     def fit(self, variables, frozen, batches, count, key):
-        """Fills the bank with a greedy coreset of the training patches, or of a sample of them."""
+        """Fills the bank of every scale with a greedy coreset of the training patches there."""
+        scales = by_part(self.config.patchcore.scales)
+        found = {part: self._fit(frozen, batches, count, key, x) for part, x in scales.items()}
+        return {**variables, "memory": found["patches"] if len(found) == 1 else found}
+
+    def _fit(self, frozen, batches, count, key, scale: float) -> dict[str, jax.Array]:
+        """The memory of one scale, from all patches or from a sample of them."""
         options = self.config.patchcore
-        patches, of_image, candidates = self._training_patches(frozen, batches, count, key)
+        patches, of_image, candidates = self._training_patches(frozen, batches, count, key, scale)
         memory = {}
         if options.whiten:
             own = jax.random.fold_in(key, count)  # images have the numbers below
@@ -95,14 +104,14 @@ class PatchCore(base.Method):
         if options.relative:
             image = np.asarray(chosen) // candidates
             memory["expected"] = expected_distances(everything, memory["bank"], image)
-        return {**variables, "memory": memory}
+        return memory
 
-    def _training_patches(self, frozen, batches, count, key) -> tuple[np.ndarray, int, int]:
+    def _training_patches(self, frozen, batches, count, key, scale) -> tuple[np.ndarray, int, int]:
         """Patches [count, n, d], of how many in an image, and the first how many are candidates."""
         options = self.config.patchcore
         patches, done, of_image, candidates = None, 0, 0, 0
         for images, real in batches:
-            embedded = mesh.gather(self._embed(frozen, images))[:real]
+            embedded = mesh.gather(self._embed(frozen, images, scale))[:real]
             embedded = embedded.reshape(real, -1, options.width)
             if patches is None:  # one array from the start: there is no room for two
                 of_image = embedded.shape[1]
@@ -123,28 +132,51 @@ class PatchCore(base.Method):
     def predict(self, variables, frozen, images):
         """Squared distance to the nearest bank row, upsampled and smoothed; score: its maximum.
 
-        With patchcore.relative the distance is divided by the one to expect from that row.
+        With patchcore.relative the distance is divided by the one to expect from that row. Of
+        several scales, which are the parts, map and score are the sums.
         """
-        memory, patches = variables["memory"], self.embed(frozen, images)
-        if "whitening" in memory:
-            patches = jnp.matmul(patches, memory["whitening"], precision=EXACT)
-        b, h, w, d = patches.shape
-        patches = patches.reshape(-1, d)
-        if "expected" in memory:
-            distance, row = nearest_row(patches, memory["bank"])
-            distance = distance / jnp.asarray(memory["expected"])[row]
-        else:
-            distance = nearest_squared_distance(patches, memory["bank"])
-        distance = distance.reshape(b, h, w)
-        total = anomaly_map.upsample_and_smooth(distance, images.shape[1:3], align_corners=False)
-        by_patch = self.config.patchcore.score == "patch"
-        score = anomaly_map.max_score(distance if by_patch else total)
-        return {"map": total, "score": score, "parts": {"patches": total}}
+        memory, scales = variables["memory"], by_part(self.config.patchcore.scales)
+        parts, peak = {}, 0.0
+        for part, scale in scales.items():
+            own = memory if len(scales) == 1 else memory[part]
+            distance = _distance(own, self.embed(frozen, images, scale))
+            peak += anomaly_map.max_score(distance)
+            size, sigma = images.shape[1:3], smoothing(scale)
+            parts[part] = anomaly_map.upsample_and_smooth(distance, size, False, sigma)
+        total = sum(parts.values())
+        score = peak if self.config.patchcore.score == "patch" else anomaly_map.max_score(total)
+        return {"map": total, "score": score, "parts": parts}
 
 
-def enlarged(size_hw: tuple[int, int], factor: float) -> tuple[int, int]:
+def by_part(scales: tuple[float, ...]) -> dict[str, float]:
+    """{name of a part of the map: its scale}."""
+    if len(scales) == 1:
+        return {"patches": scales[0]}
+    return {f"patches{i}": scale for i, scale in enumerate(scales, 1)}
+
+
+def scaled(size_hw: tuple[int, int], scale: float) -> tuple[int, int]:
     """Sides of what the teacher sees."""
-    return round(size_hw[0] * factor), round(size_hw[1] * factor)
+    return round(size_hw[0] * scale), round(size_hw[1] * scale)
+
+
+def smoothing(scale: float) -> float:
+    """Sigma of a map's Gaussian, in px of the image or of what the teacher sees: the larger."""
+    return anomaly_map.GAUSSIAN_SIGMA / min(1.0, scale)
+
+
+def _distance(memory: dict, patches: jax.Array) -> jax.Array:
+    """Of patches [b, h, w, d] to the nearest rows of a memory, float32 [b, h, w]."""
+    if "whitening" in memory:
+        patches = jnp.matmul(patches, memory["whitening"], precision=EXACT)
+    b, h, w, d = patches.shape
+    patches = patches.reshape(-1, d)
+    if "expected" in memory:
+        distance, row = nearest_row(patches, memory["bank"])
+        distance = distance / jnp.asarray(memory["expected"])[row]
+    else:
+        distance = nearest_squared_distance(patches, memory["bank"])
+    return distance.reshape(b, h, w)
 
 
 def _sample(key: jax.Array, image: int, n: int, kept: int) -> np.ndarray:
@@ -175,11 +207,11 @@ def adaptive_pool_matrix(n: int, m: int) -> np.ndarray:
 
 
 def _resize(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Bilinear, align_corners False: [b, h, w, d] -> [b, *grid, d]."""
+    """Bilinear, averaging where it shrinks: [b, h, w, d] -> [b, *grid, d]."""
     if x.shape[1:3] == grid:
         return x
     rows, columns = (
-        anomaly_map.upsample_matrix(n_in, n_out, align_corners=False).astype(np.float32)
+        anomaly_map.resize_matrix(n_in, n_out).astype(np.float32)
         for n_in, n_out in zip(x.shape[1:3], grid, strict=True)
     )
     return jnp.einsum("yh,xw,bhwd->byxd", rows, columns, x, precision=EXACT)

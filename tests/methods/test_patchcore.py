@@ -81,14 +81,38 @@ def test_embedding_has_one_row_per_patch_of_the_finer_layer(tiny_config):
 
 def test_an_enlarged_image_has_a_finer_grid_and_a_map_of_its_own_size(tiny_config):
     config = tiny_config.copy_and_resolve_references()
-    config.patchcore.enlarge = 1.5
+    config.patchcore.scales = (1.5,)
     method = patchcore.PatchCore(config)
     frozen, _ = method.load_frozen()
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
-    assert jax.jit(method.embed)(frozen, jnp.asarray(images) / 255.0).shape[1:3] == (12, 18)
+    embed = jax.jit(method.embed, static_argnums=2)
+    assert embed(frozen, jnp.asarray(images) / 255.0, 1.5).shape[1:3] == (12, 18)
     variables = method.fit({"params": {}}, frozen, [(images, 2)], 2, jax.random.key(1))
     found = jax.jit(method.predict)(variables, frozen, jnp.asarray(images) / 255.0)
     assert found["map"].shape == (2, 64, 96)
+
+
+@pytest.mark.parametrize("score", ["smoothed", "patch"])
+def test_maps_of_several_scales_are_those_of_each_added_up(tiny_config, score):
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    other = jnp.asarray(255 - images, jnp.float32) / 255.0
+    found = {}
+    for scales in ((1.0,), (0.5,), (1.0, 0.5)):
+        config = tiny_config.copy_and_resolve_references()
+        config.patchcore.scales, config.patchcore.score = scales, score
+        config.patchcore.whiten, config.patchcore.relative = 0.1, True
+        config.patchcore.coreset = 0.2
+        method = patchcore.PatchCore(config)
+        frozen, _ = method.load_frozen()
+        variables = method.fit({"params": {}}, frozen, [(images, 4)], 4, jax.random.key(1))
+        found[scales] = jax.jit(method.predict)(variables, frozen, other)
+    one, half, both = found.values()
+    assert not np.allclose(one["map"], half["map"], rtol=0.1)
+    np.testing.assert_allclose(both["parts"]["patches1"], one["map"], rtol=1e-5)
+    np.testing.assert_allclose(both["parts"]["patches2"], half["map"], rtol=1e-5)
+    np.testing.assert_allclose(both["map"], one["map"] + half["map"], rtol=1e-5)
+    peak = both["map"].max((1, 2)) if score == "smoothed" else one["score"] + half["score"]
+    np.testing.assert_allclose(both["score"], peak, rtol=1e-5)
 
 
 def test_a_defect_raises_the_map_where_it_is(tiny_config):
