@@ -78,7 +78,7 @@ CHANGES = {
     "sampled": ("patchcore.candidates=200000", "patchcore.coreset=0.02"),
     "sparse": ("patchcore.candidates=200000", "patchcore.coreset=0.004"),
     "sparser": ("patchcore.candidates=200000", "patchcore.coreset=0.001"),
-    "capped": ("patchcore.candidates=200000",),
+    "capped": ("patchcore.candidates=200000",),  # 1 % of the patches, chosen from these
     **{f"scales{n}": (f"patchcore.scales={n / 100},1",) for n in (25, 50)},
     "coreset10": ("patchcore.coreset=0.1", "patchcore.candidates=200000"),
     "width384": ("patchcore.width=384",),
@@ -110,6 +110,8 @@ CANDIDATES = (
     *("patchcore+whiten+relative+sparse+384", "patchcore+whiten+relative+bank123"),
     *("patchcore+places", "patchcore+sparse+384+places", "mmr+places", "mmr+learn12+places"),
     *("mmr+384+places", "mmr_plus+synthetic+384+places"),
+    *("patchcore+112+places", "patchcore+160+places", "patchcore+448+capped+places"),
+    *("patchcore+448+capped+scales25+places", "patchcore+448+capped+scales50+places"),
 )
 
 
