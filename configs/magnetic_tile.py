@@ -16,8 +16,9 @@ sides, so its scores are too good; it exists to measure by how much.
 `magnetic_tile.py:best` is the setting that the search of docs/mmr_plus.md chose: PatchCore on tiles
 of 448 px, for small defects, and on a quarter of that, where a patch spans large ones, with maps by
 place, which forgive the tiles' borders. Image AUROC / pixel AUROC / aupro_0.3 / pro_mmr: 88.6 /
-76.9 / 75.7 / 74.8, seed 54; 40 minutes on one core. Cracks, and defects under 10 px, are found
-better at 224 px by place.
+76.9 / 75.7 / 74.8, seed 54 (plain PatchCore with it: 86.6 / 75.2 / 74.8 / 73.4; which of them is
+better on other tiles the test cannot tell); 40 minutes on one core. Cracks, and defects under 10
+px, are found better at 224 px by place.
 """
 
 from configs import common
