@@ -1,10 +1,15 @@
 """Small files written so that nobody ever sees half of one, and what to say of a full disk."""
 
 import argparse
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Iterator
+
+from absl import logging
 
 from data_builders import buckets
 
@@ -51,6 +56,32 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         if isinstance(e, OSError):  # the system's own names no file
             raise OSError(e.errno, e.strerror, str(path)) from e
         raise
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other programs that ask for it out of a folder; makes it when absent.
+
+    The lock is on the folder itself, so nothing is left behind, also by a program that is killed.
+    File systems that lock no folders (NFS) keep nobody out.
+
+    Raises:
+      ValueError: another program has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise ValueError(
+                f"{folder}: another call is at work there; wait for it, or use another --workdir"
+            ) from e
+        except OSError as e:
+            logging.debug("%s cannot be locked: %s", folder, e)
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_json(path: pathlib.Path) -> dict | None:

@@ -14,11 +14,12 @@ data_builders/remote.py).
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 from absl import logging
@@ -181,7 +182,11 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
             runs = [run for run in wanted if run[1] == category]
         for name, _, seed in runs:
             path = workdir_lib.run_path(name, category, seed)
-            run_one(config, name, records, seed, workdir / path, root / path, mode)
+            run, folder = workdir / path, root / path
+            with contextlib.ExitStack() as stack:
+                written = {folder} if mode == "evaluate" else {run, folder}
+                processes.first(lambda w=written: _hold(stack, w))
+                run_one(config, name, records, seed, run, folder, mode)
     results = processes.first(
         lambda: aggregate.aggregate(root, config.title, config.data.reference_domain)
     )
@@ -278,6 +283,11 @@ def run_one(
     if folder == run:
         processes.first(lambda: trackers.tell_results(config, run, results))
     staging.send(folder)
+
+
+def _hold(stack: contextlib.ExitStack, folders: Iterable[pathlib.Path]) -> None:
+    for folder in folders:
+        stack.enter_context(files.held(folder))
 
 
 def _settle(config, name, records, run, folder, mode) -> tuple[ConfigDict, bool]:

@@ -74,7 +74,7 @@ CHANGES = {
     "learn3": ("student.layers=3",),
     "view": ("train.augment=none",),  # trained as it is tested, without crops and flips
     "bank123": ("patchcore.layers=1,2,3", "patchcore.candidates=200000"),
-    # Banks drawn from a part of the patches, whose share is of all: those of 448 px take 20 GB.
+    # Banks drawn from a part of the patches, whose share is of all: those of 448 px take 7 GB.
     "sampled": ("patchcore.candidates=200000", "patchcore.coreset=0.02"),
     "sparse": ("patchcore.candidates=200000", "patchcore.coreset=0.004"),
     "sparser": ("patchcore.candidates=200000", "patchcore.coreset=0.001"),

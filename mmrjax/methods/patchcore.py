@@ -71,8 +71,19 @@ class PatchCore(base.Method):
         return x.reshape(*x.shape[:3], options.width, len(pooled)).mean(axis=-1)
 
     def fit(self, variables, frozen, batches, count, key):
-        """Fills the bank of every scale with a greedy coreset of the training patches there."""
+        """Fills the bank of every scale with a greedy coreset of the training patches there.
+
+        Raises:
+          ValueError: two scales are one, in whole cells; it would count twice.
+        """
         scales = by_part(self.config.patchcore.scales)
+        size_hw, layer = self.config.data.image_size, max(self.config.patchcore.layers)
+        seen = [scaled(size_hw, scale, layer) for scale in scales.values()]
+        if len({*seen}) < len(seen):
+            raise ValueError(
+                f"--config.patchcore.scales={(*scales.values(),)}: of {size_hw[0]} x {size_hw[1]} "
+                f"px these are {', '.join(f'{h} x {w}' for h, w in seen)}; two are the same"
+            )
         found = {part: self._fit(frozen, batches, count, key, x) for part, x in scales.items()}
         return {**variables, "memory": found["patches"] if len(found) == 1 else found}
 

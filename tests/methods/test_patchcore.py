@@ -117,6 +117,13 @@ def test_maps_of_several_scales_are_those_of_each_added_up(tiny_config, score):
     np.testing.assert_allclose(both["score"], peak, rtol=1e-5)
 
 
+def test_two_scales_that_are_one_in_whole_cells_are_refused(tiny_config):
+    tiny_config.patchcore.scales = (0.5, 0.55)
+    method = patchcore.PatchCore(tiny_config)
+    with pytest.raises(ValueError, match=r"scales=\(0\.5, 0\.55\).*32 x 32, 32 x 32; two are"):
+        method.fit({"params": {}}, {}, [], 0, jax.random.key(1))
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.313])
 @pytest.mark.parametrize("corner", [16, 104, 152])
 def test_a_defect_raises_the_map_where_it_is(tiny_config, scale, corner):
