@@ -107,9 +107,10 @@ def get_config() -> ConfigDict:
     aminet.warmup = 0.0
     aminet.drops = ()
 
-    # What MMR+ adds to MMR (papers/mmr_plus_proposal, which has no numbers but the 3 x 3 window,
-    # the weight 2 and the ratio 1:3; the others are ours). Read with the groups student, train and
-    # optim. Off: hybrid=False, synthetic_every=0, tiny_weight=1, contrast=none, domain=none.
+    # What MMR+ adds to MMR (papers/mmr_plus_proposal, whose numbers are the 3 x 3 window, 10 px,
+    # the weight 2, the ratio 1:3 and 70/30; the others are ours). Read with the groups student,
+    # train and optim. Off: hybrid=False, synthetic_every=0, tiny_weight=1, contrast=none,
+    # domain=none.
     config.mmr_plus = plus = ConfigDict()
     plus.hybrid = True  # attention limited per head; no new parameters
     plus.local_heads = 0.5  # share of the heads that see a window, rounded down; the others sparse
@@ -127,8 +128,9 @@ def get_config() -> ConfigDict:
     plus.foreground = "all"
     plus.surfaces = ()  # joined data sets to which otsu does not apply: they fill the picture
     plus.defect_tiny = 0.6  # share of defects under 10 px
-    plus.defect_labelled = 0.5  # share of labelled real defects, where data.labelled gives some
-    plus.noise_intensity = 0.02  # grain inside a defect, as a share of 255
+    plus.defect_folder = ""  # of (picture, mask) pairs, whose defects are cut out and blended
+    plus.defect_labelled = 0.5  # share of these and of data.labelled's, where there are some
+    plus.noise_intensity = 0.02  # grain of spots, grooves, chips, fractures, as a share of 255
     plus.spatial_distribution = "uniform"  # uniform | edge | texture (where the picture is busy)
     plus.tiny_weight = 2.0  # of cells with a defect under 10 px, in the reconstruction
     plus.tiny_mode = "literal"  # literal (each weighs more) | balanced (their mean is added)

@@ -16,7 +16,9 @@ from mmrjax.data.records import Records
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SIDE = 96  # px, of a bank's pictures
-MARGIN = 4  # px of context that every defect keeps on each side
+WHOLE = defects.LARGE_WINDOW  # of one with all that can be blended
+MARGIN = 6  # px of context that every defect keeps on each side; what is painted ends 5 px before
+ANYWHERE = "any"  # part of a defect that may go on a picture of every part
 
 
 def find_pairs(folder: str | pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
@@ -52,9 +54,9 @@ def _mask_of(picture: pathlib.Path, known: set[pathlib.Path]) -> pathlib.Path | 
 
 
 def load_pairs(
-    folder: str | pathlib.Path, size_hw: tuple[int, int]
+    folder: str | pathlib.Path, view: geometry.View
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields RGB uint8 [*size_hw, 3] and bool [*size_hw]; masks nearest, set above 127.
+    """Yields RGB uint8 [*view.frame, 3] and bool [*view.frame] of every pair.
 
     Raises:
       ValueError: a file cannot be read, or the sizes of a pair differ.
@@ -67,9 +69,14 @@ def load_pairs(
                 raise ValueError(f"{path} cannot be read as a picture")
         if image.shape[:2] != truth.shape:
             raise ValueError(f"{mask} is {truth.shape}, but {picture} is {image.shape[:2]}")
-        wh = size_hw[::-1]
-        image = cv2.resize(image, wh, interpolation=cv2.INTER_AREA)
-        yield image, cv2.resize(truth, wh, interpolation=cv2.INTER_NEAREST) > 127
+        yield _seen(image, truth, view)
+
+
+def _seen(image: np.ndarray, mask: np.ndarray, view: geometry.View) -> tuple:
+    return (
+        geometry.view_image(image, view.resize, view.frame, view.interpolation),
+        geometry.view_mask(mask, view.resize, view.frame, "standard"),
+    )
 
 
 def make_bank(pairs, side: int = SIDE) -> tuple[defects.Bank, int]:
@@ -131,11 +138,11 @@ def cut_out(
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """Defects cut out of the records of a training side.
+    """Defects cut out of the records of a training side, or of a folder.
 
     Attributes:
       bank: the m defects.
-      part: str [m], "<dataset>/<category>" of each.
+      part: str [m], "<dataset>/<category>" of each, or ANYWHERE.
       defect: str [m], its type.
       too_large: how many were left out.
     """
@@ -148,12 +155,12 @@ class Labelled:
     def chances(self, parts: Sequence[str]) -> np.ndarray:
         """How likely each defect is on a picture of each part, float32 [parts, m].
 
-        Only defects of the same part; every type of it alike, however many there are of it.
+        Defects of the same part and of ANYWHERE; every type alike, however many there are of it.
         """
         _, kind, count = np.unique(
             np.stack([self.part, self.defect]), axis=1, return_inverse=True, return_counts=True
         )
-        is_own = np.asarray(parts)[:, None] == self.part
+        is_own = (np.asarray(parts)[:, None] == self.part) | (self.part == ANYWHERE)
         return (is_own / count[kind.reshape(-1)]).astype(np.float32)
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -181,9 +188,8 @@ def from_records(records: Records, rows: Sequence[int], view: geometry.View) -> 
     for i in rows:
         if not has_mask[i]:
             continue
-        image = geometry.view_image(records.image(i), view.resize, view.frame, view.interpolation)
-        mask = geometry.view_mask(records.mask(i), view.resize, view.frame, "standard")
-        own, left_out = cut_out(image, mask, defects.LARGE_WINDOW)  # all that can be blended
+        # All that can be blended.
+        own, left_out = cut_out(*_seen(records.image(i), records.mask(i), view), WHOLE)
         cut, too_large = cut + own, too_large + left_out
         parts += [str(part[i])] * len(own)
         kinds += [str(records.table["defect"][i])] * len(own)
@@ -191,6 +197,26 @@ def from_records(records: Records, rows: Sequence[int], view: geometry.View) -> 
         return None
     bank = defects.Bank(*(np.stack(arrays) for arrays in zip(*cut, strict=True)))
     return Labelled(bank, np.array(parts), np.array(kinds), too_large)
+
+
+def from_folder(folder: str | pathlib.Path, view: geometry.View) -> Labelled:
+    """Cuts the defects out of a folder of pairs (`find_pairs`), for pictures of every part.
+
+    Raises:
+      ValueError: there is no pair, one cannot be read, or no defect fits.
+    """
+    bank, too_large = make_bank(load_pairs(folder, view), WHOLE)
+    count = len(bank.images)
+    kinds = np.array([pathlib.Path(folder).name] * count)
+    return Labelled(bank, np.array([ANYWHERE] * count), kinds, too_large)
+
+
+def joined(found: Sequence[Labelled]) -> Labelled:
+    """The defects of several as one."""
+    arrays = [(*one.bank, one.part, one.defect) for one in found]
+    images, masks, part, defect = map(np.concatenate, zip(*arrays, strict=True))
+    total = sum(one.too_large for one in found)
+    return Labelled(defects.Bank(images, masks), part, defect, total)
 
 
 def _cut(array: np.ndarray, top: int, left: int, side: int, border: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import cv2
 import jax
 import numpy as np
 
-from mmrjax.data import defect_bank, defects, foreground
+from mmrjax.data import defect_bank, defects, foreground, geometry
 
 GAP, LABEL = 3, 70  # px between pictures, and for the names at the left
 BATCH = 8
@@ -51,7 +51,11 @@ def draw(arguments: argparse.Namespace) -> np.ndarray:
         *defects.HELD_OUT,
         *(("real",) if arguments.bank else ()),
     )
-    pairs = defect_bank.load_pairs(arguments.bank, size) if arguments.bank else None
+    pairs = (
+        defect_bank.load_pairs(arguments.bank, geometry.View(size, size))
+        if arguments.bank
+        else None
+    )
     bank = defect_bank.make_bank(pairs)[0] if pairs else None
     tiny = sum(kind in defects.TINY for kind in kinds)
     settings = defects.DefectSettings(kinds=kinds, tiny_share=tiny / len(kinds))

@@ -41,9 +41,10 @@ class DefectSettings:
     Attributes:
       kinds: names out of KINDS, drawn equally often among the tiny and among the large ones.
       tiny_share: probability of a tiny kind where `kinds` has both, in [0, 1].
-      noise_intensity: standard deviation of the grain inside a defect, as a share of 255.
+      noise_intensity: standard deviation of the grain inside a spot, groove, chip, fracture, as a
+        share of 255; the other kinds keep the grain of what they lie on.
       spatial_distribution: where defects lie: "uniform" over the foreground, "edge" within 12 px
-        of its border, or "texture" (where the picture is busiest).
+        of its border, or "texture" (where the picture is busiest). Fractures: at the border.
       contrast: range of the depth of a tiny defect, as a share of 255.
       real_share: probability of the kind "real"; None: that of any other large kind.
     """
@@ -124,6 +125,8 @@ def synthesise(
 ) -> Defects:
     """Puts defects of one random kind into each picture.
 
+    A large one that finds no place in eight tries is replaced by tiny ones, if `settings` has any.
+
     Args:
       key: one PRNG key, folded with the position in the batch, or one key per picture [b]. What a
         picture gets depends on its own key and pixels alone.
@@ -154,20 +157,25 @@ def synthesise(
     names = tuple(settings.probabilities)
     choice = _draw_kinds(drawn_kind[:, 0], settings, chances)
     small = [name for name in names if name in TINY]  # the first of `names`
-    painted, region = pixels, jnp.zeros((b, h, w), bool)
-    is_tiny = choice < len(small)
+    drawings = []
+    if len(small) < len(names):
+        which, real = jnp.clip(choice - len(small), 0), None if bank is None else (*bank, chances)
+        large = _large_windows(
+            *(key_large, drawn_large, pixels, foreground, which, choice >= len(small)),
+            *(settings, real),
+        )
+        drawings.append(large)
+        if small:  # where a large one finds no place, a tiny one may
+            failed = (choice >= len(small)) & ~large.region.any((1, 2, 3))
+            choice = jnp.where(failed, choice % len(small), choice)
     if small:
         is_groove = jnp.asarray([name == "groove" for name in names])[choice]
-        windows = _tiny_windows(
-            key_tiny, drawn_tiny, pixels, foreground, is_groove, is_tiny, settings
+        is_used = choice < len(small)
+        drawings.append(
+            _tiny_windows(key_tiny, drawn_tiny, pixels, foreground, is_groove, is_used, settings)
         )
-        painted, region = _blend_into(painted, region, windows)
-    if len(small) < len(names):
-        which = jnp.clip(choice - len(small), 0)
-        real = None if bank is None else (*bank, chances)
-        windows = _large_windows(
-            key_large, drawn_large, pixels, foreground, which, ~is_tiny, settings, real
-        )
+    painted, region = pixels, jnp.zeros((b, h, w), bool)
+    for windows in drawings:
         painted, region = _blend_into(painted, region, windows)
     change = jnp.abs(painted - pixels).mean(-1)
     mask = jax.vmap(shapes.close)(change > CHANGED) & region

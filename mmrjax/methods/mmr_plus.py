@@ -136,16 +136,21 @@ class MMRPlus(mmr.MMR):
 
     def keep_labelled(self, records, labelled, indices):
         """Labelled defects, cut out, and how likely each is on a picture of each domain."""
-        if not (len(labelled) and self.options.synthetic_every):
+        folder = self.options.defect_folder
+        if not (len(labelled) or folder) or not self.options.synthetic_every:
             return {}, {}
-        view = geometry.View.of(self.config)
-        found = defect_bank.from_records(records, labelled, view)
-        if found is None:
+        view, found = geometry.View.of(self.config), []
+        if len(labelled):
+            found.append(defect_bank.from_records(records, labelled, view))
+        if found == [None]:
             raise ValueError(
                 f"data.labelled: none of the {len(labelled)} defective training images has a "
                 "defect with pixel truth that is small enough to be cut out; set "
                 "data.labelled=false"
             )
+        if folder:
+            found.append(defect_bank.from_folder(folder, view))
+        found = defect_bank.joined(found)
         parts, names = tracks.part_of(records)[indices], self._domain_names(records, indices)
         first = [0] if names is None else np.unique(names, return_index=True)[1]
         chances = found.chances(parts[first])

@@ -8,6 +8,8 @@ import pytest
 from mmrjax.data import defect_bank, defects, geometry
 from mmrjax.data.records import Records
 
+SMALL = geometry.View((50, 60), (50, 60))
+
 
 def write(folder, layout: str, name: str, image: np.ndarray, mask: np.ndarray) -> None:
     picture, truth = {
@@ -33,7 +35,7 @@ def test_pairs_are_found_in_any_layout(tmp_path, pair, layout):
     for name in ("a", "b"):
         write(tmp_path, layout, name, *pair)
     assert len(defect_bank.find_pairs(tmp_path)) == 2
-    image, mask = next(defect_bank.load_pairs(tmp_path, (50, 60)))
+    image, mask = next(defect_bank.load_pairs(tmp_path, SMALL))
     assert image.shape == (50, 60, 3)
     assert mask.sum() == pair[1].sum() / 4
     assert image[mask].mean() < 60
@@ -68,7 +70,7 @@ def test_what_is_missing_or_wrong_is_said(tmp_path, pair):
         defect_bank.find_pairs(tmp_path)
     write(tmp_path, "marked", "a", pair[0], pair[1][:50])
     with pytest.raises(ValueError, match="a_mask"):
-        list(defect_bank.load_pairs(tmp_path, (50, 60)))
+        list(defect_bank.load_pairs(tmp_path, SMALL))
     with pytest.raises(ValueError, match="no defect"):
         defect_bank.make_bank([pair], side=16)
 
@@ -108,6 +110,21 @@ def test_labelled_defects_are_cut_from_the_rows_given_with_part_and_type():
         assert found.bank.masks[own].sum() == 8 * (8 + i)
         assert (found.bank.images[own][found.bank.masks[own]] == 10 * i).all()
     assert defect_bank.from_records(records, [11], VIEW) is None
+
+
+def test_defects_of_a_folder_go_on_pictures_of_every_part(tmp_path, pair):
+    for name in ("a", "b"):
+        write(tmp_path / "dents", "marked", name, *pair)
+    own = defect_bank.from_folder(tmp_path / "dents", geometry.View((100, 120), (100, 120)))
+    assert own.counts() == {"any": {"dents": 2}}
+    assert own.bank.images.shape == (2, 128, 128, 3)
+    assert own.bank.masks.sum() == 2 * pair[1].sum()
+    records = defect_bank.from_records(labelled_records(), [0, 1, 9], VIEW)
+    both = defect_bank.joined([records, own])
+    assert both.part.tolist() == ["x/a", "x/a", "y/b", "any", "any"]
+    # Each type alike: half to the two dents of the part, half to the two of the folder.
+    chances = both.chances(["x/a", "z/c"])
+    np.testing.assert_allclose(chances, [[0.5, 0.5, 0, 0.5, 0.5], [0, 0, 0, 0.5, 0.5]])
 
 
 def test_types_of_the_same_part_are_alike_whatever_their_numbers():

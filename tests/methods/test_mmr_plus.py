@@ -1,5 +1,6 @@
 """MMR+: with every switch off it is MMR bit for bit; what each switch does to a step."""
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -452,4 +453,33 @@ def test_labelled_defects_reach_only_pictures_of_their_data_set(make, monkeypatc
     method._synthesise(batch, labelled | {"chances": jnp.ones((1, 2))})
     np.testing.assert_array_equal(offered[1][2], np.ones((2, 2)))
     assert method.keep_labelled(Table(), np.array([], int), np.arange(3)) == ({}, {})
+
+
+def test_defects_of_a_folder_reach_pictures_of_every_data_set(make, tmp_path):
+    image, mask = np.full((64, 64, 3), 90, np.uint8), np.zeros((64, 64), np.uint8)
+    mask[20:30, 20:34] = 255
+    for name, array in (("a.png", image), ("a_mask.png", mask)):
+        cv2.imwrite(str(tmp_path / name), array)
+    part = np.repeat(["aebad/s", "rsdds/i"], [20, 40])
+    records, rows, none = Table(part=part, domain=part), np.arange(60), np.array([], int)
+    method = make(synthetic_every=4, defect_folder=str(tmp_path))
+    kept, facts = method.keep_labelled(records, none, rows)
+    assert kept["labelled"]["masks"].sum() == 140
+    np.testing.assert_array_equal(kept["labelled"]["chances"], [[1], [1]])
+    assert facts["labelled_defects"] == {"any": {tmp_path.name: 1}}
+    with pytest.raises(ValueError, match="no pairs of picture and mask in nowhere"):
+        make(synthetic_every=4, defect_folder="nowhere").keep_labelled(records, none, rows)
+
+
+def test_what_is_drawn_is_what_the_configuration_says(make):
+    own = {"noise_intensity": 0.1, "spatial_distribution": "edge"}
+    method = make(synthetic_every=4, defect_kinds=("spot", "chip"), defect_tiny=0.3, **own)
+    assert method.settings == defects.DefectSettings(("spot", "chip"), 0.3, **own)
+
+
+def test_labelled_defects_are_for_synthetic_rows_alone(make, tmp_path):
+    assert make(defect_folder=str(tmp_path)).keep_labelled(Table(), np.arange(2), np.arange(3)) == (
+        {},
+        {},
+    )
     assert make().keep_labelled(Table(), np.arange(2), np.arange(3)) == ({}, {})
