@@ -8,7 +8,8 @@ crops; all seeds of a row are compared with those of the first row, which is MMR
 leaves a small results.json in --evidence, and what is there is not run again, also without the work
 directory; a killed call is repeated. The table, <evidence>/table.md, is written after every run.
 
-Two intervals stand beside a difference: over seeds (paired t, 95 %), whether training again would
+A second table holds the rows against `longer`, which has as many steps as those with synthetic
+defects. Two intervals stand beside a difference: over seeds (paired t, 95 %), whether training again would
 show it; for the image AUROC also over groups of test images (paired bootstrap, 95 %), whether other
 images would. `--looks` notes every run in the file of all looks at test labels (search.py).
 `--grid` names the rows; `--domain=none` leaves out the alignment of domains, for data whose
@@ -296,6 +297,12 @@ def _section(key: str, found: dict, images: list) -> str:
     cells = [[row, _seeds(runs), *(_cell(found, row, key, "all", m, images) for m in METRICS)]
              for row, runs in found.items()]  # fmt: skip
     lines += markdown([heads, *cells])
+    if found.get(LONGER):
+        lines += ["", f"The same rows, with the difference to `{LONGER}`:", ""]
+        cells = [[row, _seeds(runs), *(_cell(found, row, key, "all", m, images, LONGER)
+                                       for m in METRICS)]
+                 for row, runs in found.items() if row not in (BASE, LONGER)]  # fmt: skip
+        lines += markdown([heads, *cells])
     if len(domains) > 1:
         lines += ["", "Image AUROC by domain:", ""]
         cells = [[row, *(_cell(found, row, key, d, "image_auroc", images) for d in domains)]
@@ -319,19 +326,20 @@ def _values(runs: dict, key: str, domain: str, metric: str) -> dict[int, float]:
     return {seed: value for seed, value in values.items() if value is not None}
 
 
-def _cell(found: dict, row: str, key: str, domain: str, metric: str, images: list) -> str:
-    """`74.3 (+0.4 [-0.2, +1.0])`: mean, paired difference to the base, its intervals."""
-    own, base = (_values(found[name], key, domain, metric) for name in (row, BASE))
+def _cell(found: dict, row: str, key: str, domain: str, metric: str, images: list,
+          against: str = BASE) -> str:  # fmt: skip
+    """`74.3 (+0.4 [-0.2, +1.0])`: mean, paired difference to another row, its intervals."""
+    own, base = (_values(found[name], key, domain, metric) for name in (row, against))
     if not own:
         return "–"
     mean = report_tables.percent(float(np.mean(list(own.values()))))
     both = sorted(own.keys() & base.keys())
-    if row == BASE or not both:
+    if row == against or not both:
         return mean
     difference, interval = paired([own[s] for s in both], [base[s] for s in both])
     parts = [_interval(interval)]
     if metric == "image_auroc":
-        scores = [[found[name][s][key]["scores"] for s in both] for name in (row, BASE)]
+        scores = [[found[name][s][key]["scores"] for s in both] for name in (row, against)]
         parts.append(_interval(over_groups(*map(np.array, scores), images, domain)))
     return f"{mean} ({100 * difference:+.1f} [{' | '.join(parts)}])"
 
