@@ -243,8 +243,8 @@ def test_candidates_run_at_once_are_ranked_and_not_run_again(search, made, tmp_p
     assert table in capsys.readouterr().out
     lines = [line for line in table.splitlines() if line.startswith(("| mmr", "| patchcore"))]
     assert [line.split()[1] for line in lines] == 2 * ["patchcore", "mmr+320", "mmr"]
-    assert lines[0].startswith("| patchcore | 54 | 66.7 | 90.0 (+20.0 [")
-    assert lines[2] == "| mmr | 54 | 60.0 | 70.0 | 60.0 | 50.0 | 50.0 | – | 2.0 |"
+    assert lines[0] == "| patchcore | 54 | 66.7 | 90.0 | 60.0 | 50.0 | 50.0 | – | 2.0 |"
+    assert lines[2].startswith("| mmr | 54 | 60.0 | 70.0 (-20.0 [")
     assert lines[3] == "| patchcore | 65.0 / 25.0 |"
     content = json.loads((tmp_path / "evidence/mmr+320/seed54/results.json").read_text())
     assert content["fields"]["data.image_size"] == [320, 320]
@@ -265,15 +265,15 @@ def test_candidates_run_at_once_are_ranked_and_not_run_again(search, made, tmp_p
 def test_a_failed_candidate_is_named_and_tried_again_and_stops_no_other(
     search, made, tmp_path, capsys
 ):
-    assert call(search, made, tmp_path, Program(fail=("mmr",))) == 1
+    assert call(search, made, tmp_path, Program(fail=("patchcore",))) == 1
     out, err = capsys.readouterr()
-    log = tmp_path / "runs/mmr/seed54/log.txt"
-    assert f"failed: mmr, seed 54: exit status 3; see {log}" in err
+    log = tmp_path / "runs/patchcore/seed54/log.txt"
+    assert f"failed: patchcore, seed 54: exit status 3; see {log}" in err
     assert log.read_text() == "a line\n"
     assert "| mmr+320 | 54 | 63.3 | 80.0 |" in out  # there is nothing to compare with yet
     again = Program()
     assert call(search, made, tmp_path, again) == 0
-    assert again.calls == ["mmr"]
+    assert again.calls == ["patchcore"]
 
 
 def test_wrong_flags_are_refused(search, made, tmp_path, capsys):
