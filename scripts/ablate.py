@@ -9,9 +9,10 @@ leaves a small results.json in --evidence, and what is there is not run again, a
 directory; a killed call is repeated. The table, <evidence>/table.md, is written after every run.
 
 A second table holds the rows against `longer`, which has as many steps as those with synthetic
-defects. Two intervals stand beside a difference: over seeds (paired t, 95 %), whether training again would
-show it; for the image AUROC also over groups of test images (paired bootstrap, 95 %), whether other
-images would. `--looks` notes every run in the file of all looks at test labels (search.py).
+defects. Two intervals stand beside a difference: over seeds (paired t, 95 %), whether training
+again would show it; for the image AUROC also over groups of test images (paired bootstrap, 95 %),
+whether other images would. `--looks` notes every run in the file of all looks at test labels
+(search.py).
 `--grid` names the rows; `--domain=none` leaves out the alignment of domains, for data whose
 training images are of one domain.
 """

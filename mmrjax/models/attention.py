@@ -1,7 +1,7 @@
 """Hybrid attention of MMR+: local heads see a window of the image, global heads a sparse lattice.
 
 The proposal (papers/mmr_plus_proposal) names "local attention (3x3 window)" and "global attention
-(sparse sampling)" and no more; a window is read as patches, since one patch is all of 3 x 3 px.
+(sparse sampling)" and no more; a window is read as patches, since 3 x 3 px lie within one.
 There are no new parameters: only which keys a query may see differs from head to head. Windows and
 lattices lie on the grid of the whole image, not on the shortened sequence of visible tokens.
 
