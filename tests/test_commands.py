@@ -101,6 +101,8 @@ RUN_BY = {
     "test_a_run_leaves_event_files_with_its_losses_and_results",
     r"python scripts/score_onnx.py .*": "tests/test_onnx_export.py::"
     "test_the_example_needs_neither_jax_nor_torch",
+    r"python -m mmrjax.data.defects --preview .*": "tests/data/test_defect_preview.py::"
+    "test_a_sheet_has_a_row_for_each_kind_its_outlines_and_the_real_ones",
     r"python -m mmrjax.bench_defects\b.*": "tests/test_bench_defects.py::"
     "test_the_command_prints_json",
     r"(python )?scripts/ablate(.py)? .*": "tests/test_ablate.py::test_a_real_grid_on_tiny_data",

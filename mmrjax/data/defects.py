@@ -6,6 +6,7 @@ changed is its label. Everything is a jittable function of fixed shapes.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -427,7 +428,12 @@ def _checked(key, images, foreground, settings, bank) -> Bank | None:
     return bank
 
 
-if __name__ == "__main__":
-    from mmrjax.data import defect_preview
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line, the contact sheet of defect_preview.py."""
+    from mmrjax.data import defect_preview  # which draws with what is here
 
-    sys.exit(defect_preview.main())
+    return defect_preview.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mmrjax.data import defect_preview as preview
+from mmrjax.data import defects
 
 SIZE, COLUMNS = 64, 3
 
@@ -27,7 +28,7 @@ def test_a_sheet_has_a_row_for_each_kind_its_outlines_and_the_real_ones(folders)
     sheet = folders / "sheet.png"
     given = [f"--good={folders / 'good'}", f"--real={folders / 'bad'}", f"--bank={folders / 'bad'}"]
     sizes = [f"--size={SIZE}", f"--columns={COLUMNS}", f"--output={sheet}"]
-    assert preview.main(["--preview", *given, *sizes, "--kinds=spot,real"]) == 0
+    assert defects.main(["--preview", *given, *sizes, "--kinds=spot,real"]) == 0
     image, step = cv2.imread(str(sheet), cv2.IMREAD_COLOR_RGB), SIZE + preview.GAP
     assert image.shape == (
         7 * step,
@@ -54,6 +55,6 @@ def test_a_sheet_has_a_row_for_each_kind_its_outlines_and_the_real_ones(folders)
 ])  # fmt: skip
 def test_what_is_missing_is_one_line(folders, capsys, change, message):
     with pytest.raises(SystemExit) as stopped:
-        preview.main(["--preview", f"--good={folders / 'good'}", f"--size={SIZE}", change])
+        defects.main(["--preview", f"--good={folders / 'good'}", f"--size={SIZE}", change])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
