@@ -10,7 +10,7 @@ import pytest
 
 from mmrjax import config as config_lib
 from mmrjax import main, train
-from mmrjax.data import tracks
+from mmrjax.data import defects, tracks
 
 RNG = np.random.default_rng(0)
 CONDITIONS = ("same", "background", "illumination", "view")
@@ -163,6 +163,9 @@ def test_labelled_defects_are_counted_in_the_run_and_held_by_mmr_plus_alone(fini
     log = [json.loads(x) for x in (run_of(home, "mmr_plus") / "metrics.jsonl").open()]
     assert all(0 <= line["defects"] <= 2 for line in log)  # two synthetic rows of eight
     assert max(line["defects"] for line in log) > 0
+    kinds = {name for name in log[0] if name.startswith("defects_")}
+    assert kinds == {f"defects_{kind}" for kind in (*defects.TRAINING, "real")}
+    assert all(sum(line[kind] for kind in kinds) == line["defects"] for line in log)
 
 
 @pytest.mark.parametrize("page", ["report.md", "report.html"])

@@ -230,8 +230,17 @@ class MMRPlus(mmr.MMR):
             loss += options[f"{name}_weight"] * self._ramp(progress["epoch"]) * value
             logs[f"loss_{name}"] = value
         if found is not None:
-            logs["defects"] = found.mask.any(axis=(1, 2)).sum().astype(jnp.float32)
+            kinds = jnp.arange(len(defects.KINDS)) == found.kind[:, None]
+            drawn = zip(defects.KINDS, kinds.sum(0).astype(jnp.float32), strict=True)
+            logs |= {f"defects_{name}": count for name, count in drawn if self._draws(name)}
+            logs["defects"] = kinds.sum().astype(jnp.float32)
         return loss, (collections, logs)
+
+    def _draws(self, kind: str) -> bool:
+        """Whether defects of a kind can come."""
+        options, settings = self.options, self.settings
+        real = self.config.data.labelled or options.defect_folder
+        return kind in settings.kinds or (kind == "real" and bool(real))
 
     def _targets(self, frozen: dict, images: jax.Array) -> dict:
         """The teacher's features, without gradient."""

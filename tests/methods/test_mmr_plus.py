@@ -152,9 +152,11 @@ def test_all_switches_train_and_compile_once_over_all_ramps(trained, plain):
     assert all(np.isfinite(list(line.values())).all() for line in logs)
     assert logs[-1]["loss_layer3"] < logs[0]["loss_layer3"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(current.params))
-    extra = {"loss_contrast", "loss_domain", "defects"}
+    kinds = [f"defects_{kind}" for kind in defects.TRAINING]
+    extra = {"loss_contrast", "loss_domain", "defects", *kinds}
     assert logs[0].keys() - plain[1][0].keys() == extra
-    assert all(line["defects"] == 2 for line in logs)
+    assert all(line["defects"] == line["defects_spot"] == 2 for line in logs)  # the stand-in's
+    assert not any(line[kind] for line in logs for kind in kinds[1:])
 
 
 def test_extra_losses_have_no_weight_before_the_ramp_and_their_own_after_it(trained):
