@@ -306,9 +306,12 @@ def validate(config: ConfigDict) -> None:
         if flat[name] not in known:
             raise ValueError(f"--config.{name}={flat[name]}: choose one of {', '.join(known)}")
     places = [name for name in flat if name.startswith("raw_dirs.")]
-    for name in ("data.raw_dir", *places):
+    for name in ("data.raw_dir", "mmr_plus.defect_folder", *places):
         if buckets.is_remote(flat[name]):
             raise ValueError(f"--config.{name}={flat[name]}: {files.LOCAL_ONLY}")
+    folder = flat["mmr_plus.defect_folder"]
+    if folder and not pathlib.Path(folder).is_dir():
+        raise ValueError(f"--config.mmr_plus.defect_folder={folder}: there is no such folder")
     if buckets.is_remote(flat["data.data_dir"]):
         buckets.check(flat["data.data_dir"])
     _check_tracks(flat)

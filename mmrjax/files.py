@@ -60,23 +60,20 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other programs that ask for it out of a folder; makes it when absent.
+    """Waits until no other program holds a folder, and holds it; makes it when absent.
 
     The lock is on the folder itself, so nothing is left behind, also by a program that is killed.
     File systems that lock no folders (NFS) keep nobody out.
-
-    Raises:
-      ValueError: another program has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise ValueError(
-                f"{folder}: another call is at work there; wait for it, or use another --workdir"
-            ) from e
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logging.warning("%s: another call is at work there; waiting until it ends", folder)
+                fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as e:
             logging.debug("%s cannot be locked: %s", folder, e)
         yield

@@ -6,6 +6,7 @@ A checkpoint holds everything that training changes; the position in the data is
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import signal
@@ -27,6 +28,7 @@ from mmrjax.data.records import Records
 
 LOG = "metrics.jsonl"
 TEACHER = "teacher.json"  # the sha256 of the weights that a run is trained with
+LABELLED = "labelled.json"  # the sha256 of the labelled defects that it is trained with, and counts
 PREPARED = 64  # training images that a method may look at beforehand
 STEPS_PER_CALL = 64  # on accelerators: about a second of work, never more than an epoch
 
@@ -165,7 +167,13 @@ def train(
     variables, init_facts = method.init(key_init, frozen)
     parameters = {"trained": _count(variables["params"]), "frozen": _count(frozen)}
     facts |= {**init_facts, "parameters": parameters, "compute_dtype": str(method.dtype)}
-    kept, labels = method.keep_labelled(records, np.asarray(labelled, int), indices)
+    if evaluate_only:  # the defects may be gone
+        kept, labels = {}, processes.first(lambda: files.read_json(folder / LABELLED) or {})
+        labels.pop("sha256", None)
+    else:
+        kept, labels = method.keep_labelled(records, np.asarray(labelled, int), indices)
+        if kept:
+            processes.first(lambda: _hold_labelled(folder, kept, labels))
     frozen, facts = frozen | mesh_lib.replicate(kept, mesh), facts | labels
     run = Run(config, method, frozen, records, indices, seed, folder, mesh, evaluate_only)
     facts["seconds"] = {}
@@ -208,6 +216,25 @@ def _hold_teacher(folder: pathlib.Path, sha256: str | None) -> None:
         )
     if not begun:
         files.write_text(path, json.dumps({"sha256": sha256}))
+
+
+def _hold_labelled(folder: pathlib.Path, kept: dict, facts: dict) -> None:
+    """Notes the labelled defects when a run begins; a begun one refuses others.
+
+    Raises:
+      ValueError: the run was begun with others.
+    """
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(kept):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    path, sha256 = folder / LABELLED, digest.hexdigest()
+    noted = (files.read_json(path) or {}).get("sha256", sha256)
+    if has_saved(folder) and noted != sha256:
+        raise ValueError(
+            f"{folder} was begun with other labelled defects (sha256 {noted[:8]}…, now "
+            f"{sha256[:8]}…); put the first ones back, or use another --workdir"
+        )
+    files.write_text(path, json.dumps({**facts, "sha256": sha256}))
 
 
 def _gradient_stage(run: Run, variables: dict, key: jax.Array) -> dict:

@@ -39,6 +39,7 @@ FREE_FIELDS = (
 # What runs did before there was a field for it, where that is not the default of every config.
 OLDER = {
     "calibration.fraction": 0.0,
+    "mmr_plus.defect_folder": "",
     "patchcore.scales": (1.0,),
     "patchcore.candidates": 0,
     "patchcore.whiten": 0.0,

@@ -184,12 +184,16 @@ def test_the_same_command_does_nothing_and_dark_images_are_another_view(finished
     dark = [*args, "--config.method.names=patchcore", "--mode=evaluate",
             "--config.eval.stress=dark"]  # fmt: skip
     assert main.main(dark) == 0
-    view = run_of(home / "evaluations" / "dark")
+    view_root = home / "evaluations" / "dark"
+    view = run_of(view_root)
     bright, stressed = scores(run_of(home)), scores(view)
     labels = [[row[name] for name in ("id", "label", "group")] for row in bright]
     assert labels == [[row[name] for name in ("id", "label", "group")] for row in stressed]
     assert [row["score"] for row in bright] != [row["score"] for row in stressed]
     assert (run_of(home) / "results.json").read_text() == before
+    for name in ("labelled_defects", "labelled_too_large"):  # noted, not cut out again
+        facts = [read(run_of(x, "mmr_plus") / "results.json")["facts"] for x in (home, view_root)]
+        assert facts[0][name] == facts[1][name]
     assert "stress: dark" in read(view / "results.json")["facts"]["eval"]["view"]
 
 

@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-
-import pytest
+import threading
 
 from mmrjax import files
 
+PATIENCE = 60  # s
 HOLD = """
 import pathlib, sys, time
 from mmrjax import files
@@ -18,18 +18,30 @@ with files.held(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_a_folder_is_held_by_one_program_until_it_ends_and_keeps_nothing_of_it(tmp_path):
+def test_a_second_program_waits_until_the_first_ends_and_nothing_is_left(tmp_path, monkeypatch):
     folder = tmp_path / "mmr" / "parts" / "seed1"
+    said, waiting, entered = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(files.logging, "warning", lambda *x: (said.append(x), waiting.set()))
+
+    def enter():
+        with files.held(folder):
+            entered.set()
+
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=r"seed1: another call.*another --workdir"):
-            with files.held(folder):
-                pass
+        second = threading.Thread(target=enter)
+        second.start()
+        assert waiting.wait(PATIENCE)
+        assert not entered.is_set()
         other.send_signal(signal.SIGKILL)
-    for _ in range(2):
-        with files.held(folder):
-            assert not os.listdir(folder)
+    assert entered.wait(PATIENCE)
+    second.join(PATIENCE)
+    ((text, named),) = said
+    assert named == folder
+    assert "another call is at work there; waiting" in text
+    with files.held(folder):
+        assert not os.listdir(folder)
 
 
 def test_a_file_system_that_cannot_lock_keeps_nobody_out(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from mmrjax import config as config_lib
-from mmrjax import main, workdir
+from mmrjax import files, main, workdir
 
 
 def test_a_run_leaves_everything_the_report_needs(finished):
@@ -45,7 +45,15 @@ def test_the_random_teacher_is_confessed(finished):
     assert "random" in (finished[0] / "report.html").read_text().lower()
 
 
-def test_repeating_the_command_redoes_nothing(finished):
+@pytest.fixture
+def held(monkeypatch):
+    """The folders that a call holds, in their order."""
+    real, folders = files.held, []
+    monkeypatch.setattr(files, "held", lambda folder: folders.append(folder) or real(folder))
+    return folders
+
+
+def test_repeating_the_command_redoes_nothing(finished, held):
     workdir, args = finished
     watched = [
         p for p in workdir.rglob("*") if p.name in ("results.json", "metrics.jsonl", "scores.csv")
@@ -53,6 +61,9 @@ def test_repeating_the_command_redoes_nothing(finished):
     before = {p: p.stat().st_mtime_ns for p in watched if p.parent != workdir}
     assert main.main(args) == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert held == [
+        workdir / method / "parts" / f"seed{k}" for method in ("mmr", "patchcore") for k in (1, 2)
+    ]
 
 
 def test_a_lost_calibration_is_made_again(finished):
@@ -72,7 +83,7 @@ def test_an_added_seed_trains_only_itself(finished):
     assert (workdir / "patchcore/parts/seed1/results.json").stat().st_mtime_ns == before
 
 
-def test_another_view_is_evaluated_beside_the_first(finished):
+def test_another_view_is_evaluated_beside_the_first(finished, held):
     workdir, args = finished
     before = (workdir / "mmr/parts/seed1/results.json").read_bytes()
     view = [
@@ -84,6 +95,7 @@ def test_another_view_is_evaluated_beside_the_first(finished):
     assert main.main([*view, "--config.method.names=mmr", "--config.train.seeds=1"]) == 0
     other = workdir / "evaluations" / "resize80x80-metrics_mmr"
     assert (other / "report.html").exists()
+    assert {folder.parents[2] for folder in held} == {other}  # the runs stay free
     assert (other / "mmr/parts/seed1/results.json").read_bytes() != before
     assert (workdir / "mmr/parts/seed1/results.json").read_bytes() == before
 

@@ -1,5 +1,8 @@
 """What a begun run holds fast to. That it can be stopped and resumed: test_resume.py."""
 
+import json
+
+import numpy as np
 import pytest
 
 from mmrjax import methods, train
@@ -22,6 +25,18 @@ def test_a_run_without_checkpoints_may_take_another_teacher(tmp_path):
     train._hold_teacher(tmp_path, OTHER)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     train._hold_teacher(tmp_path, OTHER)
+
+
+def test_a_begun_run_refuses_other_labelled_defects(tmp_path):
+    first, other = ({"labelled": {"masks": np.full((2, 4, 4), x)}} for x in (True, False))
+    train._hold_labelled(tmp_path, other, {"labelled_too_large": 1})
+    train._hold_labelled(tmp_path, first, {"labelled_too_large": 0})  # nothing was trained yet
+    (tmp_path / "checkpoints" / "6").mkdir(parents=True)
+    train._hold_labelled(tmp_path, first, {"labelled_too_large": 0})
+    with pytest.raises(ValueError, match=r"begun with other labelled defects.*another --workdir"):
+        train._hold_labelled(tmp_path, other, {"labelled_too_large": 1})
+    noted = json.loads((tmp_path / train.LABELLED).read_text())
+    assert noted["labelled_too_large"] == 0
 
 
 def test_a_run_older_than_the_note_goes_on(tmp_path):

@@ -24,17 +24,19 @@ ANYWHERE = "any"  # part of a defect that may go on a picture of every part
 def find_pairs(folder: str | pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
     """Finds the (picture, mask) pairs of a folder and of what lies below it.
 
-    A mask has the picture's name, with or without `_mask` or `_gt`, and lies beside it (with
-    another ending where the names are equal) or in a folder `masks`, `mask`, `gt` or
-    `ground_truth` next to the picture's own folder.
+    What is the mask of a pair is the picture of none. A mask has the picture's name, with or
+    without `_mask` or `_gt`, and lies beside it (with another ending where the names are equal) or
+    in a folder `masks`, `mask`, `gt` or `ground_truth` next to the picture's own folder.
 
     Raises:
       ValueError: there is no such pair.
     """
     folder = pathlib.Path(folder)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-    known = set(paths)
+    known = {str(path).lower(): path for path in paths}
     pairs = [(p, m) for p in paths if (m := _mask_of(p, known)) is not None]
+    masks = {mask for _, mask in pairs}
+    pairs = [(picture, mask) for picture, mask in pairs if picture not in masks]
     if not pairs:
         raise ValueError(
             f"no pairs of picture and mask in {folder} ({len(paths)} pictures); expected "
@@ -43,14 +45,16 @@ def find_pairs(folder: str | pathlib.Path) -> list[tuple[pathlib.Path, pathlib.P
     return pairs
 
 
-def _mask_of(picture: pathlib.Path, known: set[pathlib.Path]) -> pathlib.Path | None:
+def _mask_of(picture: pathlib.Path, known: dict[str, pathlib.Path]) -> pathlib.Path | None:
+    """The file of `known`, {path in lower case: path}, that is the picture's mask."""
     stem, parent = picture.stem, picture.parent
     beside = [parent / f"{stem}{mark}{e}" for mark in ("_mask", "_gt") for e in PICTURES]
     folders = [parent.parent / name for name in ("masks", "mask", "gt", "ground_truth")]
     apart = [f / f"{stem}{m}{e}" for f in folders for m in ("", "_mask", "_gt") for e in PICTURES]
     # x.jpg + x.png: the lossless one is the mask.
     twin = [parent / f"{stem}.png"] if picture.suffix.lower() in (".jpg", ".jpeg") else []
-    return next((m for m in (*beside, *apart, *twin) if m in known and m != picture), None)
+    found = (known.get(str(m).lower()) for m in (*beside, *apart, *twin))
+    return next((m for m in found if m not in (None, picture)), None)
 
 
 def load_pairs(
@@ -59,7 +63,8 @@ def load_pairs(
     """Yields RGB uint8 [*view.frame, 3] and bool [*view.frame] of every pair.
 
     Raises:
-      ValueError: a file cannot be read, or the sizes of a pair differ.
+      ValueError: a file cannot be read, the sizes of a pair differ, or a mask has values but none
+        above 127.
     """
     for picture, mask in find_pairs(folder):
         image = cv2.imread(str(picture), cv2.IMREAD_COLOR_RGB)
@@ -69,6 +74,10 @@ def load_pairs(
                 raise ValueError(f"{path} cannot be read as a picture")
         if image.shape[:2] != truth.shape:
             raise ValueError(f"{mask} is {truth.shape}, but {picture} is {image.shape[:2]}")
+        if 0 < truth.max() <= 127:
+            raise ValueError(
+                f"{mask} has no value above {truth.max()}; expected 0 and, in the defect, 255"
+            )
         yield _seen(image, truth, view)
 
 
@@ -92,15 +101,17 @@ def make_bank(pairs, side: int = SIDE) -> tuple[defects.Bank, int]:
     Raises:
       ValueError: no defect fits.
     """
-    images, masks, too_large = [], [], 0
+    images, masks, too_large, empty = [], [], 0, 0
     for image, mask in pairs:
+        empty += not mask.any()
         cut, left_out = cut_out(image, mask, side)
         too_large += left_out
         images += [one for one, _ in cut]
         masks += [own for _, own in cut]
     if not images:
         raise ValueError(
-            f"no defect of at most {side - 2 * MARGIN} px in the pairs ({too_large} are larger)"
+            f"no defect of at most {side - 2 * MARGIN} px in the pairs ({too_large} are larger, "
+            f"{empty} masks are empty)"
         )
     return defects.Bank(np.stack(images), np.stack(masks)), too_large
 

@@ -168,7 +168,8 @@ def synthesise(
         drawings.append(large)
         if small:  # where a large one finds no place, a tiny one may
             failed = (choice >= len(small)) & ~large.region.any((1, 2, 3))
-            choice = jnp.where(failed, choice % len(small), choice)
+            again = (3 * drawn_tiny[:, 0] % 1 * len(small)).astype(jnp.int32)  # see _tiny_windows
+            choice = jnp.where(failed, again, choice)
     if small:
         is_groove = jnp.asarray([name == "groove" for name in names])[choice]
         is_used = choice < len(small)

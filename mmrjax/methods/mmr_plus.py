@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from mmrjax import losses, losses_plus, mesh
 from mmrjax.data import defect_bank, defects, epochs, geometry, tracks
@@ -137,6 +138,8 @@ class MMRPlus(mmr.MMR):
     def keep_labelled(self, records, labelled, indices):
         """Labelled defects, cut out, and how likely each is on a picture of each domain."""
         folder = self.options.defect_folder
+        if folder and not self.options.synthetic_every:
+            logging.warning("mmr_plus.synthetic_every=0: the defects of defect_folder are not used")
         if not (len(labelled) or folder) or not self.options.synthetic_every:
             return {}, {}
         view, found = geometry.View.of(self.config), []
@@ -149,7 +152,10 @@ class MMRPlus(mmr.MMR):
                 "data.labelled=false"
             )
         if folder:
-            found.append(defect_bank.from_folder(folder, view))
+            try:
+                found.append(defect_bank.from_folder(folder, view))
+            except ValueError as e:
+                raise ValueError(f"--config.mmr_plus.defect_folder: {e}") from e
         found = defect_bank.joined(found)
         parts, names = tracks.part_of(records)[indices], self._domain_names(records, indices)
         first = [0] if names is None else np.unique(names, return_index=True)[1]

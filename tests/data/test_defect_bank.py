@@ -71,8 +71,34 @@ def test_what_is_missing_or_wrong_is_said(tmp_path, pair):
     write(tmp_path, "marked", "a", pair[0], pair[1][:50])
     with pytest.raises(ValueError, match="a_mask"):
         list(defect_bank.load_pairs(tmp_path, SMALL))
-    with pytest.raises(ValueError, match="no defect"):
+    with pytest.raises(ValueError, match=r"no defect of at most 4 px.*1 are larger, 0 masks"):
         defect_bank.make_bank([pair], side=16)
+    with pytest.raises(ValueError, match=r"0 are larger, 1 masks are empty"):
+        defect_bank.make_bank([(pair[0], np.zeros_like(pair[1]))])
+
+
+def test_a_mask_of_zeros_and_ones_is_refused_by_name(tmp_path, pair):
+    write(tmp_path, "marked", "a", *pair)
+    cv2.imwrite(str(tmp_path / "a_mask.png"), pair[1].astype(np.uint8))
+    with pytest.raises(ValueError, match=r"a_mask\.png has no value above 1; expected 0 and"):
+        list(defect_bank.load_pairs(tmp_path, SMALL))
+
+
+def test_a_mask_is_not_taken_for_a_picture_whose_mask_another_one_is(tmp_path, pair):
+    for name in (
+        "images/a.png",
+        "masks/a.PNG",
+        "gt/a.png",
+        "b.png",
+        "b_mask.png",
+        "b_mask_mask.png",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), pair[0])
+    found = [
+        tuple(str(p.relative_to(tmp_path)) for p in x) for x in defect_bank.find_pairs(tmp_path)
+    ]
+    assert found == [("b.png", "b_mask.png"), ("images/a.png", "masks/a.PNG")]
 
 
 # --- labelled defects of records

@@ -469,7 +469,7 @@ def test_defects_of_a_folder_reach_pictures_of_every_data_set(make, tmp_path):
     assert kept["labelled"]["masks"].sum() == 140
     np.testing.assert_array_equal(kept["labelled"]["chances"], [[1], [1]])
     assert facts["labelled_defects"] == {"any": {tmp_path.name: 1}}
-    with pytest.raises(ValueError, match="no pairs of picture and mask in nowhere"):
+    with pytest.raises(ValueError, match=r"defect_folder: no pairs of picture and mask in nowhere"):
         make(synthetic_every=4, defect_folder="nowhere").keep_labelled(records, none, rows)
 
 
