@@ -1,7 +1,6 @@
 """One program at a time is at work in a folder."""
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -29,12 +28,14 @@ def test_a_second_program_waits_until_the_first_ends_and_nothing_is_left(tmp_pat
 
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        second = threading.Thread(target=enter)
-        second.start()
-        assert waiting.wait(PATIENCE)
-        assert not entered.is_set()
-        other.send_signal(signal.SIGKILL)
+        try:
+            assert other.stdout.readline() == "held\n"
+            second = threading.Thread(target=enter)
+            second.start()
+            assert waiting.wait(PATIENCE)
+            assert not entered.is_set()
+        finally:
+            other.kill()
     assert entered.wait(PATIENCE)
     second.join(PATIENCE)
     ((text, named),) = said
