@@ -89,6 +89,7 @@ RANGES = (
     ("train.steps_per_call", 0, 1 << 20),
     ("train.fsdp", 1, 1 << 20),
     ("eval.bootstrap", 0, 1 << 20),
+    ("eval.tiny_side", 2, 1 << 16),
     ("report.gallery", 0, 1 << 20),
     ("ckpt.every_seconds", 0.0, 1e9),
 )

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from mmrjax import calibrate, files, metrics, processes, scoring, train, visualize
 from mmrjax.data import geometry
 from mmrjax.data.records import ANOMALY, Records
+from mmrjax.metrics import misses
 
 SCHEMA = 1
 CALIBRATION = "calibration.json"
@@ -99,7 +100,7 @@ def _write(
     domains, curves = {}, {}
     rows_of = domain_rows(found.table["domain"])
     for domain, rows in rows_of.items():
-        measured = found.measure(rows, is_anomaly, config.eval.bootstrap)
+        measured = found.measure(rows, is_anomaly, config.eval.bootstrap, config.eval.tiny_side)
         domains[domain], curves[domain] = measured.report(), measured.curves()
         domains[domain]["defects"] = _by_defect(found, rows, is_anomaly, config)
     seconds = {"scoring": scoring_seconds, "metrics": time.monotonic() - started}
@@ -187,10 +188,12 @@ def domain_rows(domain: np.ndarray) -> dict[str, np.ndarray]:
 def eval_fields(config: ConfigDict) -> dict:
     """The fields on which an evaluation's files depend, beside the trained model."""
     view = geometry.View.of(config, evaluation=True)
+    tiny_side = config.eval.tiny_side
     return {
         "view": [list(view.resize), list(view.size), view.interpolation, view.mask_mode]
         + ([] if view.overlap is None else [f"tiles overlap by {view.overlap}"])
-        + ([] if view.stress == "none" else [f"stress: {view.stress}"]),
+        + ([] if view.stress == "none" else [f"stress: {view.stress}"])
+        + ([] if tiny_side == misses.TINY_SIDE else [f"tiny below {tiny_side} px"]),
         "metrics_mode": config.eval.metrics_mode,
         "pixel_metrics": config.eval.pixel_metrics,
         "bootstrap": config.eval.bootstrap,

@@ -83,8 +83,8 @@ METRICS = {
         "Tiny defects found",
         "Regions",
         "tiny found",
-        "Share of the defect regions under 10 px that have a pixel hotter than the hottest one of "
-        "all but 5 % of the good images.",
+        "Share of the defect regions under 10 px (eval.tiny_side) that have a pixel hotter than "
+        "the hottest one of all but 5 % of the good images.",
     ),
 }
 

@@ -54,7 +54,9 @@ class Predictions:
         """[n] bool: no defect pixel in view."""
         return ~self.masks.any(axis=(1, 2))
 
-    def measure(self, rows: np.ndarray, is_anomaly: np.ndarray, resamples: int) -> Measured:
+    def measure(
+        self, rows: np.ndarray, is_anomaly: np.ndarray, resamples: int, tiny_side: int
+    ) -> Measured:
         """All metrics of the images where `rows` [n] is true, exact."""
         chosen = slice(None) if rows.all() else rows  # a slice copies nothing
         return metrics.measure(
@@ -65,6 +67,7 @@ class Predictions:
             self.table["has_mask"][chosen],
             self.table["group"][chosen],
             bootstrap=resamples,
+            tiny_side=tiny_side,
         )
 
     def scale(self) -> tuple[float, float]:
@@ -97,7 +100,9 @@ class Histograms:
         """[n] bool: no defect pixel in view."""
         return np.bincount(self.counted.image, minlength=len(self.scores)) == 0
 
-    def measure(self, rows: np.ndarray, is_anomaly: np.ndarray, resamples: int) -> Measured:
+    def measure(
+        self, rows: np.ndarray, is_anomaly: np.ndarray, resamples: int, tiny_side: int
+    ) -> Measured:
         """All metrics of the images where `rows` [n] is true; those from buckets with bounds."""
         return streaming.measure(
             self.scores[rows],
@@ -106,6 +111,7 @@ class Histograms:
             self.table["has_mask"][rows],
             self.table["group"][rows],
             bootstrap=resamples,
+            tiny_side=tiny_side,
         )
 
     def scale(self) -> tuple[float, float]:

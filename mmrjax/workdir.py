@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from mmrjax import config as config_lib
 from mmrjax import evaluate, files, methods, train
+from mmrjax.metrics import misses
 
 # What may change between two calls on one work directory without touching what was trained.
 FREE_FIELDS = (
@@ -84,6 +85,8 @@ def results_root(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
         parts.append(config.eval.stress)
     if config.eval.metrics_mode != "standard":
         parts.append(f"metrics_{config.eval.metrics_mode}")
+    if config.eval.tiny_side != misses.TINY_SIDE:
+        parts.append(f"tiny{config.eval.tiny_side}")
     return workdir / "evaluations" / "-".join(parts) if parts else workdir
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmrjax.metrics import pixels, pro, ranking
+from mmrjax.metrics import misses, pixels, pro, ranking
 from mmrjax.metrics.measured import Measured, assemble, checked_scores, pixel_reason
 
 
@@ -80,8 +80,12 @@ def measure(
     groups: Sequence | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
+    tiny_side: int = misses.TINY_SIDE,
 ) -> Measured:
-    """What `evaluate` and `curves` report, from one pass; arguments and errors as in `evaluate`."""
+    """What `evaluate` and `curves` report, from one pass; arguments and errors as in `evaluate`.
+
+    Regions without a side of `tiny_side` px are tiny (misses.py).
+    """
     scores, maps, truth, is_anomaly, used = _checked(scores, maps, masks, is_anomaly, has_mask)
     empty = np.zeros(len(scores), bool) if truth is None else ~_any(truth)
     reason = pixel_reason(maps is not None, is_anomaly, used, empty)
@@ -90,7 +94,7 @@ def measure(
     counted = reason
     if reason is None:
         counted = pixels.gather(_rows(maps, used), pro.regions(_rows(truth, used)))
-    return assemble(scores, is_anomaly, used, empty, counted, groups, bootstrap, seed)
+    return assemble(scores, is_anomaly, used, empty, counted, groups, bootstrap, seed, tiny_side)
 
 
 def _checked(scores, maps, masks, is_anomaly, has_mask):

@@ -102,6 +102,7 @@ def assemble(
     groups: Sequence | None,
     resamples: int,
     seed: int,
+    tiny_side: int,
 ) -> Measured:
     """All metrics of a domain, whichever way its pixels were counted.
 
@@ -114,6 +115,7 @@ def assemble(
         groups: [n] as in `evaluate`, or None.
         resamples: as `bootstrap` in `evaluate`.
         seed: of the bootstrap.
+        tiny_side: as of `misses.tiny_recall`.
     """
     group = _group_index(groups, len(scores))
     draws = None  # one group alone says nothing about others
@@ -140,7 +142,7 @@ def assemble(
         else:
             reasons["pro_mmr"] = "no normal pixel in any defective image"
         shares, reason = misses.tiny_recall(
-            counted.peaks, is_anomaly[used], counted.defects(), group[used], draws
+            counted.peaks, is_anomaly[used], counted.defects(), group[used], draws, tiny_side
         )
         if reason:
             reasons["tiny_recall"] = reason

@@ -14,7 +14,7 @@ from mmrjax.metrics import bootstrap as bootstrap_lib
 
 MISSED = {"missed_at_5": 0.05, "missed_at_1": 0.01}
 TINY_RATE = 0.05
-TINY_SIDE = 10  # px in view; a region whose bounding box has no side as long is tiny
+TINY_SIDE = 10  # px in view
 
 _ROUNDING = 1e-9  # of rate * weight
 _BLOCK = 128  # resamples at once
@@ -136,6 +136,7 @@ def tiny_recall(
     region: tuple[np.ndarray, np.ndarray, np.ndarray],
     group: np.ndarray,
     draws: np.ndarray | None,
+    tiny_side: int = TINY_SIDE,
 ) -> tuple[np.ndarray | None, str | None]:
     """Share of tiny defects whose hottest pixel is above the threshold of TINY_RATE.
 
@@ -148,14 +149,15 @@ def tiny_recall(
             highest value of the map inside [r].
         group: [n] index of each image's group.
         draws: [b, g] multiplicities, the first row all ones; None: of the data alone.
+        tiny_side: px; a region whose bounding box has no side as long is tiny.
 
     Returns:
         ([b] or [1] shares, None), or (None, why it is undefined).
     """
     image, side, peak = region
-    tiny = side < TINY_SIDE
+    tiny = side < tiny_side
     if not tiny.any():
-        return None, f"no defect under {TINY_SIDE} px in view"
+        return None, f"no defect under {tiny_side} px in view"
     if reason := too_few(int((~is_anomaly).sum()), TINY_RATE):
         return None, reason
     draws = np.ones((1, group.max() + 1)) if draws is None else draws

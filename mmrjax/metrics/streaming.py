@@ -18,7 +18,7 @@ import numpy as np
 from scipy import sparse
 
 from mmrjax import mesh as mesh_lib
-from mmrjax.metrics import bootstrap, buckets, measured, pro, ranking
+from mmrjax.metrics import bootstrap, buckets, measured, misses, pro, ranking
 
 _BINS = 2048  # of the histograms behind the intervals: occupied buckets are joined beyond that
 
@@ -204,6 +204,7 @@ def measure(
     groups: Sequence | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
+    tiny_side: int = misses.TINY_SIDE,
 ) -> measured.Measured:
     """As `evaluation.measure`, from histograms in place of maps and masks.
 
@@ -215,6 +216,7 @@ def measure(
         groups: [n] as in `evaluation.evaluate`.
         bootstrap: as there.
         seed: as there.
+        tiny_side: as there.
 
     Raises:
         ValueError: as there.
@@ -232,5 +234,5 @@ def measure(
     if reason is None and not chosen.normal.nnz:
         reason = "no normal pixel"
     return measured.assemble(
-        scores, is_anomaly, used, empty, reason or chosen, groups, bootstrap, seed
+        scores, is_anomaly, used, empty, reason or chosen, groups, bootstrap, seed, tiny_side
     )

@@ -99,34 +99,37 @@ def make_maps(good=25, bad=9):
     return maps, masks, is_anomaly
 
 
-def slow_tiny(maps, masks, is_anomaly):
+def slow_tiny(maps, masks, is_anomaly, side=10):
     peaks = np.array([one.max() for one in maps[~is_anomaly]])
     hottest = []
     for one, mask in zip(maps[is_anomaly], masks[is_anomaly], strict=True):
         count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
         for i in range(1, count):
             rows, columns = np.nonzero(labels == i)
-            if max(np.ptp(rows), np.ptp(columns)) + 1 < 10:
+            if max(np.ptp(rows), np.ptp(columns)) + 1 < side:
                 hottest.append(one[labels == i].max())
     return slow_found(peaks, np.array(hottest), 0.05), len(hottest)
 
 
-def test_tiny_recall_equals_a_loop_over_components_exactly_and_streamed():
+@pytest.mark.parametrize("side", [8, 10])
+def test_tiny_recall_equals_a_loop_over_components_exactly_and_streamed(side):
     maps, masks, is_anomaly = make_maps()
-    expected, count = slow_tiny(maps, masks, is_anomaly)
+    expected, count = slow_tiny(maps, masks, is_anomaly, side)
     assert count > 5
+    assert (count < slow_tiny(maps, masks, is_anomaly)[1]) == (side < 10)
     assert 0 < expected < 1
     rest = (is_anomaly, np.ones(len(maps), bool))
     scores = maps.max(axis=(1, 2))
     groups = np.arange(len(maps)) // 2
-    found = metrics.evaluate(scores, maps, masks, *rest, groups, bootstrap=100)
+    options = {"bootstrap": 100, "tiny_side": side}
+    found = metrics.measure(scores, maps, masks, *rest, groups, **options).report()
     assert found["tiny_recall"] == pytest.approx(expected)
     low, high = found["ci95"]["tiny_recall"]
     assert low <= expected <= high
     counts = streaming.MapHistograms(mesh_lib.make_mesh(1))
     for rows in (slice(0, 12), slice(12, 34)):
         counts.add(maps[rows], masks[rows])
-    streamed = streaming.measure(scores, counts.counted(), *rest, groups, bootstrap=100).report()
+    streamed = streaming.measure(scores, counts.counted(), *rest, groups, **options).report()
     assert streamed["tiny_recall"] == found["tiny_recall"]
     assert streamed["ci95"]["tiny_recall"] == found["ci95"]["tiny_recall"]
 
