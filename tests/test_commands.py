@@ -253,6 +253,7 @@ def parse_alone(program, argv: list[str]) -> argparse.Namespace:
 def check_main(argv: list[str]) -> None:
     """Fields exist, values have their type, the configuration builds."""
     known = [word.replace(f"--config={PLACEHOLDER}", "--config=configs/demo.py") for word in argv]
+    known = [word.replace(f"defect_folder={PLACEHOLDER}", "defect_folder=.") for word in known]
     config, _ = main.parse(known)
     config_lib.validate(config)
 
