@@ -48,6 +48,13 @@ def test_a_lost_calibration_is_made_again_where_there_was_one(run, config, calib
     assert workdir.is_finished(run, config)
 
 
+def test_another_measure_has_a_folder_of_its_own(tmp_path, config):
+    assert workdir.results_root(config, tmp_path) == tmp_path
+    config.eval.tiny_side = 20
+    assert workdir.results_root(config, tmp_path) == tmp_path / "evaluations" / "tiny20"
+    assert "tiny below 20 px" in evaluate.eval_fields(config)["view"]
+
+
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
 @pytest.mark.parametrize("content", [None, "{", "[1]"])
 def test_a_trained_run_that_lost_its_configuration_is_refused(run, config, mode, content):
