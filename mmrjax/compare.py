@@ -108,7 +108,8 @@ def difference(a: Scores, b: Scores, bootstrap: int = 1000) -> dict[str, dict]:
 def table(a: Scores, b: Scores) -> str:
     """Every image metric in percent, of all images and of each domain, as text."""
     domains = sorted({image[2] for image in a.images} - {""})
-    row_format = "{:<16}{:<14}{:>8}{:>8}{:>12}   {}"
+    width = max(16, *(len(domain) + 2 for domain in ("all", *domains)))
+    row_format = f"{{:<{width}}}{{:<14}}{{:>8}}{{:>8}}{{:>12}}   {{}}"
     lines = [
         row_format.format("images", "metric", "first", "second", "difference", "95 % interval")
     ]

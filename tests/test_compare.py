@@ -27,7 +27,7 @@ def runs(tmp_path):
     rng = np.random.default_rng(0)
     labels = ["good", "anomaly"] * 30
     truth = np.array([label == "anomaly" for label in labels])
-    domains = ["day"] * 30 + ["night"] * 30
+    domains = ["day"] * 30 + ["magnetic_tile/tile"] * 30
     for seed in (0, 1):
         noise = rng.normal(size=(2, 60))
         write(tmp_path / "a" / f"seed{seed}", 3 * truth + noise[0], labels, domains)
@@ -53,7 +53,7 @@ def test_command_prints_all_images_and_every_domain(runs, capsys):
     assert compare.main([str(runs / "a"), str(runs / "b")]) == 0
     lines = capsys.readouterr().out.splitlines()
     firsts = [line.split()[0] for line in lines if "image_auroc" in line]
-    assert firsts == ["all", "day", "night"]
+    assert firsts == ["all", "day", "magnetic_tile/tile"]
     assert lines[-1] == "seeds: 2 and 2; images: 60"
 
 
