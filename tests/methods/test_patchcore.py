@@ -118,8 +118,9 @@ def test_maps_of_several_scales_are_those_of_each_added_up(tiny_config, score):
 
 
 def test_two_scales_that_are_one_in_whole_cells_are_refused(tiny_config):
-    tiny_config.patchcore.scales = (0.5, 0.55)
-    method = patchcore.PatchCore(tiny_config)
+    config = tiny_config.copy_and_resolve_references()
+    config.patchcore.scales = (0.5, 0.55)
+    method = patchcore.PatchCore(config)
     with pytest.raises(ValueError, match=r"scales=\(0\.5, 0\.55\).*32 x 32, 32 x 32; two are"):
         method.fit({"params": {}}, {}, [], 0, jax.random.key(1))
 
