@@ -179,7 +179,7 @@ def get_config() -> ConfigDict:
     evaluation.batch_size = 32
     evaluation.resize = ()  # () = data.resize; another view of a finished run otherwise
     evaluation.stress = "none"  # none | dark (test images as in dim light; another view of a run)
-    evaluation.tiny_side = 10  # px in view; 20 at 448 px are the defects that 10 are at 224
+    evaluation.tiny_side = 10  # px in view; 20 at 448 px count nearly what 10 do at 224
     evaluation.metrics_mode = "standard"  # standard | mmr (official masks, labels and rounding)
     # exact | streaming (histograms, with error bounds) | auto (exact up to 200 million pixels)
     evaluation.pixel_metrics = "auto"

@@ -286,7 +286,7 @@ def run_one(
 
 
 def _hold(stack: contextlib.ExitStack, folders: Iterable[pathlib.Path]) -> None:
-    for folder in folders:
+    for folder in sorted(folders):  # two calls that wait for each other would wait for ever
         stack.enter_context(files.held(folder))
 
 
