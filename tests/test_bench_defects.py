@@ -1,6 +1,7 @@
 """The benchmark of blending checks parity, then times both, on a small case."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from mmrjax.data import poisson
 
 
 def test_the_command_prints_json(capsys):
+    cores = os.sched_getaffinity(0)
     assert bench_defects.main(["--sizes=16", "--batch=2", "--repeats=1", "--images=1"]) == 0
+    assert os.sched_getaffinity(0) == cores
     found = json.loads(capsys.readouterr().out)
     assert found["generator"]["mmrjax_ms"] > 0
     result = found["16_px"]

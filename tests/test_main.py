@@ -92,10 +92,14 @@ def test_another_view_is_evaluated_beside_the_first(finished, held):
         "--config.eval.resize=80,80",
         "--config.eval.metrics_mode=mmr",
     ]
-    assert main.main([*view, "--config.method.names=mmr", "--config.train.seeds=1"]) == 0
+    one = ["--config.method.names=mmr", "--config.train.seeds=1"]
+    assert main.main([*view, *one]) == 0
     other = workdir / "evaluations" / "resize80x80-metrics_mmr"
     assert (other / "report.html").exists()
     assert {folder.parents[2] for folder in held} == {other}  # the runs stay free
+    held.clear()
+    assert main.main([*(word for word in view if word != "--mode=evaluate"), *one]) == 0
+    assert held == [other / "mmr/parts/seed1", workdir / "mmr/parts/seed1"]  # always in this order
     assert (other / "mmr/parts/seed1/results.json").read_bytes() != before
     assert (workdir / "mmr/parts/seed1/results.json").read_bytes() == before
 

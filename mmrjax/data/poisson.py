@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-COARSEST = 36  # px; a grid of that side or less is solved by sweeps. More grids compile longer
+COARSEST = 28  # px; a grid of that side or less is solved by sweeps. More grids compile longer
 SWEEPS = 0.4  # on the coarsest grid, per px of its side
 SHARE = 0.75  # of a coarse cell that must be inside
 LEAST = 3  # rounds; earlier the residual of a large region can be small and its error smooth
