@@ -26,7 +26,8 @@ def find_pairs(folder: str | pathlib.Path) -> list[tuple[pathlib.Path, pathlib.P
 
     What is the mask of a pair is the picture of none. A mask has the picture's name, with or
     without `_mask` or `_gt`, and lies beside it (with another ending where the names are equal) or
-    in a folder `masks`, `mask`, `gt` or `ground_truth` next to the picture's own folder.
+    in a folder `masks`, `mask`, `gt` or `ground_truth` next to the picture's own folder, or, as in
+    MVTec AD, test/dent/x.png and ground_truth/dent/x_mask.png.
 
     Raises:
       ValueError: there is no such pair.
@@ -49,7 +50,9 @@ def _mask_of(picture: pathlib.Path, known: dict[str, pathlib.Path]) -> pathlib.P
     """The file of `known`, {path in lower case: path}, that is the picture's mask."""
     stem, parent = picture.stem, picture.parent
     beside = [parent / f"{stem}{mark}{e}" for mark in ("_mask", "_gt") for e in PICTURES]
-    folders = [parent.parent / name for name in ("masks", "mask", "gt", "ground_truth")]
+    names = ("masks", "mask", "gt", "ground_truth")
+    folders = [parent.parent / name for name in names]
+    folders += [parent.parent.parent / name / parent.name for name in names]
     apart = [f / f"{stem}{m}{e}" for f in folders for m in ("", "_mask", "_gt") for e in PICTURES]
     # x.jpg + x.png: the lossless one is the mask.
     twin = [parent / f"{stem}.png"] if picture.suffix.lower() in (".jpg", ".jpeg") else []

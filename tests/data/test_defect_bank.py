@@ -16,6 +16,7 @@ def write(folder, layout: str, name: str, image: np.ndarray, mask: np.ndarray) -
         "twin": (f"{name}.jpg", f"{name}.png"),
         "marked": (f"{name}.png", f"{name}_mask.png"),
         "apart": (f"images/{name}.png", f"masks/{name}.png"),
+        "mvtec": (f"test/dent/{name}.png", f"ground_truth/dent/{name}_mask.png"),
     }[layout]
     for path, array in ((picture, image), (truth, mask.astype(np.uint8) * 255)):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +31,7 @@ def pair():
     return image, mask
 
 
-@pytest.mark.parametrize("layout", ["twin", "marked", "apart"])
+@pytest.mark.parametrize("layout", ["twin", "marked", "apart", "mvtec"])
 def test_pairs_are_found_in_any_layout(tmp_path, pair, layout):
     for name in ("a", "b"):
         write(tmp_path, layout, name, *pair)
