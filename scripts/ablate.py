@@ -39,9 +39,8 @@ from mmrjax import compare, files, methods, report_tables, workdir
 from mmrjax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-METRICS = ("image_auroc", "pixel_auroc", "aupro_0.3", "pro_mmr")
-LOOK_METRICS = (*METRICS, "tiny_recall")
-LOOK_HEADS = ("date", "what", "seed", *LOOK_METRICS, "why")
+METRICS = ("image_auroc", "pixel_auroc", "aupro_0.3", "pro_mmr", "tiny_recall")
+LOOK_HEADS = ("date", "what", "seed", *METRICS, "why")
 BASE = "base"
 LONGER = "longer"  # MMR with as many steps as rows with synthetic defects, whose epochs are longer
 OFF = {"hybrid": "false", "synthetic_every": 0, "tiny_weight": 1, "contrast": "none",
@@ -139,7 +138,8 @@ def summary(folder: pathlib.Path, seed: int) -> tuple[dict, dict]:
         facts = result["facts"]
         runs[key] = {
             "metrics": {
-                d: {m: v[m] for m in METRICS} | {"counts": v["counts"]} for d, v in domains.items()
+                d: {m: v.get(m) for m in METRICS} | {"counts": v["counts"]}
+                for d, v in domains.items()
             },
             "facts": {n: facts[n] for n in ("teacher", "student", "seconds", "versions")
                       if n in facts},
@@ -261,7 +261,7 @@ def note_look(looks: pathlib.Path, what: str, seed: int, metrics: dict, why: str
 
     The same look is not noted twice, on whatever day.
     """
-    values = [report_tables.percent(metrics.get(name)) for name in LOOK_METRICS]
+    values = [report_tables.percent(metrics.get(name)) for name in METRICS]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     line = [today, what, str(seed), *values, why]
     with looks.open("a+", newline="", encoding="utf-8") as file:
@@ -294,14 +294,15 @@ def _section(key: str, found: dict, images: list) -> str:
     lines = [f"## {key}", "", "Percent over all test images, mean over seeds; difference to the "
              "first row in points [95 % over seeds; image AUROC: | 95 % over groups of images].",
              ""]  # fmt: skip
-    heads = ["row", "seeds", *METRICS]
-    cells = [[row, _seeds(runs), *(_cell(found, row, key, "all", m, images) for m in METRICS)]
+    shown = [m for m in METRICS if any(_values(runs, key, "all", m) for runs in found.values())]
+    heads = ["row", "seeds", *shown]
+    cells = [[row, _seeds(runs), *(_cell(found, row, key, "all", m, images) for m in shown)]
              for row, runs in found.items()]  # fmt: skip
     lines += markdown([heads, *cells])
     if found.get(LONGER):
         lines += ["", f"The same rows, with the difference to `{LONGER}`:", ""]
         cells = [[row, _seeds(runs), *(_cell(found, row, key, "all", m, images, LONGER)
-                                       for m in METRICS)]
+                                       for m in shown)]
                  for row, runs in found.items() if row not in (BASE, LONGER)]  # fmt: skip
         lines += markdown([heads, *cells])
     if len(domains) > 1:
@@ -323,7 +324,7 @@ def _seeds(runs: dict) -> str:
 
 
 def _values(runs: dict, key: str, domain: str, metric: str) -> dict[int, float]:
-    values = {s: run[key]["metrics"][domain][metric] for s, run in runs.items() if key in run}
+    values = {s: run[key]["metrics"][domain].get(metric) for s, run in runs.items() if key in run}
     return {seed: value for seed, value in values.items() if value is not None}
 
 
