@@ -164,15 +164,8 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
     if mode == "evaluate":
         wanted = processes.first(lambda: workdir_lib.trained_runs(workdir))
     processes.first(lambda: workdir_lib.check(config, workdir))
-    directories = processes.first(lambda: build_records(config))
-    if buckets.is_remote(config.data.data_dir) and not processes.is_first():
-        directories = build.fetch(config.data.name, config.data.data_dir, [*directories])
+    units = load_records(config)
     root = workdir_lib.results_root(config, workdir)
-    parts = map(records_lib.load, directories.values())
-    if config.data.join:
-        units = [tracks.joined(list(parts), config.data.held_out)]
-    else:
-        units = splits.units(parts, config.data.protocol)
     for records in units:
         category = records.category
         runs = [
@@ -191,6 +184,17 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
         lambda: aggregate.aggregate(root, config.title, config.data.reference_domain)
     )
     return results, pathlib.Path(processes.first(lambda: str(report.write_report(root))))
+
+
+def load_records(config: ConfigDict) -> Iterable[records_lib.Records]:
+    """The records of each category, or of all together; builds what is missing or stale."""
+    directories = processes.first(lambda: build_records(config))
+    if buckets.is_remote(config.data.data_dir) and not processes.is_first():
+        directories = build.fetch(config.data.name, config.data.data_dir, [*directories])
+    parts = map(records_lib.load, directories.values())
+    if config.data.join:
+        return [tracks.joined(list(parts), config.data.held_out)]
+    return splits.units(parts, config.data.protocol)
 
 
 def build_records(config: ConfigDict) -> dict[str, str]:

@@ -88,7 +88,7 @@ class MMR(base.Method):
             return self.student.apply(variables, hidden, **limits)
         return self.student.apply(variables, images, noise, options.mask_ratio, **limits)
 
-    def _whole(self, variables: dict, images: jax.Array) -> dict:
+    def whole(self, variables: dict, images: jax.Array) -> dict:
         """Features of images of which nothing is masked."""
         return self.student.apply(variables, images)
 
@@ -96,7 +96,7 @@ class MMR(base.Method):
         """Unmasked; the map is the sum of the scales' maps, the score its maximum."""
         size = images.shape[1:3]
         images = resnet.normalise(images)
-        features = self._whole(variables, images)
+        features = self.whole(variables, images)
         targets = self.teacher.apply(frozen["teacher"], images)
         parts = anomaly_map.cosine_maps(features, targets, size)
         total = sum(parts.values())

@@ -313,7 +313,7 @@ class MMRPlus(mmr.MMR):
         _, rank = masking.shuffle(masking.random_noise(keys, n))
         return rank < math.ceil(SAMPLED * n)
 
-    def _whole(self, variables, images):
+    def whole(self, variables, images):
         """With hard limits; random keys are drawn once and for all."""
         limits, model = {}, self.student
         if model.hybrid is not None and self.options.sampling == "random":
@@ -358,7 +358,7 @@ class MMRPlus(mmr.MMR):
             ids, _ = masking.shuffle(masking.random_noise(batch["keys"], h * w))
             ids = ids[:, : masking.kept_tokens(h * w, student.mask_ratio)]
             is_defective = jnp.take_along_axis(is_defective, ids, axis=1)
-        g = self._project("token_head", variables, features["latent"][:, 1:])
+        g = self.project("token_head", variables, features["latent"][:, 1:])
         pairs = losses_plus.token_pairs(is_defective.reshape(-1))
         return losses_plus.supervised_contrast(
             g.reshape(-1, g.shape[-1]), *pairs, self.options.temperature
@@ -366,7 +366,7 @@ class MMRPlus(mmr.MMR):
 
     def _aligned(self, variables, features, found, batch) -> jax.Array:
         """SupCon of whole images across domains (spec, section 5)."""
-        g = self._project("domain_head", variables, _pooled(features))
+        g = self.project("domain_head", variables, pooled(features))
         is_defective = found.mask.any(axis=(1, 2))
         is_defective = self._with_synthetic(jnp.zeros(len(g), bool), is_defective)
         pairs = losses_plus.domain_pairs(batch["domain"], is_defective, batch["weight"])
@@ -374,13 +374,14 @@ class MMRPlus(mmr.MMR):
 
     def _moments(self, variables, features, batch) -> dict:
         """The domains' moments of pooled tokens, this batch included."""
-        pooled, domain = _pooled(features), batch["domain"]
-        return losses_plus.running_moments(variables["moments"], pooled, domain, batch["weight"])
+        tokens, domain = pooled(features), batch["domain"]
+        return losses_plus.running_moments(variables["moments"], tokens, domain, batch["weight"])
 
-    def _project(self, name: str, variables: dict, x: jax.Array) -> jax.Array:
+    def project(self, name: str, variables: dict, x: jax.Array) -> jax.Array:
+        """[..., d] through one of `heads`, float32 [..., 128] of unit length."""
         return self.heads[name].apply({"params": variables["params"][name]}, x)
 
 
-def _pooled(features: dict) -> jax.Array:
+def pooled(features: dict) -> jax.Array:
     """The mean of the visible tokens, float32 [b, d]."""
     return features["latent"][:, 1:].astype(jnp.float32).mean(axis=1)

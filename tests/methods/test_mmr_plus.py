@@ -283,7 +283,7 @@ def test_heads_of_contrasts_are_trained_and_ignored_by_the_score(make, trained):
     images = methods.mmr.resnet.normalise(batch_of()["image"])
     without = {n: v for n, v in current.params.items() if n != head}
     variables = {**current.variables, "params": without}
-    shape = jax.eval_shape(lambda v, x: method._whole(v, x)[3], variables, images).shape
+    shape = jax.eval_shape(lambda v, x: method.whole(v, x)[3], variables, images).shape
     assert shape == (8, 4, 4, 256)
 
 
@@ -315,7 +315,7 @@ def test_random_keys_differ_by_image_in_training_and_are_the_same_in_every_score
     assert len({tuple(row) for row in np.asarray(sample).tolist()}) > 1
     variables, _ = method.init(jax.random.key(0), {})
     images = jnp.broadcast_to(batch_of()["image"][:1], (3, 64, 64, 3))
-    features = jax.jit(lambda v, x: method._whole(v, x)[3])(variables, images)
+    features = jax.jit(lambda v, x: method.whole(v, x)[3])(variables, images)
     assert np.abs(features - features[:1]).max() < 1e-5
 
 

@@ -1,0 +1,170 @@
+"""scripts/probe.py: what a linear probe reads, judged by groups it has not seen; on real runs."""
+
+import csv
+import importlib
+import pathlib
+import sys
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from mmrjax import main, restore
+from mmrjax.methods import mmr_plus
+from mmrjax.models import resnet
+
+SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "scripts"
+GROUPS, SIDE = 10, 64
+
+
+@pytest.fixture(scope="module")
+def probe():
+    """The script as a module; scripts/ is on the path only for this file."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield importlib.import_module("probe")
+    sys.path.remove(str(SCRIPTS))
+
+
+# --- the probe
+
+
+def test_a_class_that_is_in_the_features_is_recognised(probe):
+    rng = np.random.default_rng(0)
+    classes, group = np.tile(["a", "b", "c"], 40), np.arange(120) // 3
+    features = rng.normal(0, 1, (120, 5))
+    features[:, 2] += 10 * (classes == "b")
+    features[:, 3] += 10 * (classes == "c")
+    assert probe.recognised(features, classes, group).all()
+
+
+def test_what_is_known_of_a_group_does_not_help(probe):
+    """Every group has one class, and the features tell the group alone."""
+    group = np.repeat(np.arange(20), 6)
+    classes = np.where(np.random.default_rng(1).permutation(20) < 10, "a", "b")[group]
+    features = np.eye(20)[group]
+    assert probe.recognised(features, classes, group).mean() <= 0.6
+
+
+def test_accuracy_is_the_mean_over_classes_and_resamples_whole_groups(probe):
+    classes = np.array(["a"] * 6 + ["b"] * 3)
+    right = np.array([1, 1, 1, 0, 0, 0, 1, 1, 0], bool)
+    group = np.array(list("xxyyzzxyz"))
+    values = probe.accuracy(right, classes, group)
+    assert values.shape == (1 + probe.RESAMPLES,)
+    assert values[0] == pytest.approx((3 / 6 + 2 / 3) / 2)
+    share = {"x": (2, 1), "y": (1, 1), "z": (0, 0)}  # right ones of a (of 2) and of b (of 1)
+    possible = {
+        round(np.mean([np.mean([share[g][0] / 2 for g in draw]),
+                       np.mean([share[g][1] for g in draw])]), 6)
+        for draw in np.stack(np.meshgrid(*[list("xyz")] * 3), -1).reshape(-1, 3)
+    }  # fmt: skip
+    assert {round(v, 6) for v in values.tolist()} == possible
+    np.testing.assert_array_equal(values, probe.accuracy(right, classes, group))
+
+
+def test_classes_of_few_groups_are_left_out(probe):
+    classes, group = np.array(["a"] * 5 + ["b"] * 9), np.array([*range(5), *[7] * 5, *range(4)])
+    assert probe.common(classes, group).tolist() == [True] * 14
+    group[4] = 0
+    assert probe.common(classes, group).tolist() == [False] * 5 + [True] * 9
+
+
+# --- real runs
+
+
+def picture(rng, group, lamp, spot):
+    """A surface: bright where the lamp is on, with a black square where there is a defect."""
+    image = np.clip(80 + 100 * lamp + rng.normal(0, 12, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+    if spot:
+        image[16:48, 16:48] = 0
+    return image
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory, tiny_fields):
+    """Of a run on surfaces under two lamps: good ones to train on, both kinds to test."""
+    home, rng = tmp_path_factory.mktemp("probe"), np.random.default_rng(0)
+    root, rows = home / "raw" / "lamps", [("image", "group", "domain")]
+    for group in range(2 * GROUPS):
+        for lamp in range(2):
+            for spot in range(1 if group < GROUPS else 2):
+                split = "train" if group < GROUPS else "test"
+                name = f"{split}/{('good', 'spot')[spot]}/{group}_{lamp}.png"
+                rows.append((name, group, f"lamp{lamp}"))
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(root / name), picture(rng, group, lamp, spot))
+    with (root / "groups.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    fields = [*tiny_fields(root, home / "records"), "--config.train.epochs=1"]
+    off = ("hybrid=false", "tiny_weight=1", "contrast=none")
+    return ["--config=configs/folder.py", *fields, *(f"--config.mmr_plus.{x}" for x in off)], home
+
+
+@pytest.fixture(scope="module")
+def runs(arguments):
+    """(run without alignment, run with it)."""
+    fields, home = arguments
+    for domain in ("none", "supcon"):
+        more = (f"--workdir={home / domain}", "--config.method.names=mmr_plus")
+        assert main.main([*fields, *more, f"--config.mmr_plus.domain={domain}"]) == 0
+    return tuple(restore.find_run(home / domain) for domain in ("none", "supcon"))
+
+
+def test_domain_and_defect_are_read_from_two_runs(probe, runs, arguments, capsys):
+    place = next(a for a in arguments[0] if a.startswith("--config.data.data_dir="))
+    before = {path: path.stat().st_mtime_ns for path in runs[0].parent.rglob("*")}
+    given = [str(runs[0]), str(runs[1].parents[2])]  # a run, and a work directory with one
+    assert probe.main([*given, place]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "run"
+    cells = [line.split() for line in lines[1:]]
+    assert [c[0] for c in cells] == [run for run in given for _ in range(4)]
+    assert [c[2] for c in cells] == ["domain", "domain", "defect", "defect"] * 2
+    assert {c[3] for c in cells} == {"50.0"}
+    read = {(c[0] == str(runs[0]), c[1], c[2]): float(c[4]) for c in cells}
+    assert read[True, "tokens", "domain"] == 100  # of a lamp nothing has been taken away
+    assert read[True, "tokens", "defect"] == 100
+    assert [len(c) for c in cells] == [7] * 4 + [10] * 4  # the difference and its interval
+    assert {path: path.stat().st_mtime_ns for path in runs[0].parent.rglob("*")} == before
+
+
+def test_the_head_that_was_trained_is_read(probe, runs):
+    trained, config = restore.trained(runs[1])
+    data = next(iter(main.load_records(config)))
+    rows = np.flatnonzero(data.table["split"] == "test")[:11]  # a batch, and a part of one
+    read = probe.representations(trained, data, rows, 8)
+    images = np.stack([data.image(i) for i in rows]).astype(np.float32) / 255
+    features = trained.method.student.apply(trained.variables, resnet.normalise(images))
+    tokens = np.asarray(features["latent"])[:, 1:].mean(axis=1)
+    np.testing.assert_allclose(read["tokens"], tokens, atol=1e-5)
+    head = mmr_plus.Head(np.float32)
+    weights = trained.variables["params"]["domain_head"]
+    np.testing.assert_allclose(read["head"], head.apply({"params": weights}, tokens), atol=1e-5)
+    plain, _ = restore.trained(runs[0])  # has no such head: a fresh one
+    fresh = probe.representations(plain, data, rows, 8)
+    weights = head.init(jax.random.key(0), fresh["tokens"])["params"]
+    want = head.apply({"params": weights}, fresh["tokens"])
+    np.testing.assert_allclose(fresh["head"], want, atol=1e-5)
+
+
+def test_what_cannot_be_probed_is_refused_in_a_line(probe, runs, finished, capsys, tmp_path):
+    bank = next((finished[0] / "patchcore").glob("*/seed1"))
+    assert probe.main([str(bank)]) == 1
+    assert "patchcore has no student; give an MMR or MMR+ run" in capsys.readouterr().err
+    assert probe.main([str(tmp_path)]) == 1
+    assert "holds no run" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        probe.main([str(runs[0]), "--config.student.depth=3"])
+    assert stopped.value.code == 2
+    assert "--config.student.depth=3: only data.raw_dir=" in capsys.readouterr().err
+
+
+def test_few_groups_and_other_images_are_refused(probe, runs, finished, capsys, monkeypatch):
+    student = next((finished[0] / "mmr").glob("*/seed1"))
+    assert probe.main([str(student)]) == 1
+    assert "needs test images of two domains, 5 groups of each" in capsys.readouterr().err
+    ids = iter((["a", "b"], ["a", "c"]))
+    monkeypatch.setattr(probe, "probed", lambda folder, places: ({}, {}, next(ids)))
+    assert probe.main([str(run) for run in runs]) == 1
+    assert f"{runs[1]}: its test images are not those of {runs[0]}" in capsys.readouterr().err
