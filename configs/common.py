@@ -130,6 +130,9 @@ def get_config() -> ConfigDict:
     plus.defect_tiny = 0.6  # share of defects under 10 px
     plus.defect_folder = ""  # of (picture, mask) pairs, whose defects are cut out and blended
     plus.defect_labelled = 0.5  # share of these and of data.labelled's, where there are some
+    # Of labelled defects: blend (cut out, into a good picture, which is the target) | inpaint (the
+    # picture as it is; target: the defect filled in) | ignore (the same; its cells do not count)
+    plus.labelled_target = "blend"
     plus.noise_intensity = 0.02  # grain of spots, grooves, chips, fractures, as a share of 255
     plus.spatial_distribution = "uniform"  # uniform | edge | texture (where the picture is busy)
     plus.tiny_weight = 2.0  # of cells with a defect under 10 px, in the reconstruction

@@ -293,6 +293,7 @@ def validate(config: ConfigDict) -> None:
         "mmr_plus.spatial_distribution": ("uniform", "edge", "texture"),
         "mmr_plus.foreground": ("all", "otsu"),
         "mmr_plus.tiny_mode": ("literal", "balanced"),
+        "mmr_plus.labelled_target": ("blend", "inpaint", "ignore"),
         "mmr_plus.contrast": ("features", "tokens", "none"),
         "mmr_plus.domain": ("supcon", "coral", "none"),
         "train.compute_dtype": ("auto", "float32", "bfloat16"),

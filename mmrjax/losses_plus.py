@@ -31,6 +31,7 @@ def weighted_cosine(
     tiny: jax.Array,
     tiny_weight: float,
     balanced: bool = False,
+    ignored: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`losses.multi_scale_cosine` in which the cells of tiny defects weigh more.
 
@@ -45,6 +46,7 @@ def weighted_cosine(
       tiny_weight: of a cell with any tiny pixel; 2 in the proposal.
       balanced: give the mean over the tiny cells of the batch the weight `tiny_weight` - 1 instead.
         A defect of 9 px changes the plain form by less than half a percent.
+      ignored: bool [b, h, w] px, None for none: a cell with any of them counts as one without loss.
 
     Returns:
       (scalar float32, {"loss_layer<l>": scalar}).
@@ -54,6 +56,9 @@ def weighted_cosine(
     for layer, target in teacher.items():
         distance = losses.cosine_distance(student[layer], target)  # [b, h_l, w_l]
         heavy = cells(tiny, distance.shape[1:])
+        if ignored is not None:
+            left_out = cells(ignored, distance.shape[1:])
+            distance, heavy = jnp.where(left_out, 0.0, distance), heavy & ~left_out
         extra = (tiny_weight - 1) * heavy
         if balanced:
             own = heavy * weight[:, None, None]

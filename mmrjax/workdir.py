@@ -41,6 +41,7 @@ FREE_FIELDS = (
 OLDER = {
     "calibration.fraction": 0.0,
     "mmr_plus.defect_folder": "",
+    "mmr_plus.labelled_target": "blend",
     "patchcore.scales": (1.0,),
     "patchcore.candidates": 0,
     "patchcore.whiten": 0.0,

@@ -347,6 +347,7 @@ def test_category_named_with_digits_stays_text():
         "mmr_plus.sampling=sparse",
         "mmr_plus.layers=first_half",
         "mmr_plus.tiny_mode=mean",
+        "mmr_plus.labelled_target=paste",
         "mmr_plus.foreground=part",
         "mmr_plus.contrast=infonce",
         "mmr_plus.domain=mmd",

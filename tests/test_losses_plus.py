@@ -63,6 +63,20 @@ def test_balanced_adds_the_mean_of_the_tiny_cells(tiny_weight):
     assert float(loss) == pytest.approx(0.25 * 3, rel=1e-6)
 
 
+def test_an_ignored_cell_counts_as_one_without_loss():
+    """16 px at a corner of the grid are 4 x 4, 2 x 2 and 1 x 1 cells; 17 px touch one more."""
+    student, teacher = maps_at_distance(0.25)
+    for side, sides in ((16, (4, 2, 1)), (17, (5, 3, 2))):
+        ignored = square(16, 16, side)
+        for tiny, balanced in ((jnp.zeros_like(ignored), False), (square(16, 16, 9), False),
+                               (square(16, 16, 9), True)):  # fmt: skip
+            loss, _ = losses_plus.weighted_cosine(
+                student, teacher, ROWS, tiny, 2.0, balanced, ignored
+            )
+            left = 3 - sum(n * n / cells**2 for n, cells in zip(sides, (56, 28, 14), strict=True))
+            assert float(loss) == pytest.approx(0.25 * left, rel=1e-6)
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 def test_without_a_tiny_defect_it_is_the_loss_of_mmr(balanced):
     student = {i: draw(2, n, n, 5, seed=i) for i, n in SIDES.items()}

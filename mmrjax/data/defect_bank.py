@@ -152,13 +152,13 @@ def cut_out(
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """Defects cut out of the records of a training side, or of a folder.
+    """Defects of the records of a training side, or of a folder: cut out, or in whole pictures.
 
     Attributes:
       bank: the m defects.
       part: str [m], "<dataset>/<category>" of each, or ANYWHERE.
       defect: str [m], its type.
-      too_large: how many were left out.
+      too_large: how many were left out, being too large to be cut out.
     """
 
     bank: defects.Bank
@@ -186,24 +186,28 @@ class Labelled:
         return counts
 
 
-def from_records(records: Records, rows: Sequence[int], view: geometry.View) -> Labelled | None:
-    """Cuts the labelled defects out of some records, at the size that training sees.
+def from_records(
+    records: Records, rows: Sequence[int], view: geometry.View, whole: bool = False
+) -> Labelled | None:
+    """The labelled defects of some records, at the size that training sees.
 
     Args:
       records: of a category, or joined ones.
       rows: defective ones of the training side; without pixel truth they give nothing.
       view: how evaluation, and training but for its crops, looks at them.
+      whole: keep the pictures as they are; else each defect is cut out of its own.
 
     Returns:
-      The defects; None where no record has one that fits.
+      The defects; None where no record has one (that fits).
     """
     part, has_mask = tracks.part_of(records), records.table["has_mask"]
     cut, parts, kinds, too_large = [], [], [], 0
     for i in rows:
         if not has_mask[i]:
             continue
+        seen = _seen(records.image(i), records.mask(i), view)
         # All that can be blended.
-        own, left_out = cut_out(*_seen(records.image(i), records.mask(i), view), WHOLE)
+        own, left_out = ([seen] * seen[1].any(), 0) if whole else cut_out(*seen, WHOLE)
         cut, too_large = cut + own, too_large + left_out
         parts += [str(part[i])] * len(own)
         kinds += [str(records.table["defect"][i])] * len(own)
@@ -213,13 +217,22 @@ def from_records(records: Records, rows: Sequence[int], view: geometry.View) -> 
     return Labelled(bank, np.array(parts), np.array(kinds), too_large)
 
 
-def from_folder(folder: str | pathlib.Path, view: geometry.View) -> Labelled:
-    """Cuts the defects out of a folder of pairs (`find_pairs`), for pictures of every part.
+def from_folder(folder: str | pathlib.Path, view: geometry.View, whole: bool = False) -> Labelled:
+    """The defects of a folder of pairs (`find_pairs`), for pictures of every part.
+
+    `whole` is that of `from_records`.
 
     Raises:
-      ValueError: there is no pair, one cannot be read, or no defect fits.
+      ValueError: there is no pair, one cannot be read, or none has a defect (that fits).
     """
-    bank, too_large = make_bank(load_pairs(folder, view), WHOLE)
+    pairs, too_large = load_pairs(folder, view), 0
+    if whole:
+        marked = [pair for pair in pairs if pair[1].any()]
+        if not marked:
+            raise ValueError(f"no defect in the masks of {folder}: all are empty")
+        bank = defects.Bank(*map(np.stack, zip(*marked, strict=True)))
+    else:
+        bank, too_large = make_bank(pairs, WHOLE)
     count = len(bank.images)
     kinds = np.array([pathlib.Path(folder).name] * count)
     return Labelled(bank, np.array([ANYWHERE] * count), kinds, too_large)

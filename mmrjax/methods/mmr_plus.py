@@ -16,7 +16,8 @@ import numpy as np
 from absl import logging
 
 from mmrjax import losses, losses_plus, mesh
-from mmrjax.data import defect_bank, defects, epochs, geometry, tracks
+from mmrjax.data import defect_bank, defects, epochs, geometry, labelled_pictures, tracks
+from mmrjax.data import defect_shapes as shapes
 from mmrjax.methods import mmr
 from mmrjax.models import attention, masking, resnet, vit
 
@@ -25,7 +26,7 @@ GATHER_FROM = 784  # patches; below, masking all pairs is no slower
 SAMPLED = 0.25  # share of patches that global heads see under "random"
 DOMAINS = 16  # most domains that CORAL keeps moments of
 # What else is drawn, folded into an example's or a step's key: mask and crop stay those of MMR.
-DEFECT, SAMPLE, NEGATIVES, HEADS = 0xDEF, 0x5A, 0x4E, 0x4EAD
+DEFECT, SAMPLE, NEGATIVES, HEADS, LABELLED = 0xDEF, 0x5A, 0x4E, 0x4EAD, 0x1AB
 
 
 class Head(nn.Module):
@@ -136,32 +137,34 @@ class MMRPlus(mmr.MMR):
         return index.astype(np.int32)
 
     def keep_labelled(self, records, labelled, indices):
-        """Labelled defects, cut out, and how likely each is on a picture of each domain."""
-        folder = self.options.defect_folder
+        """Labelled defects, and how likely each is on a picture of each domain."""
+        folder, target = self.options.defect_folder, self.options.labelled_target
         if folder and not self.options.synthetic_every:
             logging.warning("mmr_plus.synthetic_every=0: the defects of defect_folder are not used")
         if not (len(labelled) or folder) or not self.options.synthetic_every:
             return {}, {}
-        view, found = geometry.View.of(self.config), []
+        view, found, whole = geometry.View.of(self.config), [], target != "blend"
         if len(labelled):
-            found.append(defect_bank.from_records(records, labelled, view))
+            found.append(defect_bank.from_records(records, labelled, view, whole))
         if found == [None]:
+            fits = "" if whole else " that is small enough to be cut out"
             raise ValueError(
                 f"data.labelled: none of the {len(labelled)} defective training images has a "
-                "defect with pixel truth that is small enough to be cut out; set "
-                "data.labelled=false"
+                f"defect with pixel truth{fits}; set data.labelled=false"
             )
         if folder:
             try:
-                found.append(defect_bank.from_folder(folder, view))
+                found.append(defect_bank.from_folder(folder, view, whole))
             except ValueError as e:
                 raise ValueError(f"--config.mmr_plus.defect_folder: {e}") from e
         found = defect_bank.joined(found)
         parts, names = tracks.part_of(records)[indices], self._domain_names(records, indices)
         first = [0] if names is None else np.unique(names, return_index=True)[1]
-        chances = found.chances(parts[first])
+        kept = {**found.bank._asdict(), "chances": found.chances(parts[first])}
+        if target == "inpaint":
+            kept["twins"] = np.stack(list(map(labelled_pictures.fill_in, *found.bank)))
         facts = {"labelled_defects": found.counts(), "labelled_too_large": found.too_large}
-        return {"labelled": {**found.bank._asdict(), "chances": chances}}, facts
+        return {"labelled": kept}, facts
 
     def init(self, key, frozen):
         """MMR's student with the same initial values, and what the switches need beside it."""
@@ -200,16 +203,19 @@ class MMRPlus(mmr.MMR):
     def loss(self, variables, frozen, batch, key, progress):
         """The student sees a defect and predicts the teacher's features of the normal twin."""
         options, collections = self.options, {}
-        normal, found = batch["image"], None
+        normal, found, ignored = batch["image"], None, None
         seen = normal
         if options.synthetic_every:
             found = self._synthesise(batch, frozen.get("labelled"))
+            if self._shows_labelled(frozen):
+                found, twins, ignored = self._show_labelled(batch, found, frozen["labelled"])
+                normal = self._with_synthetic(normal, twins)
             seen = self._with_synthetic(normal, found.images)
         limits = self._limits(batch, progress["epoch"])
         features = self._reconstruct(variables, resnet.normalise(seen), batch["keys"], **limits)
         targets = self._targets(frozen, normal)
         weight = batch["weight"]
-        if found is None or options.tiny_weight == 1:
+        if found is None or (options.tiny_weight == 1 and ignored is None):
             loss, logs = losses.multi_scale_cosine(features, targets, weight)
         else:
             tiny = self._with_synthetic(jnp.zeros(normal.shape[:3], bool), found.tiny)
@@ -220,6 +226,7 @@ class MMRPlus(mmr.MMR):
                 tiny,
                 options.tiny_weight,
                 options.tiny_mode == "balanced",
+                ignored,
             )
         extra = {}
         if options.contrast == "features":
@@ -269,7 +276,7 @@ class MMRPlus(mmr.MMR):
         normal = self._synthetic(batch["image"])
         pictures = jnp.round(255 * normal)
         where = self._synthetic(batch["foreground"]) if "foreground" in batch else None
-        if labelled is None:
+        if labelled is None or self.options.labelled_target != "blend":
             found = defects.synthesise(keys, pictures, where, self.settings)
         else:
             domain = batch.get("domain", jnp.zeros(len(batch["image"]), jnp.int32))
@@ -287,6 +294,46 @@ class MMRPlus(mmr.MMR):
             )
         # Added as a difference: what is not blended stays the same bit for bit.
         return found._replace(images=normal + (found.images - pictures) / 255)
+
+    def _shows_labelled(self, frozen: dict) -> bool:
+        """Whether labelled pictures take rows as they are."""
+        return self.options.labelled_target != "blend" and "labelled" in frozen
+
+    def _show_labelled(self, batch: dict, found: defects.Defects, labelled: dict) -> tuple:
+        """Labelled pictures in some of the synthetic rows.
+
+        Returns:
+          (the rows' pictures and defects now, the twins whose features are to be predicted, pixels
+          of the whole batch that do not count, bool [b, h, w], or None).
+        """
+        options, normal = self.options, self._synthetic(batch["image"])
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self._synthetic(batch["keys"]), LABELLED)
+        domain = batch.get("domain", jnp.zeros(len(batch["image"]), jnp.int32))
+        pictures = {"twins": labelled["images"], **labelled}
+        rows = labelled_pictures.draw(
+            keys,
+            pictures,
+            labelled["chances"][self._synthetic(domain)],
+            options.defect_labelled,
+            self.config,
+        )
+        is_used, mask = rows.is_used[:, None, None], rows.mask
+
+        def put(shown, before):
+            return jnp.where(is_used[..., None], shown / 255, before)
+
+        real = jnp.where(mask.any((1, 2)), defects.KINDS.index("real"), defects.NONE)
+        found = defects.Defects(
+            put(rows.images, found.images),
+            jnp.where(is_used, mask, found.mask),
+            jnp.where(is_used, shapes.small_components(mask), found.tiny),
+            jnp.where(rows.is_used, real, found.kind),
+        )
+        ignored = None
+        if options.labelled_target == "ignore":
+            nothing = jnp.zeros(batch["image"].shape[:3], bool)
+            ignored = self._with_synthetic(nothing, is_used & mask)
+        return found, put(rows.twins, normal), ignored
 
     def _epochs(self, share: float) -> int:
         """A share of the training in whole epochs."""

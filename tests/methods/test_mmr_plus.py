@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrjax import losses_plus, methods, state, train
+from mmrjax import losses, losses_plus, methods, state, train
 from mmrjax import mesh as mesh_lib
 from mmrjax.data import defects
-from mmrjax.models import attention
+from mmrjax.models import attention, resnet
 
 OFF = {
     "hybrid": False,
@@ -471,6 +471,94 @@ def test_defects_of_a_folder_reach_pictures_of_every_data_set(make, tmp_path):
     assert facts["labelled_defects"] == {"any": {tmp_path.name: 1}}
     with pytest.raises(ValueError, match=r"defect_folder: no pairs of picture and mask in nowhere"):
         make(synthetic_every=4, defect_folder="nowhere").keep_labelled(records, none, rows)
+
+
+def labelled_of(method, frozen):
+    """Frozen variables with one labelled picture, black in a square, whose twin is white there."""
+    images = np.random.default_rng(5).integers(60, 200, (1, 64, 64, 3), dtype=np.uint8)
+    masks = np.zeros((1, 64, 64), bool)
+    masks[:, 16:48, 32:64] = True
+    twins = np.where(masks[..., None], 255, images).astype(np.uint8)
+    images = np.where(masks[..., None], 0, images).astype(np.uint8)
+    kept = {"images": images, "masks": masks, "chances": np.ones((3, 1), np.float32)}
+    if method.options.labelled_target == "inpaint":
+        kept["twins"] = twins
+    return {**frozen, "labelled": jax.tree.map(jnp.asarray, kept)}, images[0], twins[0], masks[0]
+
+
+def two_losses(method, frozen):
+    """(variables, loss of a batch, its logs, the batch), without augmentation."""
+    method.config.train.augment = "none"
+    variables, _ = method.init(jax.random.key(0), frozen)
+    batch = batch_of()
+    progress = {"step": jnp.int32(10), "epoch": jnp.int32(5)}
+    loss, (_, logs) = jax.jit(method.loss)(variables, frozen, batch, jax.random.key(3), progress)
+    return variables, float(loss), logs, batch
+
+
+def test_a_labelled_picture_is_to_be_repaired_where_it_is_filled_in(make):
+    own = {"labelled_target": "inpaint", "defect_labelled": 1.0, "defect_folder": "pairs"}
+    method = make(synthetic_every=4, **own)
+    frozen, image, twin, _ = labelled_of(method, method.load_frozen()[0])
+    variables, got, logs, batch = two_losses(method, frozen)
+    seen, targets = (np.array(batch["image"]) for _ in range(2))
+    seen[::4], targets[::4] = image / 255, twin / 255
+    assert float(logs["defects_real"]) == float(logs["defects"]) == 2
+    features = method._reconstruct(variables, resnet.normalise(jnp.asarray(seen)), batch["keys"])
+    wanted = method._targets(frozen, jnp.asarray(targets))
+    want, _ = losses.multi_scale_cosine(features, wanted, batch["weight"])
+    assert got == pytest.approx(float(want), rel=1e-5)
+
+
+def test_cells_of_a_labelled_picture_are_left_out_where_they_are_ignored(make):
+    method = make(synthetic_every=4, labelled_target="ignore", defect_labelled=1.0)
+    frozen, image, _, mask = labelled_of(method, method.load_frozen()[0])
+    variables, got, _, batch = two_losses(method, frozen)
+    seen = np.array(batch["image"])
+    seen[::4] = image / 255
+    images = resnet.normalise(jnp.asarray(seen))
+    features = method._reconstruct(variables, images, batch["keys"])
+    wanted = method._targets(frozen, jnp.asarray(seen))  # of itself
+    want = 0.0
+    for layer, target in wanted.items():
+        distance = np.array(losses.cosine_distance(features[layer], target))
+        step = 64 // distance.shape[1]
+        distance[::4, 16 // step : 48 // step, 32 // step :] = 0
+        want += distance.mean()
+    assert got == pytest.approx(want, rel=1e-5)
+    assert mask.any()
+
+
+def test_a_labelled_picture_that_is_its_own_target_is_contrasted_with_nothing(make):
+    switches = {"synthetic_every": 4, "defect_labelled": 1.0, "contrast": "features"}
+    shown = {}
+    for target in ("ignore", "inpaint"):
+        method = make(labelled_target=target, **switches)
+        frozen, *_ = labelled_of(method, method.load_frozen()[0])
+        shown[target] = float(two_losses(method, frozen)[2]["loss_contrast"])
+    assert shown["ignore"] == 0
+    assert shown["inpaint"] > 0
+
+
+def test_whole_pictures_are_kept_also_with_defects_too_large_to_cut_out(make, tmp_path):
+    image, mask = np.full((64, 64, 3), 90, np.uint8), np.zeros((64, 64), np.uint8)
+    mask[4:60, 20:34] = 255
+    for i, truth in enumerate((mask, 0 * mask)):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.where(truth[..., None], 200, image))
+        cv2.imwrite(str(tmp_path / f"{i}_mask.png"), truth)
+    records, rows, none = Table(), np.arange(3), np.array([], int)
+    own = {"synthetic_every": 4, "defect_folder": str(tmp_path)}
+    kept, facts = make(**own, labelled_target="inpaint").keep_labelled(records, none, rows)
+    assert kept["labelled"]["images"].shape == (1, 64, 64, 3)  # the other has no defect
+    assert kept["labelled"]["images"].max() == 200
+    assert kept["labelled"]["twins"].max() < 100
+    np.testing.assert_array_equal(kept["labelled"]["masks"][0], mask > 0)
+    assert facts == {"labelled_defects": {"any": {tmp_path.name: 1}}, "labelled_too_large": 0}
+    kept, _ = make(**own, labelled_target="ignore").keep_labelled(records, none, rows)
+    assert set(kept["labelled"]) == {"images", "masks", "chances"}
+    (tmp_path / "0_mask.png").write_bytes((tmp_path / "1_mask.png").read_bytes())
+    with pytest.raises(ValueError, match=r"no defect in the masks of .*: all are empty"):
+        make(**own, labelled_target="ignore").keep_labelled(records, none, rows)
 
 
 def test_what_is_drawn_is_what_the_configuration_says(make):
