@@ -75,6 +75,9 @@ def test_an_ignored_cell_counts_as_one_without_loss():
             )
             left = 3 - sum(n * n / cells**2 for n, cells in zip(sides, (56, 28, 14), strict=True))
             assert float(loss) == pytest.approx(0.25 * left, rel=1e-6)
+    tiny = square(16, 16, 9) | square(64, 64, 9)  # the mean of those that are not ignored
+    loss, _ = losses_plus.weighted_cosine(student, teacher, ROWS, tiny, 2.0, True, ignored)
+    assert float(loss) == pytest.approx(0.25 * (left + 3), rel=1e-6)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
