@@ -178,7 +178,8 @@ def train(
     run = Run(config, method, frozen, records, indices, seed, folder, mesh, evaluate_only)
     facts["seconds"] = {}
     if method.prepares:
-        rows = indices[:: -(-len(indices) // PREPARED)]
+        count = min(len(indices), PREPARED)
+        rows = indices[np.linspace(0, len(indices) - 1, count).round().astype(int)]
         variables, found = method.prepare(variables, frozen, run.views(rows, "preparing"))
         facts |= found
     if method.trains:

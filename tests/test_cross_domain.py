@@ -168,6 +168,18 @@ def test_labelled_defects_are_counted_in_the_run_and_held_by_mmr_plus_alone(fini
     assert all(sum(line[kind] for kind in kinds) == line["defects"] for line in log)
 
 
+def test_labelled_pictures_are_trained_on_as_they_are(arguments, tmp_path):
+    fields = (*LABELLED, "method.names=mmr_plus", "mmr_plus.labelled_target=inpaint")
+    args = arguments(tmp_path, *fields, config="configs/cross_domain.py:labelled")
+    assert main.main(args) == 0
+    run = run_of(tmp_path, "mmr_plus")
+    facts = read(run / "results.json")["facts"]
+    assert facts["labelled_pictures"]["aebad/s"] == {"groove": 6}
+    assert "labelled_defects" not in facts
+    log = [json.loads(x) for x in (run / "metrics.jsonl").open()]
+    assert sum(line["defects_real"] for line in log) > 0
+
+
 @pytest.mark.parametrize("page", ["report.md", "report.html"])
 def test_the_report_has_the_tables(finished, page):
     text = (finished[0] / page).read_text().replace("\\_", "_")

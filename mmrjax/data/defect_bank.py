@@ -158,23 +158,28 @@ class Labelled:
       bank: the m defects.
       part: str [m], "<dataset>/<category>" of each, or ANYWHERE.
       defect: str [m], its type.
+      domain: str [m], that of its record; "" from a folder.
       too_large: how many were left out, being too large to be cut out.
     """
 
     bank: defects.Bank
     part: np.ndarray
     defect: np.ndarray
+    domain: np.ndarray
     too_large: int
 
-    def chances(self, parts: Sequence[str]) -> np.ndarray:
+    def chances(self, parts: Sequence[str], domains: Sequence[str] | None = None) -> np.ndarray:
         """How likely each defect is on a picture of each part, float32 [parts, m].
 
         Defects of the same part and of ANYWHERE; every type alike, however many there are of it.
+        With `domains`, one for each of `parts`, those alone whose record is of that domain.
         """
         _, kind, count = np.unique(
             np.stack([self.part, self.defect]), axis=1, return_inverse=True, return_counts=True
         )
         is_own = (np.asarray(parts)[:, None] == self.part) | (self.part == ANYWHERE)
+        if domains is not None:
+            is_own &= np.asarray(domains)[:, None] == self.domain
         return (is_own / count[kind.reshape(-1)]).astype(np.float32)
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -201,20 +206,20 @@ def from_records(
       The defects; None where no record has one (that fits).
     """
     part, has_mask = tracks.part_of(records), records.table["has_mask"]
-    cut, parts, kinds, too_large = [], [], [], 0
+    cut, own_rows, too_large = [], [], 0
     for i in rows:
         if not has_mask[i]:
             continue
         seen = _seen(records.image(i), records.mask(i), view)
         # All that can be blended.
-        own, left_out = ([seen] * seen[1].any(), 0) if whole else cut_out(*seen, WHOLE)
+        own, left_out = ([seen][: int(seen[1].any())], 0) if whole else cut_out(*seen, WHOLE)
         cut, too_large = cut + own, too_large + left_out
-        parts += [str(part[i])] * len(own)
-        kinds += [str(records.table["defect"][i])] * len(own)
+        own_rows += [i] * len(own)
     if not cut:
         return None
     bank = defects.Bank(*(np.stack(arrays) for arrays in zip(*cut, strict=True)))
-    return Labelled(bank, np.array(parts), np.array(kinds), too_large)
+    columns = (column[own_rows] for column in (part, *map(records.table.get, ("defect", "domain"))))
+    return Labelled(bank, *columns, too_large)
 
 
 def from_folder(folder: str | pathlib.Path, view: geometry.View, whole: bool = False) -> Labelled:
@@ -233,17 +238,16 @@ def from_folder(folder: str | pathlib.Path, view: geometry.View, whole: bool = F
         bank = defects.Bank(*map(np.stack, zip(*marked, strict=True)))
     else:
         bank, too_large = make_bank(pairs, WHOLE)
-    count = len(bank.images)
-    kinds = np.array([pathlib.Path(folder).name] * count)
-    return Labelled(bank, np.array([ANYWHERE] * count), kinds, too_large)
+    columns = ([name] * len(bank.images) for name in (ANYWHERE, pathlib.Path(folder).name, ""))
+    return Labelled(bank, *map(np.array, columns), too_large)
 
 
 def joined(found: Sequence[Labelled]) -> Labelled:
     """The defects of several as one."""
-    arrays = [(*one.bank, one.part, one.defect) for one in found]
-    images, masks, part, defect = map(np.concatenate, zip(*arrays, strict=True))
+    arrays = [(*one.bank, one.part, one.defect, one.domain) for one in found]
+    images, masks, *columns = map(np.concatenate, zip(*arrays, strict=True))
     total = sum(one.too_large for one in found)
-    return Labelled(defects.Bank(images, masks), part, defect, total)
+    return Labelled(defects.Bank(images, masks), *columns, total)
 
 
 def _cut(array: np.ndarray, top: int, left: int, side: int, border: int) -> np.ndarray:

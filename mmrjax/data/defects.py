@@ -196,7 +196,13 @@ def _draw_kinds(drawn, settings, chances) -> jax.Array:
         return jnp.minimum(jnp.searchsorted(cumulated, drawn), len(shares) - 1)
     is_real = np.array([name == "real" for name in shares])
     possible = (chances > 0).any(-1, keepdims=True) | ~is_real  # [b, kinds]
-    cumulated = jnp.cumsum(jnp.asarray(list(shares.values())) * possible, axis=-1)
+    others = tuple(name for name in shares if name != "real")
+    without = {"real": 0.0}  # the shares where no real one can come, also if none else was to come
+    if others:
+        without |= dataclasses.replace(settings, kinds=others, real_share=None).probabilities
+    columns = (list(shares.values()), [without[name] for name in shares])
+    share = jnp.where(possible.all(-1, keepdims=True), *map(jnp.asarray, columns))
+    cumulated = jnp.cumsum(share, axis=-1)
     drawn = drawn[:, None] * cumulated[:, -1:]
     last = possible.shape[1] - 1 - jnp.argmax(possible[:, ::-1], axis=1)
     return jnp.minimum((drawn > cumulated).sum(-1), last)

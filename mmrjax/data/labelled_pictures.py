@@ -2,8 +2,9 @@
 
 By default a labelled defect is cut out and blended into a good picture, its twin (defect_bank.py).
 The two other ways show the student the labelled picture itself, also one whose defect is too large
-to be cut out: "inpaint" has it predict the teacher's features of the same picture with the defect
-filled in from around, "ignore" leaves the defect's cells out of the loss.
+to be cut out. "ignore" leaves the defect's cells out of the loss. "inpaint" has the student predict
+the teacher's features of the same picture with the defect filled in from around; what lies too deep
+in a defect to be known from around is left out.
 """
 
 from collections.abc import Mapping
@@ -17,8 +18,10 @@ from ml_collections import ConfigDict
 
 from mmrjax.data import augment, geometry
 
-MARGIN = 3  # px around a mask that are filled in, too: a defect's rim would show what is gone
+MARGIN = 3  # px around a label that count as the defect: labels are tight, and a rim shows it
 RADIUS = 5  # px from which a pixel is filled in
+DEPTH = 10  # px from what is known, beyond which a filling is a smear without the part's texture
+MARKED = 63  # of 255, after resizing: a label of 1 px does not vanish in a crop
 
 
 class Rows(NamedTuple):
@@ -29,38 +32,67 @@ class Rows(NamedTuple):
       images: float32 [b, h, w, 3], whole grey levels in [0, 255].
       twins: the same, what the teacher sees.
       mask: bool [b, h, w], the labelled defect, as far as it is in view.
+      ignored: bool [b, h, w], what is not to be predicted.
     """
 
     is_used: jax.Array
     images: jax.Array
     twins: jax.Array
     mask: jax.Array
+    ignored: jax.Array
 
 
-def fill_in(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A picture without its defect, which is filled in from around it (Telea 2004).
+def targets(target: str, images: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarray]:
+    """What is to be predicted of labelled pictures.
+
+    Args:
+      target: "inpaint" or "ignore".
+      images: uint8 [n, h, w, 3].
+      masks: bool [n, h, w], their defects.
+
+    Returns:
+      {"ignored": bool [n, h, w], pixels whose cells do not count; with "inpaint" also "twins":
+      uint8 [n, h, w, 3], without the defects}.
+    """
+    side = 2 * MARGIN + 1
+    around = [cv2.dilate(mask.astype(np.uint8), np.ones((side, side), np.uint8)) for mask in masks]
+    if target == "ignore":
+        return {"ignored": np.stack(around) > 0}
+    filled = list(map(fill_in, images, around))
+    return {"twins": np.stack([x for x, _ in filled]), "ignored": np.stack([x for _, x in filled])}
+
+
+def fill_in(image: np.ndarray, region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A picture whose `region` is filled in from around it (Telea 2004).
 
     Args:
       image: uint8 [h, w, 3].
-      mask: bool [h, w], the defect.
+      region: uint8 [h, w], not 0 in what is to go.
 
     Returns:
-      uint8 [h, w, 3], the same but for the defect and `MARGIN` px around it.
+      (uint8 [h, w, 3], the same outside `region`; bool [h, w], the part of `region` more than
+      `DEPTH` px from what is known; all of it where nothing is).
     """
-    side = 2 * MARGIN + 1
-    region = cv2.dilate(mask.astype(np.uint8), np.ones((side, side), np.uint8))
-    return cv2.inpaint(np.ascontiguousarray(image), region, RADIUS, cv2.INPAINT_TELEA)
+    if region.all():
+        return image, region > 0
+    depth = cv2.distanceTransform((region > 0).astype(np.uint8), cv2.DIST_L2, 5)
+    filled = cv2.inpaint(np.ascontiguousarray(image), region, RADIUS, cv2.INPAINT_TELEA)
+    return filled, depth > DEPTH
 
 
-def draw(keys: jax.Array, pictures: Mapping, chances: jax.Array, share: float, config: ConfigDict):
+def draw(
+    keys: jax.Array, pictures: Mapping, chances: jax.Array, share: float, config: ConfigDict
+) -> Rows:
     """Which rows a labelled picture takes, and which one; cropped and flipped as others are.
 
-    Crops are taken from the picture as evaluation sees it, so they are a little softer than those
-    of good pictures, which are taken at native size.
+    Crops are taken from the picture as evaluation sees it, those of good pictures from all of it at
+    native size: where evaluation crops the middle these are enlarged more, and else a little
+    softer. A crop may leave the defect outside.
 
     Args:
       keys: one PRNG key per row, [b].
-      pictures: "images" and "twins" uint8 [n, *view.frame, 3], "masks" bool [n, *view.frame].
+      pictures: "images" uint8 [n, *view.frame, 3], "masks" bool [n, *view.frame], and their
+        `targets`.
       chances: float32 [b, n], how likely each picture is in each row, up to a factor. A row in
         which none is likely keeps what it has.
       share: of the rows that take one where they can.
@@ -74,11 +106,13 @@ def draw(keys: jax.Array, pictures: Mapping, chances: jax.Array, share: float, c
     def one(key, chance):
         key_use, key_which, key_crop = jax.random.split(key, 3)
         which = jax.random.categorical(key_which, jnp.log(chance))
-        mask = jnp.where(pictures["masks"][which], 255, 0).astype(jnp.uint8)[..., None]
-        layers = [pictures["images"][which], pictures["twins"][which], mask]
+        image, marks = pictures["images"][which], (pictures["masks"], pictures["ignored"])
+        marks = [jnp.where(mark[which], 255, 0).astype(jnp.uint8)[..., None] for mark in marks]
+        layers = [image, pictures["twins"][which] if "twins" in pictures else image, *marks]
         seen = _crop(key_crop, jnp.concatenate(layers, axis=-1), view, train)
         is_used = (jax.random.uniform(key_use) < share) & (chance > 0).any()
-        return Rows(is_used, seen[..., :3], seen[..., 3:6], seen[..., 6] > 127)
+        marked = seen[..., 6:] > MARKED
+        return Rows(is_used, seen[..., :3], seen[..., 3:6], marked[..., 0], marked[..., 1])
 
     return jax.vmap(one)(keys, chances)
 

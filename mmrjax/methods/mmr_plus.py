@@ -74,6 +74,12 @@ class MMRPlus(mmr.MMR):
     def _check(self) -> None:
         options, batch = self.options, self.config.train.batch_size
         epochs.Plan(batch, options.synthetic_every)
+        labelled = self.config.data.labelled or options.defect_folder
+        if options.labelled_target != "blend" and not labelled:
+            raise ValueError(
+                f"mmr_plus.labelled_target={options.labelled_target}: there are no labelled "
+                "defects; set mmr_plus.defect_folder, or data.labelled=true (protocol track_b)"
+            )
         if options.synthetic_every:
             return
         if options.contrast != "none":
@@ -139,8 +145,8 @@ class MMRPlus(mmr.MMR):
     def keep_labelled(self, records, labelled, indices):
         """Labelled defects, and how likely each is on a picture of each domain."""
         folder, target = self.options.defect_folder, self.options.labelled_target
-        if folder and not self.options.synthetic_every:
-            logging.warning("mmr_plus.synthetic_every=0: the defects of defect_folder are not used")
+        if (folder or len(labelled)) and not self.options.synthetic_every:
+            logging.warning("mmr_plus.synthetic_every=0: labelled defects are not used")
         if not (len(labelled) or folder) or not self.options.synthetic_every:
             return {}, {}
         view, found, whole = geometry.View.of(self.config), [], target != "blend"
@@ -160,11 +166,21 @@ class MMRPlus(mmr.MMR):
         found = defect_bank.joined(found)
         parts, names = tracks.part_of(records)[indices], self._domain_names(records, indices)
         first = [0] if names is None else np.unique(names, return_index=True)[1]
-        kept = {**found.bank._asdict(), "chances": found.chances(parts[first])}
-        if target == "inpaint":
-            kept["twins"] = np.stack(list(map(labelled_pictures.fill_in, *found.bank)))
-        facts = {"labelled_defects": found.counts(), "labelled_too_large": found.too_large}
-        return {"labelled": kept}, facts
+        if not whole:
+            kept = {**found.bank._asdict(), "chances": found.chances(parts[first])}
+            facts = {"labelled_defects": found.counts(), "labelled_too_large": found.too_large}
+            return {"labelled": kept}, facts
+        conditions = None
+        if self.options.domain != "none":  # each picture is of a domain of its own already
+            if folder:
+                raise ValueError(
+                    f"mmr_plus.labelled_target={target}: the pictures of defect_folder are of no "
+                    "known domain; set mmr_plus.domain=none, or mmr_plus.labelled_target=blend"
+                )
+            conditions = None if len(np.unique(parts)) > 1 else names[first]
+        pictures = {**found.bank._asdict(), **labelled_pictures.targets(target, *found.bank)}
+        kept = {**pictures, "chances": found.chances(parts[first], conditions)}
+        return {"labelled": kept}, {"labelled_pictures": found.counts()}
 
     def init(self, key, frozen):
         """MMR's student with the same initial values, and what the switches need beside it."""
@@ -208,8 +224,9 @@ class MMRPlus(mmr.MMR):
         if options.synthetic_every:
             found = self._synthesise(batch, frozen.get("labelled"))
             if self._shows_labelled(frozen):
-                found, twins, ignored = self._show_labelled(batch, found, frozen["labelled"])
+                found, twins, unknown = self._show_labelled(batch, found, frozen["labelled"])
                 normal = self._with_synthetic(normal, twins)
+                ignored = self._with_synthetic(jnp.zeros(normal.shape[:3], bool), unknown)
             seen = self._with_synthetic(normal, found.images)
         limits = self._limits(batch, progress["epoch"])
         features = self._reconstruct(variables, resnet.normalise(seen), batch["keys"], **limits)
@@ -230,7 +247,8 @@ class MMRPlus(mmr.MMR):
             )
         extra = {}
         if options.contrast == "features":
-            extra["contrast"] = self._contrast(frozen, features, targets, found, key)
+            mask = found.mask if ignored is None else found.mask & ~unknown
+            extra["contrast"] = self._contrast(frozen, features, targets, found.images, mask, key)
         if options.contrast == "tokens":
             extra["contrast"] = self._token_contrast(variables, features, found, batch)
         if options.domain == "supcon":
@@ -303,37 +321,32 @@ class MMRPlus(mmr.MMR):
         """Labelled pictures in some of the synthetic rows.
 
         Returns:
-          (the rows' pictures and defects now, the twins whose features are to be predicted, pixels
-          of the whole batch that do not count, bool [b, h, w], or None).
+          (the rows' pictures and defects now; the twins whose features are to be predicted; pixels
+          of the rows that are not, bool [b, h, w]).
         """
-        options, normal = self.options, self._synthetic(batch["image"])
+        normal = self._synthetic(batch["image"])
         keys = jax.vmap(jax.random.fold_in, (0, None))(self._synthetic(batch["keys"]), LABELLED)
         domain = batch.get("domain", jnp.zeros(len(batch["image"]), jnp.int32))
-        pictures = {"twins": labelled["images"], **labelled}
         rows = labelled_pictures.draw(
             keys,
-            pictures,
+            labelled,
             labelled["chances"][self._synthetic(domain)],
-            options.defect_labelled,
+            self.options.defect_labelled,
             self.config,
         )
-        is_used, mask = rows.is_used[:, None, None], rows.mask
+        is_used = rows.is_used[:, None, None]
 
         def put(shown, before):
             return jnp.where(is_used[..., None], shown / 255, before)
 
-        real = jnp.where(mask.any((1, 2)), defects.KINDS.index("real"), defects.NONE)
+        real = jnp.where(rows.mask.any((1, 2)), defects.KINDS.index("real"), defects.NONE)
         found = defects.Defects(
             put(rows.images, found.images),
-            jnp.where(is_used, mask, found.mask),
-            jnp.where(is_used, shapes.small_components(mask), found.tiny),
+            jnp.where(is_used, rows.mask, found.mask),
+            jnp.where(is_used, shapes.small_components(rows.mask), found.tiny),
             jnp.where(rows.is_used, real, found.kind),
         )
-        ignored = None
-        if options.labelled_target == "ignore":
-            nothing = jnp.zeros(batch["image"].shape[:3], bool)
-            ignored = self._with_synthetic(nothing, is_used & mask)
-        return found, put(rows.twins, normal), ignored
+        return found, put(rows.twins, normal), is_used & rows.ignored
 
     def _epochs(self, share: float) -> int:
         """A share of the training in whole epochs."""
@@ -375,20 +388,20 @@ class MMRPlus(mmr.MMR):
         possible = self.options.sampling == "lattice" and self.options.layers == "all"
         return self.student.hybrid is not None and possible and n >= GATHER_FROM
 
-    def _contrast(self, frozen, features, targets, found, key) -> jax.Array:
+    def _contrast(self, frozen, features, targets, images, mask, key) -> jax.Array:
         """InfoNCE between features of the defect and of its normal twin (spec, section 4)."""
         student, normal = (
             {layer: self._synthetic(maps[layer]) for layer in targets}
             for maps in (features, targets)
         )
         options, key = self.options, jax.random.fold_in(key, NEGATIVES)
-        defective = self._targets(frozen, found.images)
+        defective = self._targets(frozen, images)
         loss, _ = losses_plus.feature_contrast(
             key,
             student,
             normal,
             defective,
-            found.mask,
+            mask,
             negatives=options.negatives,
             temperature=options.temperature,
             alike=options.alike,

@@ -139,6 +139,24 @@ def test_labelled_defects_are_cut_from_the_rows_given_with_part_and_type():
     assert defect_bank.from_records(records, [11], VIEW) is None
 
 
+def test_whole_pictures_are_kept_with_what_is_too_large_to_cut_and_where_a_defect_is_seen():
+    records = labelled_records()
+    below = {1: np.zeros((80, 80), np.uint8), 6: np.full((80, 80), 255, np.uint8)}
+    marked = records.mask
+    records.mask = lambda i: below[i] if i in below else marked(i)
+    records.table["domain"] = np.array([f"exp{i}" for i in range(12)])
+    found = defect_bank.from_records(records, [0, 1, 6, 9, 11], VIEW, whole=True)
+    assert found.domain.tolist() == ["exp0", "exp6", "exp9"]
+    assert found.part.tolist() == ["x/a", "x/a", "y/b"]
+    assert found.defect.tolist() == ["dent", "crack", "dent"]
+    assert found.bank.images.shape == (3, 80, 80, 3)
+    assert found.bank.images[:, 0, 0, 0].tolist() == [0, 60, 90]
+    assert found.bank.masks.sum((1, 2)).tolist() == [64, 6400, 8 * 17]
+    chances = found.chances(["x/a", "x/a", "y/b"], ["exp0", "exp6", "exp0"])
+    assert (chances > 0).tolist() == [[True, False, False], [False, True, False], [False] * 3]
+    assert defect_bank.from_records(records, [1, 11], VIEW, whole=True) is None
+
+
 def test_defects_of_a_folder_go_on_pictures_of_every_part(tmp_path, pair):
     for name in ("a", "b"):
         write(tmp_path / "dents", "marked", name, *pair)
@@ -201,5 +219,11 @@ def test_the_share_of_labelled_defects_is_that_of_the_settings():
     )
     counts = np.bincount(np.asarray(found), minlength=4) / 4000
     np.testing.assert_allclose(counts, [0.15, 0.15, 0.2, 0.5], atol=1e-3)
+    # Where none can come the others do, in their own shares, also if none else was to come.
+    for share in (0.5, 1.0):
+        settings = defects.DefectSettings(kinds=kinds, real_share=share)
+        none = np.zeros((4000, 2), np.float32)
+        counts = np.bincount(np.asarray(defects._draw_kinds(drawn, settings, none)), minlength=4)
+        np.testing.assert_allclose(counts / 4000, [0.3, 0.3, 0.4, 0], atol=1e-3)
     with pytest.raises(ValueError, match="real_share=2"):
         defects.DefectSettings(real_share=2)

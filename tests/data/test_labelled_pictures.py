@@ -17,7 +17,8 @@ def bank(sides=(SIDE, SIDE)):
     masks[0, 8:24, 10:40], masks[1, 30:60, 30:50] = True, True
     images = np.broadcast_to(np.uint8([40, 120])[:, None, None, None], (2, *sides, 3))
     images = np.where(masks[..., None], 255, images).astype(np.uint8)
-    return {"images": images, "masks": masks, "twins": np.where(images == 255, 255, images + 30)}
+    twins = np.where(images == 255, 255, images + 30)
+    return {"images": images, "masks": masks, "twins": twins, "ignored": ~masks}
 
 
 def config_of(tiny_config, **train):
@@ -45,14 +46,31 @@ def test_a_defect_is_filled_in_from_around_and_nothing_else_changes():
     mask[20:32, 20:40] = True
     image = np.where(mask[..., None], 255, clean).astype(np.uint8)
     image[19, 20:40] = 250  # a rim that its label has missed
-    before = image.copy(), mask.copy()
-    filled = labelled_pictures.fill_in(image, mask)
+    made = labelled_pictures.targets("inpaint", image[None], mask[None])
+    filled = made["twins"][0]
     assert np.abs(filled.astype(int) - clean)[16:36, 16:44].max() <= 24  # of 100 and more
     far = np.ones_like(mask)
     far[20 - 3 : 32 + 3, 20 - 3 : 40 + 3] = False
     np.testing.assert_array_equal(filled[far], image[far])
-    np.testing.assert_array_equal(image, before[0])
-    np.testing.assert_array_equal(mask, before[1])
+    assert not made["ignored"].any()  # nowhere 10 px deep
+    made = labelled_pictures.targets("ignore", image[None], mask[None])
+    np.testing.assert_array_equal(made["ignored"][0], ~far)
+    assert set(made) == {"ignored"}
+
+
+def test_what_cannot_be_known_from_around_is_ignored():
+    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    region = np.zeros((SIDE, SIDE), np.uint8)
+    region[:, :40] = 255  # to three borders of the picture: known from the right alone
+    filled, unknown = labelled_pictures.fill_in(image, region)
+    assert unknown[:, : 40 - 11].all()
+    assert not unknown[:, 40 - 10 :].any()
+    assert (filled[:, 30:40] != image[:, 30:40]).any(-1).mean() > 0.9
+    for edge in (0, 2):  # all of it, and all that a label and its margin leave
+        mask = np.ones((1, SIDE, SIDE), bool)
+        mask[0, :edge] = False
+        made = labelled_pictures.targets("inpaint", image[None], mask)
+        assert made["ignored"].all()
 
 
 def test_rows_take_pictures_as_often_as_they_shall_and_may(tiny_config):
@@ -69,9 +87,11 @@ def test_rows_take_pictures_as_often_as_they_shall_and_may(tiny_config):
 def test_without_augmentation_it_is_the_picture(tiny_config):
     pictures = bank()
     rows = draw(config_of(tiny_config, augment="none"), pictures, [1, 0], keys=KEYS[:3])
-    for name, wanted in (("images", "images"), ("twins", "twins"), ("mask", "masks")):
-        want = np.broadcast_to(pictures[wanted][0], getattr(rows, name).shape)
-        np.testing.assert_array_equal(getattr(rows, name), want)
+    for got, name in zip(rows[1:], ("images", "twins", "masks", "ignored"), strict=True):
+        np.testing.assert_array_equal(got, np.broadcast_to(pictures[name][0], got.shape))
+    del pictures["twins"]  # it is its own
+    rows = draw(config_of(tiny_config, augment="none"), pictures, [1, 0], keys=KEYS[:3])
+    np.testing.assert_array_equal(rows.twins, rows.images)
 
 
 @pytest.mark.parametrize("augment", ["rrc", "rrc_flip"])
@@ -80,9 +100,9 @@ def test_picture_twin_and_mask_are_cropped_and_flipped_alike(tiny_config, augmen
     rows = draw(config, pictures, [1, 1], keys=KEYS[:40])
     for image, twin, mask in zip(rows.images, rows.twins, rows.mask, strict=True):
         ground = 40 if (image == 40).any() else 120
-        differs = mask != (image[..., 0] > (255 + ground) / 2)
-        assert differs.mean() < 0.02  # a bicubic edge at most
+        assert (mask != (image[..., 0] > 0.75 * ground + 0.25 * 255)).mean() < 0.01
         assert np.abs(twin[image == ground] - (ground + 30)).max() == 0
+    assert (rows.ignored == rows.mask).mean() < 0.02  # both hold the edge between them
     shares = rows.mask.mean((1, 2))
     assert len(set(shares.tolist())) > 5  # crops differ
     left = rows.mask[:, :, : SIDE // 2].sum((1, 2)) > rows.mask[:, :, SIDE // 2 :].sum((1, 2))

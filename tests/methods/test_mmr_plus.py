@@ -8,7 +8,7 @@ import pytest
 
 from mmrjax import losses, losses_plus, methods, state, train
 from mmrjax import mesh as mesh_lib
-from mmrjax.data import defects
+from mmrjax.data import defect_bank, defects
 from mmrjax.models import attention, resnet
 
 OFF = {
@@ -473,6 +473,9 @@ def test_defects_of_a_folder_reach_pictures_of_every_data_set(make, tmp_path):
         make(synthetic_every=4, defect_folder="nowhere").keep_labelled(records, none, rows)
 
 
+WHOLE = {"synthetic_every": 4, "defect_labelled": 1.0, "defect_folder": "pairs"}
+
+
 def labelled_of(method, frozen):
     """Frozen variables with one labelled picture, black in a square, whose twin is white there."""
     images = np.random.default_rng(5).integers(60, 200, (1, 64, 64, 3), dtype=np.uint8)
@@ -481,6 +484,7 @@ def labelled_of(method, frozen):
     twins = np.where(masks[..., None], 255, images).astype(np.uint8)
     images = np.where(masks[..., None], 0, images).astype(np.uint8)
     kept = {"images": images, "masks": masks, "chances": np.ones((3, 1), np.float32)}
+    kept["ignored"] = masks & (method.options.labelled_target == "ignore")
     if method.options.labelled_target == "inpaint":
         kept["twins"] = twins
     return {**frozen, "labelled": jax.tree.map(jnp.asarray, kept)}, images[0], twins[0], masks[0]
@@ -497,8 +501,7 @@ def two_losses(method, frozen):
 
 
 def test_a_labelled_picture_is_to_be_repaired_where_it_is_filled_in(make):
-    own = {"labelled_target": "inpaint", "defect_labelled": 1.0, "defect_folder": "pairs"}
-    method = make(synthetic_every=4, **own)
+    method = make(labelled_target="inpaint", **WHOLE)
     frozen, image, twin, _ = labelled_of(method, method.load_frozen()[0])
     variables, got, logs, batch = two_losses(method, frozen)
     seen, targets = (np.array(batch["image"]) for _ in range(2))
@@ -511,7 +514,7 @@ def test_a_labelled_picture_is_to_be_repaired_where_it_is_filled_in(make):
 
 
 def test_cells_of_a_labelled_picture_are_left_out_where_they_are_ignored(make):
-    method = make(synthetic_every=4, labelled_target="ignore", defect_labelled=1.0)
+    method = make(labelled_target="ignore", **WHOLE)
     frozen, image, _, mask = labelled_of(method, method.load_frozen()[0])
     variables, got, _, batch = two_losses(method, frozen)
     seen = np.array(batch["image"])
@@ -530,7 +533,7 @@ def test_cells_of_a_labelled_picture_are_left_out_where_they_are_ignored(make):
 
 
 def test_a_labelled_picture_that_is_its_own_target_is_contrasted_with_nothing(make):
-    switches = {"synthetic_every": 4, "defect_labelled": 1.0, "contrast": "features"}
+    switches = {**WHOLE, "contrast": "features"}
     shown = {}
     for target in ("ignore", "inpaint"):
         method = make(labelled_target=target, **switches)
@@ -549,16 +552,43 @@ def test_whole_pictures_are_kept_also_with_defects_too_large_to_cut_out(make, tm
     records, rows, none = Table(), np.arange(3), np.array([], int)
     own = {"synthetic_every": 4, "defect_folder": str(tmp_path)}
     kept, facts = make(**own, labelled_target="inpaint").keep_labelled(records, none, rows)
-    assert kept["labelled"]["images"].shape == (1, 64, 64, 3)  # the other has no defect
-    assert kept["labelled"]["images"].max() == 200
-    assert kept["labelled"]["twins"].max() < 100
-    np.testing.assert_array_equal(kept["labelled"]["masks"][0], mask > 0)
-    assert facts == {"labelled_defects": {"any": {tmp_path.name: 1}}, "labelled_too_large": 0}
+    kept = kept["labelled"]
+    assert kept["images"].shape == (1, 64, 64, 3)  # the other has no defect
+    assert kept["images"].max() == 200
+    assert kept["twins"].max() < 100
+    np.testing.assert_array_equal(kept["masks"][0], mask > 0)
+    assert facts == {"labelled_pictures": {"any": {tmp_path.name: 1}}}
     kept, _ = make(**own, labelled_target="ignore").keep_labelled(records, none, rows)
-    assert set(kept["labelled"]) == {"images", "masks", "chances"}
+    assert set(kept["labelled"]) == {"images", "masks", "ignored", "chances"}
+    aligned = make(**own, labelled_target="ignore", domain="supcon")
+    records = Table(domain=np.array(["a", "b", "c"]))
+    with pytest.raises(ValueError, match="pictures of defect_folder are of no known domain; set"):
+        aligned.keep_labelled(records, none, rows)
     (tmp_path / "0_mask.png").write_bytes((tmp_path / "1_mask.png").read_bytes())
     with pytest.raises(ValueError, match=r"no defect in the masks of .*: all are empty"):
         make(**own, labelled_target="ignore").keep_labelled(records, none, rows)
+
+
+def test_a_whole_picture_takes_rows_of_its_own_domain_alone(make, monkeypatch, base):
+    """Its exposure is that of the row, or it would be aligned as another."""
+    bank = defects.Bank(np.zeros((3, 64, 64, 3), np.uint8), np.ones((3, 64, 64), bool))
+    domain = np.array(["exp1", "exp2", "exp2"])
+    found = defect_bank.Labelled(bank, np.array(["tile/t"] * 3), np.array(["crack"] * 3), domain, 0)
+    monkeypatch.setattr(defect_bank, "from_records", lambda *_: found)
+    monkeypatch.setattr(base.data, "labelled", True)
+    records, rows = Table(part=np.array(["tile/t"] * 4), domain=np.array(["exp1", "exp2"] * 2)), 4
+    for switch, wanted in (("supcon", [[1, 0, 0], [0, 1, 1]]), ("none", [[1, 1, 1]])):
+        method = make(synthetic_every=4, labelled_target="ignore", domain=switch)
+        kept, _ = method.keep_labelled(records, np.arange(3), np.arange(rows))
+        np.testing.assert_array_equal(kept["labelled"]["chances"] > 0, wanted)
+    method = make(synthetic_every=4, domain="supcon")  # cut out, they are part of the good picture
+    kept, _ = method.keep_labelled(records, np.arange(3), np.arange(rows))
+    assert (kept["labelled"]["chances"] > 0).all()
+
+
+def test_a_target_for_labelled_defects_needs_some(make):
+    with pytest.raises(ValueError, match="labelled_target=ignore: there are no labelled defects"):
+        make(synthetic_every=4, labelled_target="ignore")
 
 
 def test_what_is_drawn_is_what_the_configuration_says(make):
