@@ -180,6 +180,11 @@ def run_grid(
             failed.append(status)
             return
         runs, images = summary(home, seed)
+        if not runs:
+            raise ValueError(
+                f"{home} holds no results; fields of eval by which it is seen otherwise than "
+                "trained put them elsewhere, and have no place in a grid"
+            )
         content = {**_expected(row, seed, spec, trained, rows), "runs": runs}
         with writing:
             for key, run in runs.items() if looks else ():
@@ -294,7 +299,9 @@ def _section(key: str, found: dict, images: list) -> str:
     lines = [f"## {key}", "", "Percent over all test images, mean over seeds; difference to the "
              "first row in points [95 % over seeds; image AUROC: | 95 % over groups of images].",
              ""]  # fmt: skip
-    shown = [m for m in METRICS if any(_values(runs, key, "all", m) for runs in found.values())]
+    known = {m: [_values(runs, key, "all", m) for runs in found.values()] for m in METRICS}
+    most = [max(map(len, rows)) for rows in zip(*known.values(), strict=True)]
+    shown = [m for m in METRICS if [*map(len, known[m])] == most]  # older evidence has fewer
     heads = ["row", "seeds", *shown]
     cells = [[row, _seeds(runs), *(_cell(found, row, key, "all", m, images) for m in shown)]
              for row, runs in found.items()]  # fmt: skip

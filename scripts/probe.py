@@ -4,18 +4,19 @@
         --config.data.raw_dir=<tiles>
 
 Aligning domains (mmr_plus.domain) is to make the first harder and leave the second as it is (spec,
-section 5). Both are read twice from each test image, of which nothing is masked: from the mean of
-the student's tokens, and from what the alignment's own head makes of it. A run without that head is
-given a fresh one, whose projection is random, so that both runs have it.
+section 5). Both are read from the mean of the student's tokens of each test image, of which nothing
+is masked, and from what the alignment's own head makes of it, where the run has trained one.
 
 A probe is a logistic regression, fitted to four fifths of the groups of test images and judged by
-the others, five times. The domain is read from good images alone, those of domains with five groups
-or more. Told is the balanced accuracy, the mean over classes of the share recognised, with the
-interval of 95 % over groups of test images, and the difference to the first run with its own. Test
-labels describe here and choose nothing.
+the others, five times. The domain is read from good images, the defect within each domain: a domain
+with more defects than others tells nothing of them. What has fewer than five groups is left out.
+Told is the share recognised, the mean over classes (and domains), with the interval of 95 % over
+groups of test images for probes as they were fitted, and the difference to the first run with its
+own. The labels of the test describe here, and choose nothing.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -23,9 +24,11 @@ from collections.abc import Sequence
 import ablate
 import jax
 import numpy as np
-from sklearn import linear_model, model_selection, pipeline, preprocessing
+from ml_collections import ConfigDict
+from sklearn import linear_model, model_selection, preprocessing
 
 from mmrjax import command_line, files, mesh, report_tables, restore, train
+from mmrjax import config as config_lib
 from mmrjax import main as main_lib
 from mmrjax.data import geometry, records, tracks
 from mmrjax.methods import mmr, mmr_plus
@@ -33,66 +36,101 @@ from mmrjax.metrics import bootstrap
 from mmrjax.models import resnet
 
 FOLDS, RESAMPLES = 5, 1000
-PLACES = ("data.raw_dir=", "data.data_dir=", "raw_dirs.")
+PLACES = ("data.raw_dir", "data.data_dir", "raw_dirs.")
 HEAD = "domain_head"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked of some of the test images.
+
+    Attributes:
+      rows: bool [n], of which.
+      classes: [n], the answers.
+      cells: str [n], what is averaged over: a class, or a class in one domain.
+    """
+
+    rows: np.ndarray
+    classes: np.ndarray
+    cells: np.ndarray
+
+
+def questions(label: np.ndarray, domain: np.ndarray, group: np.ndarray) -> dict[str, Question]:
+    """The questions that can be asked of test images; label int, domain and group str, [n] each."""
+    good, found = label == records.GOOD, {}
+    asked = common(np.where(good, domain, ""), group) & good
+    if len(np.unique(domain[asked])) > 1:
+        found["domain"] = Question(asked, domain, domain)
+    cells = np.char.add(np.where(good, "good ", "defect "), domain)
+    asked = common(cells, group)
+    both = set(domain[asked & good].tolist()) & set(domain[asked & ~good].tolist())
+    if both:
+        found["defect"] = Question(asked & np.isin(domain, list(both)), label, cells)
+    return found
+
+
+def common(cells: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Whether an image's cell has a group for every fold, bool [n]."""
+    names = [one for one in np.unique(cells) if len(np.unique(group[cells == one])) >= FOLDS]
+    return np.isin(cells, names)
 
 
 def representations(
     trained: train.Trained, data: records.Records, indices: np.ndarray, batch: int
 ) -> dict[str, np.ndarray]:
-    """{"tokens": float32 [n, d], "head": float32 [n, 128]} of some records."""
-    method, variables = trained.method, trained.variables
-    head = method.heads.get(HEAD) if isinstance(method, mmr_plus.MMRPlus) else None
-    head = head or mmr_plus.Head(method.dtype)
-    width = np.zeros((1, method.student.width), np.float32)
-    weights = variables["params"].get(HEAD) or head.init(jax.random.key(0), width)["params"]
+    """{"tokens": float32 [n, d]} of some records, and with a head {"head": float32 [n, 128]}."""
+    method = trained.method
+    has_head = isinstance(method, mmr_plus.MMRPlus) and HEAD in method.heads
 
     @jax.jit
-    def read(variables, weights, images):
+    def read(variables, images):
         tokens = mmr_plus.pooled(method.whole(variables, resnet.normalise(images / 255.0)))
-        return {"tokens": tokens, "head": head.apply({"params": weights}, tokens)}
+        head = {"head": method.project(HEAD, variables, tokens)} if has_head else {}
+        return {"tokens": tokens, **head}
 
     found, view = [], geometry.View.of(method.config, evaluation=True)
     for images, _, real in geometry.batches(data, indices, view, batch):
-        images = mesh.put_batch(images, trained.mesh)
-        got = read(variables, weights, images)
+        got = read(trained.variables, mesh.put_batch(images, trained.mesh))
         found.append({name: np.asarray(x)[:real] for name, x in got.items()})
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 
-def recognised(features: np.ndarray, classes: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Whether a probe that has not seen an image's group recognises its class, bool [n]."""
-    probe = pipeline.make_pipeline(
-        preprocessing.StandardScaler(),
-        linear_model.LogisticRegression(class_weight="balanced", max_iter=5000),
-    )
+def recognised(
+    features: np.ndarray, classes: np.ndarray, cells: np.ndarray, group: np.ndarray
+) -> np.ndarray:
+    """Whether a probe that has not seen an image's group tells its class, bool [n].
+
+    `features` are float32 [n, d]. Every cell weighs alike in the fit.
+    """
+    _, cell, count = np.unique(cells, return_inverse=True, return_counts=True)
+    weight = len(cells) / (len(count) * count[cell])
+    right = np.zeros(len(classes), bool)
     folds = model_selection.StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
-    guessed = model_selection.cross_val_predict(probe, features, classes, groups=group, cv=folds)
-    return guessed == classes
+    for fit, judge in folds.split(features, cells, group):
+        scale = preprocessing.StandardScaler().fit(features[fit])
+        probe = linear_model.LogisticRegression(max_iter=5000)
+        probe.fit(scale.transform(features[fit]), classes[fit], sample_weight=weight[fit])
+        right[judge] = probe.predict(scale.transform(features[judge])) == classes[judge]
+    return right
 
 
-def common(classes: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Whether an image's class has a group for every fold, bool [n]."""
-    names = [one for one in np.unique(classes) if len(np.unique(group[classes == one])) >= FOLDS]
-    return np.isin(classes, names)
+def accuracy(right: np.ndarray, cells: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """The mean over cells of the share of right answers, float64 [1 + RESAMPLES].
 
-
-def accuracy(right: np.ndarray, classes: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Balanced accuracy, of all and of resampled groups, float64 [1 + RESAMPLES].
-
-    NaN where a resample lacks a class. The same groups are drawn for the same `group`.
+    Of all, then of resampled groups; NaN where a resample lacks a cell. The same groups are drawn
+    for the same `group`.
     """
     _, index = np.unique(group, return_inverse=True)
     weight = bootstrap.multiplicities(index.max() + 1, RESAMPLES, 0)[:, index]
     with np.errstate(invalid="ignore"):
         shares = [
-            (weight * right)[:, classes == one].sum(1) / weight[:, classes == one].sum(1)
-            for one in np.unique(classes)
+            (weight * right)[:, cells == one].sum(1) / weight[:, cells == one].sum(1)
+            for one in np.unique(cells)
         ]
     return np.mean(shares, axis=0)
 
 
-def probed(folder: pathlib.Path, places: dict[str, str]) -> tuple[dict, dict, list[str]]:
+def probed(folder: pathlib.Path, places: Sequence[str]) -> tuple[dict, dict, list[str]]:
     """What is read from one run.
 
     Args:
@@ -100,36 +138,46 @@ def probed(folder: pathlib.Path, places: dict[str, str]) -> tuple[dict, dict, li
       places: fields of the configuration that say where the data lie now.
 
     Returns:
-      ({(from, question): `accuracy`}, {question: accuracy of a guess}, ids of the test images).
+      ({(from, question): `accuracy`}, {question: share of a guess}, ids of the test images).
+
+    Raises:
+      ValueError: a run without student or of tiles, data that are not its own, or no question.
     """
     trained, config = restore.trained(folder)
     if not isinstance(trained.method, mmr.MMR):
         raise ValueError(f"{folder}: {trained.method.name} has no student; give an MMR or MMR+ run")
-    config.update_from_flattened_dict(places)
-    category = folder.resolve().parent.name
-    data = next(unit for unit in main_lib.load_records(config) if unit.category == category)
-    seed = int(folder.resolve().name.removeprefix("seed"))
-    test = tracks.select(data, config.data, seed).test
-    read = representations(trained, data, test, config.eval.batch_size)
-    label, group = data.table["label"][test], data.table["group"][test]
+    if config.data.tiling:
+        raise ValueError(f"{folder} looks at images in tiles; a probe reads whole ones")
+    config_lib.override(config, places)
+    data = _data(folder, config)
+    test = tracks.select(data, config.data, int(folder.name.removeprefix("seed"))).test
     parts = tracks.part_of(data)[test]
     domain = parts if len(np.unique(parts)) > 1 else data.table["domain"][test]
-    found, guess = {}, {}
-    for question, classes, rows in (
-        ("domain", domain, label == records.GOOD),
-        ("defect", label, np.ones(len(test), bool)),
-    ):
-        rows[rows] = common(classes[rows], group[rows])
-        names = np.unique(classes[rows])
-        if len(names) < 2:
-            raise ValueError(
-                f"{folder}: a probe needs test images of two {question}s, {FOLDS} groups of each"
-            )
-        guess[question] = 1 / len(names)
+    group = data.table["group"][test]
+    asked = questions(data.table["label"][test], domain, group)
+    if not asked:
+        raise ValueError(f"{folder}: its test images have no {FOLDS} groups of two classes")
+    read, found = representations(trained, data, test, config.eval.batch_size), {}
+    for name, question in asked.items():
+        rows = question.rows
+        classes, cells, own = question.classes[rows], question.cells[rows], group[rows]
         for source, features in read.items():
-            right = recognised(features[rows], classes[rows], group[rows])
-            found[source, question] = accuracy(right, classes[rows], group[rows])
+            right = recognised(features[rows], classes, cells, own)
+            found[source, name] = accuracy(right, cells, own)
+    guess = {name: 1 / len(np.unique(q.classes[q.rows])) for name, q in asked.items()}
     return found, guess, data.table["id"][test].tolist()
+
+
+def _data(folder: pathlib.Path, config: ConfigDict) -> records.Records:
+    """The records that a run was trained on."""
+    digest = (files.read_json(folder / "config.json") or {}).get("data_digest")
+    for unit in main_lib.load_records(config):
+        if unit.category == folder.parent.name and unit.digest == digest:
+            return unit
+    raise ValueError(
+        f"{folder} was trained on other data; say where its own are, such as "
+        "--config.data.raw_dir=… (of joined data sets --config.raw_dirs.<name>=… for each)"
+    )
 
 
 def table(runs: dict[str, dict], guess: dict[str, float]) -> str:
@@ -138,7 +186,8 @@ def table(runs: dict[str, dict], guess: dict[str, float]) -> str:
     for name, found in runs.items():
         first = first or found
         for (source, question), values in found.items():
-            gap = "" if found is first else _text(values - first[source, question], "+.1f")
+            same = None if found is first else first.get((source, question))
+            gap = "" if same is None else _text(values - same, "+.1f")
             chance = report_tables.percent(guess[question])
             lines.append([name, source, question, chance, _text(values, ".1f"), gap])
     return report_tables.aligned(lines)
@@ -151,10 +200,10 @@ def _text(values: np.ndarray, form: str) -> str:
     return f"{100 * values[0]:{form}} [{inside}]"
 
 
-def _run(arguments: argparse.Namespace, places: dict[str, str]) -> int:
+def _run(arguments: argparse.Namespace, places: Sequence[str]) -> int:
     runs, images = {}, None
     for folder in arguments.runs:
-        runs[str(folder)], guess, own = probed(restore.find_run(folder), places)
+        runs[str(folder)], guess, own = probed(restore.find_run(folder).resolve(), places)
         if images not in (None, own):
             raise ValueError(f"{folder}: its test images are not those of {arguments.runs[0]}")
         images = own
@@ -176,8 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for field in fields:
         if not field.startswith(PLACES):
             parser.error(f"--config.{field}: only {', '.join(PLACES)} can differ from the run")
-    places = dict(field.split("=", 1) for field in fields)
-    return command_line.run(lambda: _run(arguments, places))
+    return command_line.run(lambda: _run(arguments, fields))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -183,6 +184,26 @@ def test_the_table_holds_means_paired_differences_and_both_intervals(finished):
     assert f"62.7 (+10.7 {ends}])" in first  # a pixel metric, over seeds alone
     assert "(+0.0 [+0.0, +0.0" in hybrid
     assert best.count("+10.7") == 2  # two domains
+
+
+def test_a_metric_that_older_evidence_lacks_is_not_in_the_table(finished, tmp_path):
+    """A mean over fewer seeds than the row names would be none of that row."""
+    evidence = tmp_path / "evidence"
+    shutil.copytree(finished[0] / "evidence", evidence)
+    assert "| tiny_recall |" in (evidence / "table.md").read_text()
+    path = evidence / "all/seed2/results.json"
+    content = json.loads(path.read_text())
+    del content["runs"]["folder/parts"]["metrics"]["all"]["tiny_recall"]
+    path.write_text(json.dumps(content))
+    ablate.write_table(evidence, ablate.rows_of("parts", "supcon", ["hybrid", "all"]))
+    heads = (evidence / "table.md").read_text().splitlines()[4]
+    assert heads == "| row | seeds | image_auroc | pixel_auroc | aupro_0.3 | pro_mmr |"
+
+
+def test_a_run_that_leaves_no_results_where_they_belong_is_an_error(tmp_path, capsys):
+    assert call(tmp_path, lambda arguments: 0) == 1
+    assert "holds no results; fields of eval" in capsys.readouterr().err
+    assert not (tmp_path / "evidence/base").exists()
 
 
 def test_intervals_of_pairs():

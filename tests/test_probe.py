@@ -3,10 +3,10 @@
 import csv
 import importlib
 import pathlib
+import shutil
 import sys
 
 import cv2
-import jax
 import numpy as np
 import pytest
 
@@ -35,7 +35,7 @@ def test_a_class_that_is_in_the_features_is_recognised(probe):
     features = rng.normal(0, 1, (120, 5))
     features[:, 2] += 10 * (classes == "b")
     features[:, 3] += 10 * (classes == "c")
-    assert probe.recognised(features, classes, group).all()
+    assert probe.recognised(features, classes, classes, group).all()
 
 
 def test_what_is_known_of_a_group_does_not_help(probe):
@@ -43,7 +43,23 @@ def test_what_is_known_of_a_group_does_not_help(probe):
     group = np.repeat(np.arange(20), 6)
     classes = np.where(np.random.default_rng(1).permutation(20) < 10, "a", "b")[group]
     features = np.eye(20)[group]
-    assert probe.recognised(features, classes, group).mean() <= 0.6
+    assert probe.recognised(features, classes, classes, group).mean() <= 0.6
+
+
+def test_a_domain_with_more_defects_tells_nothing_of_them(probe):
+    """What is known of the domain alone recognises one of its two classes, whatever their share."""
+    rng = np.random.default_rng(2)
+    domain = np.repeat(["a", "b"], 200)
+    label = np.where(rng.random(400) < np.where(domain == "a", 0.8, 0.2), 1, 0)
+    group = np.arange(400) // 2
+    features = np.stack([domain == "a", rng.normal(0, 1, 400)], axis=1).astype(float)
+    asked = probe.questions(label, domain, group.astype(str))["defect"]
+    right = probe.recognised(features, asked.classes, asked.cells, group)
+    values = probe.accuracy(right, asked.cells, group)
+    assert values[0] == pytest.approx(0.5, abs=0.06)
+    features[:, 1] += 8 * label
+    right = probe.recognised(features, asked.classes, asked.cells, group)
+    assert probe.accuracy(right, asked.cells, group)[0] > 0.99
 
 
 def test_accuracy_is_the_mean_over_classes_and_resamples_whole_groups(probe):
@@ -63,11 +79,19 @@ def test_accuracy_is_the_mean_over_classes_and_resamples_whole_groups(probe):
     np.testing.assert_array_equal(values, probe.accuracy(right, classes, group))
 
 
-def test_classes_of_few_groups_are_left_out(probe):
-    classes, group = np.array(["a"] * 5 + ["b"] * 9), np.array([*range(5), *[7] * 5, *range(4)])
-    assert probe.common(classes, group).tolist() == [True] * 14
-    group[4] = 0
-    assert probe.common(classes, group).tolist() == [False] * 5 + [True] * 9
+def test_only_what_has_a_group_for_every_fold_is_asked(probe):
+    """Lamp c has four groups of good images, lamp b none of defective ones."""
+    domain = np.array(list("a" * 10 + "b" * 5 + "c" * 9))
+    label = np.array([0] * 5 + [1] * 5 + [0] * 5 + [0] * 4 + [1] * 5)
+    group = np.array([str(i) for i in range(24)])
+    asked = probe.questions(label, domain, group)
+    assert set(domain[asked["domain"].rows]) == {"a", "b"}
+    assert label[asked["domain"].rows].sum() == 0
+    assert set(domain[asked["defect"].rows]) == {"a"}
+    assert asked["defect"].rows.sum() == 10
+    assert set(probe.questions(label[:10], domain[:10], group[:10])) == {"defect"}
+    assert set(probe.questions(label[:15] * 0, domain[:15], group[:15])) == {"domain"}
+    assert probe.questions(label[:4], domain[:4], group[:4]) == {}
 
 
 # --- real runs
@@ -120,13 +144,19 @@ def test_domain_and_defect_are_read_from_two_runs(probe, runs, arguments, capsys
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("  ")[0] == "run"
     cells = [line.split() for line in lines[1:]]
-    assert [c[0] for c in cells] == [run for run in given for _ in range(4)]
-    assert [c[2] for c in cells] == ["domain", "domain", "defect", "defect"] * 2
+    assert [c[:3] for c in cells] == [
+        [given[0], "tokens", "domain"],
+        [given[0], "tokens", "defect"],
+        [given[1], "head", "domain"],
+        [given[1], "tokens", "domain"],
+        [given[1], "head", "defect"],
+        [given[1], "tokens", "defect"],
+    ]
     assert {c[3] for c in cells} == {"50.0"}
     read = {(c[0] == str(runs[0]), c[1], c[2]): float(c[4]) for c in cells}
     assert read[True, "tokens", "domain"] == 100  # of a lamp nothing has been taken away
     assert read[True, "tokens", "defect"] == 100
-    assert [len(c) for c in cells] == [7] * 4 + [10] * 4  # the difference and its interval
+    assert [len(c) for c in cells] == [7, 7, 7, 10, 7, 10]  # the difference and its interval
     assert {path: path.stat().st_mtime_ns for path in runs[0].parent.rglob("*")} == before
 
 
@@ -142,11 +172,8 @@ def test_the_head_that_was_trained_is_read(probe, runs):
     head = mmr_plus.Head(np.float32)
     weights = trained.variables["params"]["domain_head"]
     np.testing.assert_allclose(read["head"], head.apply({"params": weights}, tokens), atol=1e-5)
-    plain, _ = restore.trained(runs[0])  # has no such head: a fresh one
-    fresh = probe.representations(plain, data, rows, 8)
-    weights = head.init(jax.random.key(0), fresh["tokens"])["params"]
-    want = head.apply({"params": weights}, fresh["tokens"])
-    np.testing.assert_allclose(fresh["head"], want, atol=1e-5)
+    plain, _ = restore.trained(runs[0])
+    assert set(probe.representations(plain, data, rows, 8)) == {"tokens"}
 
 
 def test_what_cannot_be_probed_is_refused_in_a_line(probe, runs, finished, capsys, tmp_path):
@@ -158,13 +185,26 @@ def test_what_cannot_be_probed_is_refused_in_a_line(probe, runs, finished, capsy
     with pytest.raises(SystemExit) as stopped:
         probe.main([str(runs[0]), "--config.student.depth=3"])
     assert stopped.value.code == 2
-    assert "--config.student.depth=3: only data.raw_dir=" in capsys.readouterr().err
+    assert "--config.student.depth=3: only data.raw_dir, data.da" in capsys.readouterr().err
+    assert probe.main([str(runs[0]), "--config.raw_dirs.bogus=x"]) == 1
+    assert "raw_dirs.bogus" in capsys.readouterr().err
+
+
+def test_data_that_are_not_the_runs_own_are_refused(probe, runs, arguments, capsys, tmp_path):
+    root = next(a for a in arguments[0] if a.startswith("--config.data.raw_dir=")).split("=", 1)[1]
+    other = tmp_path / "lamps"
+    shutil.copytree(root, other)
+    one, two, *_ = (other / "test/good").iterdir()
+    one.write_bytes(two.read_bytes())
+    given = [f"--config.data.raw_dir={other}", f"--config.data.data_dir={tmp_path / 'records'}"]
+    assert probe.main([str(runs[0]), *given]) == 1
+    assert "was trained on other data; say where its own are" in capsys.readouterr().err
 
 
 def test_few_groups_and_other_images_are_refused(probe, runs, finished, capsys, monkeypatch):
     student = next((finished[0] / "mmr").glob("*/seed1"))
     assert probe.main([str(student)]) == 1
-    assert "needs test images of two domains, 5 groups of each" in capsys.readouterr().err
+    assert "its test images have no 5 groups of two classes" in capsys.readouterr().err
     ids = iter((["a", "b"], ["a", "c"]))
     monkeypatch.setattr(probe, "probed", lambda folder, places: ({}, {}, next(ids)))
     assert probe.main([str(run) for run in runs]) == 1
