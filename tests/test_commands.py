@@ -115,6 +115,8 @@ RUN_BY = {
     "test_candidates_run_at_once_are_ranked_and_not_run_again",
     r"python scripts/search.py look .*": "tests/test_search.py::"
     "test_a_look_at_the_test_is_noted_and_a_failed_one_is_not",
+    r"python scripts/probe.py .*": "tests/test_probe.py::"
+    "test_domain_and_defect_are_read_from_two_runs",
     r"python scripts/pretrain_teacher.py .*": "tests/test_pretrain_teacher.py::"
     "test_script_writes_a_teacher_that_loads",
 }
