@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     data.shots = 4  # training images of k_shot, drawn by the seed
     data.target = ""  # track_a: whose published test is kept, such as aebad/s; "" = the first one
     data.held_out = ()  # track_b: <dataset>/<category>:<defect>:<condition> never trained; * = any
-    data.labelled = False  # track_b: defects of the training side are cut out and blended (MMR+)
+    data.labelled = False  # track_b: MMR+ learns from the training side's labelled defects
     data.split_seed = -1  # track_b: of the draw; -1 = the run's seed
     data.image_size = (224, 224)  # what the networks see, (height, width) in px
     data.resize = (256, 256)  # evaluation: resize to this, then centre-crop to image_size
@@ -128,7 +128,7 @@ def get_config() -> ConfigDict:
     plus.foreground = "all"
     plus.surfaces = ()  # joined data sets to which otsu does not apply: they fill the picture
     plus.defect_tiny = 0.6  # share of defects under 10 px
-    plus.defect_folder = ""  # of (picture, mask) pairs, whose defects are cut out and blended
+    plus.defect_folder = ""  # of (picture, mask) pairs, as labelled defects
     plus.defect_labelled = 0.5  # share of these and of data.labelled's, where there are some
     # Of labelled defects: blend (cut out, into a good picture, which is the target) | inpaint (the
     # picture as it is; target: the defect filled in) | ignore (the same; its cells do not count)

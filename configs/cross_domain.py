@@ -12,7 +12,8 @@ python -m mmrjax.main --config=configs/cross_domain.py --workdir=runs/cross --mo
 
 Track B, `:b`, the default: every data set is split 70 to 30 by group, drawn by the run's seed, and
 some combinations of defect and condition are kept out of training. `:labelled` also cuts the
-labelled defects of the 70 % out and blends them into good images of their data set. Track A, `:a`,
+labelled defects of the 70 % out and blends them into good images of their data set, or learns from
+them as mmr_plus.labelled_target says. Track A, `:a`,
 keeps the published test of AeBAD-S; the others add good training images.
 
 Data sets without a folder are left out; the demo's parts need none. Your own images join by

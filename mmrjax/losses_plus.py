@@ -77,6 +77,7 @@ def feature_contrast(
     normal: dict[int, jax.Array],
     defective: dict[int, jax.Array],
     mask: jax.Array,
+    ignored: jax.Array | None = None,
     *,
     negatives: int = 32,
     temperature: float = 0.1,
@@ -94,6 +95,7 @@ def feature_contrast(
       normal: the teacher's features of their twins.
       defective: the teacher's features of the pictures.
       mask: bool [b, h, w] px, the defects.
+      ignored: bool [b, h, w] px, None for none: cells with any of them are left out.
       negatives: other cells, drawn from each scale and shared by its anchors.
       temperature: of the softmax.
       alike: cells in which the teacher's two features have a cosine above this are left out: it
@@ -106,6 +108,8 @@ def feature_contrast(
     keys = jax.random.split(key, len(student))
     for key, (layer, z) in zip(keys, sorted(normal.items()), strict=True):
         found = cells(mask, z.shape[1:3])
+        if ignored is not None:
+            found &= ~cells(ignored, z.shape[1:3])
         anchors = _flat_unit(student[layer])
         twins, defects = _flat_unit(z), _flat_unit(defective[layer])
         seen = found.reshape(-1) & (jnp.sum(twins * defects, axis=-1) <= alike)

@@ -174,8 +174,9 @@ def train(
         kept, labels = method.keep_labelled(records, np.asarray(labelled, int), indices)
         if kept:
             processes.first(lambda: _hold_labelled(folder, kept, labels))
-    frozen, facts = frozen | mesh_lib.replicate(kept, mesh), facts | labels
-    run = Run(config, method, frozen, records, indices, seed, folder, mesh, evaluate_only)
+    facts |= labels
+    used = frozen | mesh_lib.replicate(kept, mesh)  # in training; what scores does without
+    run = Run(config, method, used, records, indices, seed, folder, mesh, evaluate_only)
     facts["seconds"] = {}
     if method.prepares:
         count = min(len(indices), PREPARED)

@@ -63,6 +63,19 @@ def test_balanced_adds_the_mean_of_the_tiny_cells(tiny_weight):
     assert float(loss) == pytest.approx(0.25 * 3, rel=1e-6)
 
 
+def test_cells_with_anything_ignored_are_no_anchors():
+    """A square of 4 x 4, 2 x 2 and 1 x 1 cells, of which a pixel is ignored: one less of each."""
+    features = [{i: draw(2, n, n, 5, seed=i + k) for i, n in SIDES.items()} for k in (0, 5, 9)]
+    mask, pixel = square(16, 16, 16), square(16, 16, 1)
+    counts = []
+    for ignored in (None, pixel & False, pixel):
+        _, logs = losses_plus.feature_contrast(
+            jax.random.key(0), *features, mask, ignored, alike=2.0
+        )
+        counts.append(int(logs["contrast_cells"]))
+    assert counts == [2 * (16 + 4 + 1), 2 * (16 + 4 + 1), 2 * (15 + 3 + 0)]
+
+
 def test_an_ignored_cell_counts_as_one_without_loss():
     """16 px at a corner of the grid are 4 x 4, 2 x 2 and 1 x 1 cells; 17 px touch one more."""
     student, teacher = maps_at_distance(0.25)

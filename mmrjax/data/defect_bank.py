@@ -61,9 +61,11 @@ def _mask_of(picture: pathlib.Path, known: dict[str, pathlib.Path]) -> pathlib.P
 
 
 def load_pairs(
-    folder: str | pathlib.Path, view: geometry.View
+    folder: str | pathlib.Path, view: geometry.View, whole: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields RGB uint8 [*view.frame, 3] and bool [*view.frame] of every pair.
+
+    With `whole` no label vanishes in the view, however small.
 
     Raises:
       ValueError: a file cannot be read, the sizes of a pair differ, or a mask has values but none
@@ -81,10 +83,14 @@ def load_pairs(
             raise ValueError(
                 f"{mask} has no value above {truth.max()}; expected 0 and, in the defect, 255"
             )
-        yield _seen(image, truth, view)
+        yield _seen(image, truth, view, whole)
 
 
-def _seen(image: np.ndarray, mask: np.ndarray, view: geometry.View) -> tuple:
+def _seen(image: np.ndarray, mask: np.ndarray, view: geometry.View, whole: bool = False) -> tuple:
+    """Picture and mask in the view; with `whole` no label vanishes in it, however small."""
+    if whole:
+        reach = [-(-n // side) for n, side in zip(mask.shape, view.resize, strict=True)]
+        mask = cv2.dilate(mask, np.ones(reach, np.uint8))
     return (
         geometry.view_image(image, view.resize, view.frame, view.interpolation),
         geometry.view_mask(mask, view.resize, view.frame, "standard"),
@@ -159,14 +165,14 @@ class Labelled:
       part: str [m], "<dataset>/<category>" of each, or ANYWHERE.
       defect: str [m], its type.
       domain: str [m], that of its record; "" from a folder.
-      too_large: how many were left out, being too large to be cut out.
+      left_out: how many were: too large to be cut out; of whole pictures, without any in view.
     """
 
     bank: defects.Bank
     part: np.ndarray
     defect: np.ndarray
     domain: np.ndarray
-    too_large: int
+    left_out: int
 
     def chances(self, parts: Sequence[str], domains: Sequence[str] | None = None) -> np.ndarray:
         """How likely each defect is on a picture of each part, float32 [parts, m].
@@ -174,13 +180,18 @@ class Labelled:
         Defects of the same part and of ANYWHERE; every type alike, however many there are of it.
         With `domains`, one for each of `parts`, those alone whose record is of that domain.
         """
-        _, kind, count = np.unique(
-            np.stack([self.part, self.defect]), axis=1, return_inverse=True, return_counts=True
-        )
+        kinds = [self.part, self.defect] + ([] if domains is None else [self.domain])
+        _, kind, count = np.unique(np.stack(kinds), axis=1, return_inverse=True, return_counts=True)
         is_own = (np.asarray(parts)[:, None] == self.part) | (self.part == ANYWHERE)
         if domains is not None:
             is_own &= np.asarray(domains)[:, None] == self.domain
         return (is_own / count[kind.reshape(-1)]).astype(np.float32)
+
+    def only(self, kept: np.ndarray) -> "Labelled":
+        """Those where `kept`, bool [m]; the others are left out."""
+        bank = defects.Bank(*(array[kept] for array in self.bank))
+        columns = (column[kept] for column in (self.part, self.defect, self.domain))
+        return Labelled(bank, *columns, self.left_out + int((~kept).sum()))
 
     def counts(self) -> dict[str, dict[str, int]]:
         """{part: {type: number of defects}}."""
@@ -206,20 +217,22 @@ def from_records(
       The defects; None where no record has one (that fits).
     """
     part, has_mask = tracks.part_of(records), records.table["has_mask"]
-    cut, own_rows, too_large = [], [], 0
+    kept, own_rows, left_out = [], [], 0
     for i in rows:
         if not has_mask[i]:
             continue
-        seen = _seen(records.image(i), records.mask(i), view)
-        # All that can be blended.
-        own, left_out = ([seen][: int(seen[1].any())], 0) if whole else cut_out(*seen, WHOLE)
-        cut, too_large = cut + own, too_large + left_out
+        seen = _seen(records.image(i), records.mask(i), view, whole)
+        if whole:
+            own, missing = ([seen], 0) if seen[1].any() else ([], 1)
+        else:
+            own, missing = cut_out(*seen, WHOLE)  # all that can be blended
+        kept, left_out = kept + own, left_out + missing
         own_rows += [i] * len(own)
-    if not cut:
+    if not kept:
         return None
-    bank = defects.Bank(*(np.stack(arrays) for arrays in zip(*cut, strict=True)))
+    bank = defects.Bank(*(np.stack(arrays) for arrays in zip(*kept, strict=True)))
     columns = (column[own_rows] for column in (part, *map(records.table.get, ("defect", "domain"))))
-    return Labelled(bank, *columns, too_large)
+    return Labelled(bank, *columns, left_out)
 
 
 def from_folder(folder: str | pathlib.Path, view: geometry.View, whole: bool = False) -> Labelled:
@@ -230,23 +243,25 @@ def from_folder(folder: str | pathlib.Path, view: geometry.View, whole: bool = F
     Raises:
       ValueError: there is no pair, one cannot be read, or none has a defect (that fits).
     """
-    pairs, too_large = load_pairs(folder, view), 0
+    pairs = load_pairs(folder, view, whole)
     if whole:
+        pairs = list(pairs)
         marked = [pair for pair in pairs if pair[1].any()]
         if not marked:
-            raise ValueError(f"no defect in the masks of {folder}: all are empty")
+            raise ValueError(f"{folder} has {len(pairs)} pairs, and no mask with a defect in view")
         bank = defects.Bank(*map(np.stack, zip(*marked, strict=True)))
+        left_out = len(pairs) - len(marked)
     else:
-        bank, too_large = make_bank(pairs, WHOLE)
+        bank, left_out = make_bank(pairs, WHOLE)
     columns = ([name] * len(bank.images) for name in (ANYWHERE, pathlib.Path(folder).name, ""))
-    return Labelled(bank, *map(np.array, columns), too_large)
+    return Labelled(bank, *map(np.array, columns), left_out)
 
 
 def joined(found: Sequence[Labelled]) -> Labelled:
     """The defects of several as one."""
     arrays = [(*one.bank, one.part, one.defect, one.domain) for one in found]
     images, masks, *columns = map(np.concatenate, zip(*arrays, strict=True))
-    total = sum(one.too_large for one in found)
+    total = sum(one.left_out for one in found)
     return Labelled(defects.Bank(images, masks), *columns, total)
 
 

@@ -21,7 +21,8 @@ from mmrjax.data import augment, geometry
 MARGIN = 3  # px around a label that count as the defect: labels are tight, and a rim shows it
 RADIUS = 5  # px from which a pixel is filled in
 DEPTH = 10  # px from what is known, beyond which a filling is a smear without the part's texture
-MARKED = 63  # of 255, after resizing: a label of 1 px does not vanish in a crop
+MARKED = 63  # of 255, after a crop's resizing, in which a label of 1 px does not vanish
+TINY_SIDE = 10  # px
 
 
 class Rows(NamedTuple):
@@ -32,6 +33,7 @@ class Rows(NamedTuple):
       images: float32 [b, h, w, 3], whole grey levels in [0, 255].
       twins: the same, what the teacher sees.
       mask: bool [b, h, w], the labelled defect, as far as it is in view.
+      tiny: bool [b, h, w], the part of it in components that are under 10 px in the whole picture.
       ignored: bool [b, h, w], what is not to be predicted.
     """
 
@@ -39,10 +41,13 @@ class Rows(NamedTuple):
     images: jax.Array
     twins: jax.Array
     mask: jax.Array
+    tiny: jax.Array
     ignored: jax.Array
 
 
-def targets(target: str, images: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarray]:
+def targets(
+    target: str, images: np.ndarray, masks: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What is to be predicted of labelled pictures.
 
     Args:
@@ -51,15 +56,25 @@ def targets(target: str, images: np.ndarray, masks: np.ndarray) -> dict[str, np.
       masks: bool [n, h, w], their defects.
 
     Returns:
-      {"ignored": bool [n, h, w], pixels whose cells do not count; with "inpaint" also "twins":
-      uint8 [n, h, w, 3], without the defects}.
+      (bool [n], of which pictures anything is to be predicted; of these m {"ignored": bool
+      [m, h, w], pixels whose cells do not count; "tiny": bool [m, h, w], defects under 10 px; with
+      "inpaint" also "twins": uint8 [m, h, w, 3], without the defects}).
     """
     side = 2 * MARGIN + 1
     around = [cv2.dilate(mask.astype(np.uint8), np.ones((side, side), np.uint8)) for mask in masks]
-    if target == "ignore":
-        return {"ignored": np.stack(around) > 0}
-    filled = list(map(fill_in, images, around))
-    return {"twins": np.stack([x for x, _ in filled]), "ignored": np.stack([x for _, x in filled])}
+    made = {"ignored": np.stack(around) > 0, "tiny": np.stack(list(map(_tiny, masks)))}
+    if target == "inpaint":
+        filled, unknown = zip(*map(fill_in, images, around), strict=True)
+        made |= {"ignored": np.stack(unknown), "twins": np.stack(filled)}
+    known = ~made["ignored"].all(axis=(1, 2))
+    return known, {name: array[known] for name, array in made.items()}
+
+
+def _tiny(mask: np.ndarray) -> np.ndarray:
+    """The 8-connected components whose larger side is under 10 px, bool [h, w]."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), None, None, 8)
+    small = stats[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(axis=1) < TINY_SIDE
+    return small[labels] & mask
 
 
 def fill_in(image: np.ndarray, region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,13 +121,16 @@ def draw(
     def one(key, chance):
         key_use, key_which, key_crop = jax.random.split(key, 3)
         which = jax.random.categorical(key_which, jnp.log(chance))
-        image, marks = pictures["images"][which], (pictures["masks"], pictures["ignored"])
+        image, marks = (
+            pictures["images"][which],
+            [pictures[name] for name in ("masks", "tiny", "ignored")],
+        )
         marks = [jnp.where(mark[which], 255, 0).astype(jnp.uint8)[..., None] for mark in marks]
         layers = [image, pictures["twins"][which] if "twins" in pictures else image, *marks]
         seen = _crop(key_crop, jnp.concatenate(layers, axis=-1), view, train)
         is_used = (jax.random.uniform(key_use) < share) & (chance > 0).any()
         marked = seen[..., 6:] > MARKED
-        return Rows(is_used, seen[..., :3], seen[..., 3:6], marked[..., 0], marked[..., 1])
+        return Rows(is_used, seen[..., :3], seen[..., 3:6], *jnp.moveaxis(marked, -1, 0))
 
     return jax.vmap(one)(keys, chances)
 

@@ -17,7 +17,6 @@ from absl import logging
 
 from mmrjax import losses, losses_plus, mesh
 from mmrjax.data import defect_bank, defects, epochs, geometry, labelled_pictures, tracks
-from mmrjax.data import defect_shapes as shapes
 from mmrjax.methods import mmr
 from mmrjax.models import attention, masking, resnet, vit
 
@@ -74,12 +73,8 @@ class MMRPlus(mmr.MMR):
     def _check(self) -> None:
         options, batch = self.options, self.config.train.batch_size
         epochs.Plan(batch, options.synthetic_every)
-        labelled = self.config.data.labelled or options.defect_folder
-        if options.labelled_target != "blend" and not labelled:
-            raise ValueError(
-                f"mmr_plus.labelled_target={options.labelled_target}: there are no labelled "
-                "defects; set mmr_plus.defect_folder, or data.labelled=true (protocol track_b)"
-            )
+        if options.labelled_target != "blend":
+            self._check_labelled()
         if options.synthetic_every:
             return
         if options.contrast != "none":
@@ -91,6 +86,19 @@ class MMRPlus(mmr.MMR):
             raise ValueError(
                 "mmr_plus.domain=supcon needs synthetic defects to tell good ones from; set "
                 "mmr_plus.synthetic_every=4, or mmr_plus.domain=coral"
+            )
+
+    def _check_labelled(self) -> None:
+        options, target = self.options, self.options.labelled_target
+        if not (self.config.data.labelled or options.defect_folder):
+            raise ValueError(
+                f"mmr_plus.labelled_target={target}: there are no labelled defects; set "
+                "mmr_plus.defect_folder, or data.labelled=true (protocol track_b)"
+            )
+        if options.defect_folder and options.domain != "none":
+            raise ValueError(
+                f"mmr_plus.labelled_target={target}: the pictures of defect_folder are of no known "
+                "domain; set mmr_plus.domain=none, or mmr_plus.labelled_target=blend"
             )
 
     def _hybrid(self) -> attention.Hybrid | None:
@@ -168,19 +176,20 @@ class MMRPlus(mmr.MMR):
         first = [0] if names is None else np.unique(names, return_index=True)[1]
         if not whole:
             kept = {**found.bank._asdict(), "chances": found.chances(parts[first])}
-            facts = {"labelled_defects": found.counts(), "labelled_too_large": found.too_large}
+            facts = {"labelled_defects": found.counts(), "labelled_too_large": found.left_out}
             return {"labelled": kept}, facts
-        conditions = None
-        if self.options.domain != "none":  # each picture is of a domain of its own already
-            if folder:
-                raise ValueError(
-                    f"mmr_plus.labelled_target={target}: the pictures of defect_folder are of no "
-                    "known domain; set mmr_plus.domain=none, or mmr_plus.labelled_target=blend"
-                )
-            conditions = None if len(np.unique(parts)) > 1 else names[first]
-        pictures = {**found.bank._asdict(), **labelled_pictures.targets(target, *found.bank)}
-        kept = {**pictures, "chances": found.chances(parts[first], conditions)}
-        return {"labelled": kept}, {"labelled_pictures": found.counts()}
+        known, pictures = labelled_pictures.targets(target, *found.bank)
+        if not known.any():
+            raise ValueError(
+                f"mmr_plus.labelled_target={target}: the defects of all {len(known)} labelled "
+                "pictures fill them; set mmr_plus.labelled_target=blend"
+            )
+        # Each picture is of a domain of its own already, and takes its turn.
+        one_set = self.options.domain != "none" and len(np.unique(parts)) == 1
+        found = found.only(known)
+        chances = found.chances(parts[first], names[first] if one_set else None)
+        facts = {"labelled_pictures": found.counts(), "labelled_left_out": found.left_out}
+        return {"labelled": {**found.bank._asdict(), **pictures, "chances": chances}}, facts
 
     def init(self, key, frozen):
         """MMR's student with the same initial values, and what the switches need beside it."""
@@ -247,8 +256,8 @@ class MMRPlus(mmr.MMR):
             )
         extra = {}
         if options.contrast == "features":
-            mask = found.mask if ignored is None else found.mask & ~unknown
-            extra["contrast"] = self._contrast(frozen, features, targets, found.images, mask, key)
+            unknown = None if ignored is None else self._synthetic(ignored)
+            extra["contrast"] = self._contrast(frozen, features, targets, found, unknown, key)
         if options.contrast == "tokens":
             extra["contrast"] = self._token_contrast(variables, features, found, batch)
         if options.domain == "supcon":
@@ -343,7 +352,7 @@ class MMRPlus(mmr.MMR):
         found = defects.Defects(
             put(rows.images, found.images),
             jnp.where(is_used, rows.mask, found.mask),
-            jnp.where(is_used, shapes.small_components(rows.mask), found.tiny),
+            jnp.where(is_used, rows.tiny, found.tiny),
             jnp.where(rows.is_used, real, found.kind),
         )
         return found, put(rows.twins, normal), is_used & rows.ignored
@@ -388,20 +397,21 @@ class MMRPlus(mmr.MMR):
         possible = self.options.sampling == "lattice" and self.options.layers == "all"
         return self.student.hybrid is not None and possible and n >= GATHER_FROM
 
-    def _contrast(self, frozen, features, targets, images, mask, key) -> jax.Array:
+    def _contrast(self, frozen, features, targets, found, ignored, key) -> jax.Array:
         """InfoNCE between features of the defect and of its normal twin (spec, section 4)."""
         student, normal = (
             {layer: self._synthetic(maps[layer]) for layer in targets}
             for maps in (features, targets)
         )
         options, key = self.options, jax.random.fold_in(key, NEGATIVES)
-        defective = self._targets(frozen, images)
+        defective = self._targets(frozen, found.images)
         loss, _ = losses_plus.feature_contrast(
             key,
             student,
             normal,
             defective,
-            mask,
+            found.mask,
+            ignored,
             negatives=options.negatives,
             temperature=options.temperature,
             alike=options.alike,

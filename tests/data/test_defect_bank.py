@@ -1,5 +1,7 @@
 """Any folder of pictures and masks becomes defects that can be cut and blended."""
 
+import dataclasses
+
 import cv2
 import jax
 import numpy as np
@@ -154,7 +156,33 @@ def test_whole_pictures_are_kept_with_what_is_too_large_to_cut_and_where_a_defec
     assert found.bank.masks.sum((1, 2)).tolist() == [64, 6400, 8 * 17]
     chances = found.chances(["x/a", "x/a", "y/b"], ["exp0", "exp6", "exp0"])
     assert (chances > 0).tolist() == [[True, False, False], [False, True, False], [False] * 3]
+    assert found.left_out == 1  # without one in view; record 11 has no mask
     assert defect_bank.from_records(records, [1, 11], VIEW, whole=True) is None
+    some = found.only(np.array([True, False, True]))
+    assert (some.part.tolist(), some.domain.tolist()) == (["x/a", "y/b"], ["exp0", "exp9"])
+    assert (len(some.bank.images), some.left_out) == (2, 2)
+
+
+def test_types_are_alike_within_a_domain_too():
+    found = defect_bank.from_records(labelled_records(), range(8), VIEW, whole=True)
+    domain = np.array(["a", "b", "b", "b", "b", "b", "a", "b"])  # a: a dent, a crack
+    chances = dataclasses.replace(found, domain=domain).chances(["x/a"] * 2, ["a", "b"])
+    for row, name in zip(chances, "ab", strict=True):
+        own = domain == name
+        dents, cracks = (row[own & (found.defect == kind)].sum() for kind in ("dent", "crack"))
+        assert dents == pytest.approx(cracks) == pytest.approx(1)
+        assert not row[~own].any()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_label_of_a_pixel_vanishes_in_a_small_view_unless_pictures_are_whole(whole):
+    image, masks = np.zeros((480, 640, 3), np.uint8), []
+    for y, x in ((100, 100), (101, 103), (479, 639), (0, 0)):
+        mask = np.zeros((480, 640), np.uint8)
+        mask[y, x] = 255
+        masks.append(defect_bank._seen(image, mask, geometry.View((80, 80), (80, 80)), whole)[1])
+    assert all(mask.any() for mask in masks) == whole
+    assert all(mask.sum() <= 4 for mask in masks)
 
 
 def test_defects_of_a_folder_go_on_pictures_of_every_part(tmp_path, pair):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmrjax.data import defect_shapes as shapes
 from mmrjax.data import labelled_pictures
 
 SIDE = 64
@@ -18,7 +19,13 @@ def bank(sides=(SIDE, SIDE)):
     images = np.broadcast_to(np.uint8([40, 120])[:, None, None, None], (2, *sides, 3))
     images = np.where(masks[..., None], 255, images).astype(np.uint8)
     twins = np.where(images == 255, 255, images + 30)
-    return {"images": images, "masks": masks, "twins": twins, "ignored": ~masks}
+    return {
+        "images": images,
+        "masks": masks,
+        "twins": twins,
+        "ignored": ~masks,
+        "tiny": masks[::-1],
+    }
 
 
 def config_of(tiny_config, **train):
@@ -46,16 +53,17 @@ def test_a_defect_is_filled_in_from_around_and_nothing_else_changes():
     mask[20:32, 20:40] = True
     image = np.where(mask[..., None], 255, clean).astype(np.uint8)
     image[19, 20:40] = 250  # a rim that its label has missed
-    made = labelled_pictures.targets("inpaint", image[None], mask[None])
+    known, made = labelled_pictures.targets("inpaint", image[None], mask[None])
+    assert known.tolist() == [True]
     filled = made["twins"][0]
     assert np.abs(filled.astype(int) - clean)[16:36, 16:44].max() <= 24  # of 100 and more
     far = np.ones_like(mask)
     far[20 - 3 : 32 + 3, 20 - 3 : 40 + 3] = False
     np.testing.assert_array_equal(filled[far], image[far])
     assert not made["ignored"].any()  # nowhere 10 px deep
-    made = labelled_pictures.targets("ignore", image[None], mask[None])
+    _, made = labelled_pictures.targets("ignore", image[None], mask[None])
     np.testing.assert_array_equal(made["ignored"][0], ~far)
-    assert set(made) == {"ignored"}
+    assert set(made) == {"ignored", "tiny"}
 
 
 def test_what_cannot_be_known_from_around_is_ignored():
@@ -66,11 +74,23 @@ def test_what_cannot_be_known_from_around_is_ignored():
     assert unknown[:, : 40 - 11].all()
     assert not unknown[:, 40 - 10 :].any()
     assert (filled[:, 30:40] != image[:, 30:40]).any(-1).mean() > 0.9
-    for edge in (0, 2):  # all of it, and all that a label and its margin leave
-        mask = np.ones((1, SIDE, SIDE), bool)
-        mask[0, :edge] = False
-        made = labelled_pictures.targets("inpaint", image[None], mask)
-        assert made["ignored"].all()
+    masks = np.ones((3, SIDE, SIDE), bool)  # all of it, and all that a label and its margin leave
+    masks[1, :2], masks[2, :20] = False, False
+    for target in ("inpaint", "ignore"):
+        known, made = labelled_pictures.targets(target, np.stack([image] * 3), masks)
+        assert known.tolist() == [False, False, True]
+        assert all(len(array) == 1 for array in made.values())
+
+
+def test_what_is_tiny_is_so_in_the_whole_picture():
+    """A crop's sliver of something large is not."""
+    mask = np.zeros((1, SIDE, SIDE), bool)
+    mask[0, 5:14, 5:14], mask[0, 30:40, 30:33], mask[0, 50:51, 50:51] = True, True, True
+    _, made = labelled_pictures.targets("ignore", np.zeros((1, SIDE, SIDE, 3), np.uint8), mask)
+    want = mask.copy()
+    want[0, 30:40, 30:33] = False
+    np.testing.assert_array_equal(made["tiny"], want)
+    np.testing.assert_array_equal(made["tiny"][0], np.asarray(shapes.small_components(mask))[0])
 
 
 def test_rows_take_pictures_as_often_as_they_shall_and_may(tiny_config):
@@ -87,7 +107,7 @@ def test_rows_take_pictures_as_often_as_they_shall_and_may(tiny_config):
 def test_without_augmentation_it_is_the_picture(tiny_config):
     pictures = bank()
     rows = draw(config_of(tiny_config, augment="none"), pictures, [1, 0], keys=KEYS[:3])
-    for got, name in zip(rows[1:], ("images", "twins", "masks", "ignored"), strict=True):
+    for got, name in zip(rows[1:], ("images", "twins", "masks", "tiny", "ignored"), strict=True):
         np.testing.assert_array_equal(got, np.broadcast_to(pictures[name][0], got.shape))
     del pictures["twins"]  # it is its own
     rows = draw(config_of(tiny_config, augment="none"), pictures, [1, 0], keys=KEYS[:3])

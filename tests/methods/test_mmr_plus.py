@@ -484,6 +484,7 @@ def labelled_of(method, frozen):
     twins = np.where(masks[..., None], 255, images).astype(np.uint8)
     images = np.where(masks[..., None], 0, images).astype(np.uint8)
     kept = {"images": images, "masks": masks, "chances": np.ones((3, 1), np.float32)}
+    kept["tiny"] = 0 * masks > 0
     kept["ignored"] = masks & (method.options.labelled_target == "ignore")
     if method.options.labelled_target == "inpaint":
         kept["twins"] = twins
@@ -557,25 +558,25 @@ def test_whole_pictures_are_kept_also_with_defects_too_large_to_cut_out(make, tm
     assert kept["images"].max() == 200
     assert kept["twins"].max() < 100
     np.testing.assert_array_equal(kept["masks"][0], mask > 0)
-    assert facts == {"labelled_pictures": {"any": {tmp_path.name: 1}}}
+    assert facts == {"labelled_pictures": {"any": {tmp_path.name: 1}}, "labelled_left_out": 1}
     kept, _ = make(**own, labelled_target="ignore").keep_labelled(records, none, rows)
-    assert set(kept["labelled"]) == {"images", "masks", "ignored", "chances"}
-    aligned = make(**own, labelled_target="ignore", domain="supcon")
-    records = Table(domain=np.array(["a", "b", "c"]))
-    with pytest.raises(ValueError, match="pictures of defect_folder are of no known domain; set"):
-        aligned.keep_labelled(records, none, rows)
+    assert set(kept["labelled"]) == {"images", "masks", "tiny", "ignored", "chances"}
     (tmp_path / "0_mask.png").write_bytes((tmp_path / "1_mask.png").read_bytes())
-    with pytest.raises(ValueError, match=r"no defect in the masks of .*: all are empty"):
+    with pytest.raises(ValueError, match="has 2 pairs, and no mask with a defect in view"):
+        make(**own, labelled_target="ignore").keep_labelled(records, none, rows)
+    cv2.imwrite(str(tmp_path / "0_mask.png"), np.full_like(mask, 255))
+    with pytest.raises(ValueError, match="the defects of all 1 labelled pictures fill them"):
         make(**own, labelled_target="ignore").keep_labelled(records, none, rows)
 
 
 def test_a_whole_picture_takes_rows_of_its_own_domain_alone(make, monkeypatch, base):
     """Its exposure is that of the row, or it would be aligned as another."""
-    bank = defects.Bank(np.zeros((3, 64, 64, 3), np.uint8), np.ones((3, 64, 64), bool))
+    bank = defects.Bank(np.zeros((3, 64, 64, 3), np.uint8), np.zeros((3, 64, 64), bool))
+    bank.masks[:, 20:30, 20:30] = True
     domain = np.array(["exp1", "exp2", "exp2"])
     found = defect_bank.Labelled(bank, np.array(["tile/t"] * 3), np.array(["crack"] * 3), domain, 0)
     monkeypatch.setattr(defect_bank, "from_records", lambda *_: found)
-    monkeypatch.setattr(base.data, "labelled", True)
+    monkeypatch.setitem(base.data, "labelled", True)
     records, rows = Table(part=np.array(["tile/t"] * 4), domain=np.array(["exp1", "exp2"] * 2)), 4
     for switch, wanted in (("supcon", [[1, 0, 0], [0, 1, 1]]), ("none", [[1, 1, 1]])):
         method = make(synthetic_every=4, labelled_target="ignore", domain=switch)
@@ -589,6 +590,8 @@ def test_a_whole_picture_takes_rows_of_its_own_domain_alone(make, monkeypatch, b
 def test_a_target_for_labelled_defects_needs_some(make):
     with pytest.raises(ValueError, match="labelled_target=ignore: there are no labelled defects"):
         make(synthetic_every=4, labelled_target="ignore")
+    with pytest.raises(ValueError, match="pictures of defect_folder are of no known domain; set"):
+        make(labelled_target="ignore", domain="supcon", **WHOLE)
 
 
 def test_what_is_drawn_is_what_the_configuration_says(make):
