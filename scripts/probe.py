@@ -5,19 +5,24 @@
 
 Aligning domains (mmr_plus.domain) is to make the first harder and leave the second as it is (spec,
 section 5). Both are read from the mean of the student's tokens of each test image, of which nothing
-is masked, and from what the alignment's own head makes of it, where the run has trained one.
+is masked, and, where the alignment has trained a head, from what it makes of them; beside it from
+what heads of the same form make of them that nobody has trained.
 
 A probe is a logistic regression, fitted to four fifths of the groups of test images and judged by
-the others, five times. The domain is read from good images, the defect within each domain: a domain
-with more defects than others tells nothing of them. What has fewer than five groups is left out.
-Told is the share recognised, the mean over classes (and domains), with the interval of 95 % over
-groups of test images for probes as they were fitted, and the difference to the first run with its
-own. The labels of the test describe here, and choose nothing.
+the others, five times, and all that for ten draws of the fifths. The domain is read from good
+images, the defect within each domain: a domain with more defects than others tells nothing of them.
+What has fewer than five groups is left out. Told is the share recognised, the mean over draws, then
+over classes (and domains), with the interval of 95 % over groups of test images for probes as they
+were fitted, and the difference to the first run with its own. The labels of the test describe here,
+and choose nothing.
+
+The records are those of the run; where they are absent they are built, as mmrjax.main does.
 """
 
 import argparse
 import dataclasses
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -35,7 +40,8 @@ from mmrjax.methods import mmr, mmr_plus
 from mmrjax.metrics import bootstrap
 from mmrjax.models import resnet
 
-FOLDS, RESAMPLES = 5, 1000
+FOLDS, DRAWS, RESAMPLES = 5, 10, 1000
+RANDOM_HEADS = 5
 PLACES = ("data.raw_dir", "data.data_dir", "raw_dirs.")
 HEAD = "domain_head"
 
@@ -77,45 +83,64 @@ def common(cells: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 def representations(
     trained: train.Trained, data: records.Records, indices: np.ndarray, batch: int
-) -> dict[str, np.ndarray]:
-    """{"tokens": float32 [n, d]} of some records, and with a head {"head": float32 [n, 128]}."""
+) -> dict[str, list[np.ndarray]]:
+    """What is read of some records, float32 [n, c] each, of a source one or several.
+
+    Returns:
+      {"tokens": [their mean]}; with a head of the alignment also {"head": [...], "random heads":
+      [...] of RANDOM_HEADS draws}.
+    """
     method = trained.method
     has_head = isinstance(method, mmr_plus.MMRPlus) and HEAD in method.heads
 
     @jax.jit
     def read(variables, images):
         tokens = mmr_plus.pooled(method.whole(variables, resnet.normalise(images / 255.0)))
-        head = {"head": method.project(HEAD, variables, tokens)} if has_head else {}
-        return {"tokens": tokens, **head}
+        if not has_head:
+            return {"tokens": [tokens]}
+        head, drawn = method.heads[HEAD], jax.random.split(jax.random.key(0), RANDOM_HEADS)
+        fresh = [head.apply(head.init(key, tokens), tokens) for key in drawn]
+        trained_head = method.project(HEAD, variables, tokens)
+        return {"tokens": [tokens], "head": [trained_head], "random heads": fresh}
 
     found, view = [], geometry.View.of(method.config, evaluation=True)
     for images, _, real in geometry.batches(data, indices, view, batch):
-        got = read(trained.variables, mesh.put_batch(images, trained.mesh))
-        found.append({name: np.asarray(x)[:real] for name, x in got.items()})
-    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+        got = jax.device_get(read(trained.variables, mesh.put_batch(images, trained.mesh)))
+        found.append((got, real))
+    return {
+        source: [np.concatenate([got[source][i][:real] for got, real in found])
+                 for i in range(len(found[0][0][source]))]
+        for source in found[0][0]
+    }  # fmt: skip
 
 
 def recognised(
-    features: np.ndarray, classes: np.ndarray, cells: np.ndarray, group: np.ndarray
+    features: Sequence[np.ndarray], classes: np.ndarray, cells: np.ndarray, group: np.ndarray
 ) -> np.ndarray:
-    """Whether a probe that has not seen an image's group tells its class, bool [n].
+    """How often probes that have not seen an image's group tell its class, float64 [n] in [0, 1].
 
-    `features` are float32 [n, d]. Every cell weighs alike in the fit.
+    Args:
+      features: float32 [n, c] each, which take turns in the draws.
+      classes: [n], to tell.
+      cells: str [n], each of which weighs alike in the fit.
+      group: str [n], never on both sides.
     """
     _, cell, count = np.unique(cells, return_inverse=True, return_counts=True)
     weight = len(cells) / (len(count) * count[cell])
-    right = np.zeros(len(classes), bool)
-    folds = model_selection.StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
-    for fit, judge in folds.split(features, cells, group):
-        scale = preprocessing.StandardScaler().fit(features[fit])
-        probe = linear_model.LogisticRegression(max_iter=5000)
-        probe.fit(scale.transform(features[fit]), classes[fit], sample_weight=weight[fit])
-        right[judge] = probe.predict(scale.transform(features[judge])) == classes[judge]
-    return right
+    right = np.zeros(len(classes))
+    for draw in range(DRAWS):
+        x = features[draw % len(features)]
+        folds = model_selection.StratifiedGroupKFold(FOLDS, shuffle=True, random_state=draw)
+        for fit, judge in folds.split(x, cells, group):
+            scale = preprocessing.StandardScaler().fit(x[fit])
+            probe = linear_model.LogisticRegression(max_iter=5000)
+            probe.fit(scale.transform(x[fit]), classes[fit], sample_weight=weight[fit])
+            right[judge] += probe.predict(scale.transform(x[judge])) == classes[judge]
+    return right / DRAWS
 
 
 def accuracy(right: np.ndarray, cells: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """The mean over cells of the share of right answers, float64 [1 + RESAMPLES].
+    """The mean over cells of the mean of `right`, float64 [1 + RESAMPLES].
 
     Of all, then of resampled groups; NaN where a resample lacks a cell. The same groups are drawn
     for the same `group`.
@@ -146,6 +171,8 @@ def probed(folder: pathlib.Path, places: Sequence[str]) -> tuple[dict, dict, lis
     trained, config = restore.trained(folder)
     if not isinstance(trained.method, mmr.MMR):
         raise ValueError(f"{folder}: {trained.method.name} has no student; give an MMR or MMR+ run")
+    if not re.fullmatch(r"seed\d+", folder.name):
+        raise ValueError(f"{folder}: the folder of a run is called seed<k>, by which it was drawn")
     if config.data.tiling:
         raise ValueError(f"{folder} looks at images in tiles; a probe reads whole ones")
     config_lib.override(config, places)
@@ -162,7 +189,7 @@ def probed(folder: pathlib.Path, places: Sequence[str]) -> tuple[dict, dict, lis
         rows = question.rows
         classes, cells, own = question.classes[rows], question.cells[rows], group[rows]
         for source, features in read.items():
-            right = recognised(features[rows], classes, cells, own)
+            right = recognised([x[rows] for x in features], classes, cells, own)
             found[source, name] = accuracy(right, cells, own)
     guess = {name: 1 / len(np.unique(q.classes[q.rows])) for name, q in asked.items()}
     return found, guess, data.table["id"][test].tolist()
@@ -202,7 +229,7 @@ def _text(values: np.ndarray, form: str) -> str:
 
 def _run(arguments: argparse.Namespace, places: Sequence[str]) -> int:
     runs, images = {}, None
-    for folder in arguments.runs:
+    for folder in dict.fromkeys(arguments.runs):
         runs[str(folder)], guess, own = probed(restore.find_run(folder).resolve(), places)
         if images not in (None, own):
             raise ValueError(f"{folder}: its test images are not those of {arguments.runs[0]}")

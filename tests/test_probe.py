@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import pathlib
 import shutil
 import sys
@@ -35,7 +36,7 @@ def test_a_class_that_is_in_the_features_is_recognised(probe):
     features = rng.normal(0, 1, (120, 5))
     features[:, 2] += 10 * (classes == "b")
     features[:, 3] += 10 * (classes == "c")
-    assert probe.recognised(features, classes, classes, group).all()
+    assert probe.recognised([features], classes, classes, group).all()
 
 
 def test_what_is_known_of_a_group_does_not_help(probe):
@@ -43,7 +44,7 @@ def test_what_is_known_of_a_group_does_not_help(probe):
     group = np.repeat(np.arange(20), 6)
     classes = np.where(np.random.default_rng(1).permutation(20) < 10, "a", "b")[group]
     features = np.eye(20)[group]
-    assert probe.recognised(features, classes, classes, group).mean() <= 0.6
+    assert probe.recognised([features], classes, classes, group).mean() <= 0.6
 
 
 def test_a_domain_with_more_defects_tells_nothing_of_them(probe):
@@ -54,12 +55,24 @@ def test_a_domain_with_more_defects_tells_nothing_of_them(probe):
     group = np.arange(400) // 2
     features = np.stack([domain == "a", rng.normal(0, 1, 400)], axis=1).astype(float)
     asked = probe.questions(label, domain, group.astype(str))["defect"]
-    right = probe.recognised(features, asked.classes, asked.cells, group)
+    right = probe.recognised([features], asked.classes, asked.cells, group)
     values = probe.accuracy(right, asked.cells, group)
     assert values[0] == pytest.approx(0.5, abs=0.06)
     features[:, 1] += 8 * label
-    right = probe.recognised(features, asked.classes, asked.cells, group)
+    right = probe.recognised([features], asked.classes, asked.cells, group)
     assert probe.accuracy(right, asked.cells, group)[0] > 0.99
+
+
+def test_draws_take_turns_with_what_is_read_and_are_averaged(probe):
+    """Of two representations one tells all, the other nothing; no draw of folds counts alone."""
+    rng = np.random.default_rng(3)
+    classes, group = np.tile(["a", "b"], 60), np.arange(120) // 2
+    told, untold = (classes == "b")[:, None] * 9.0, rng.normal(0, 1, (120, 1))
+    right = probe.recognised([told, untold], classes, classes, group)
+    assert right.min() >= 0.5
+    assert right.mean() == pytest.approx(0.75, abs=0.08)
+    alone = probe.recognised([untold], classes, classes, group)
+    assert len(set(alone.tolist())) > 3
 
 
 def test_accuracy_is_the_mean_over_classes_and_resamples_whole_groups(probe):
@@ -148,19 +161,22 @@ def test_domain_and_defect_are_read_from_two_runs(probe, runs, arguments, capsys
         [given[0], "tokens", "domain"],
         [given[0], "tokens", "defect"],
         [given[1], "head", "domain"],
+        [given[1], "random", "heads"],
         [given[1], "tokens", "domain"],
         [given[1], "head", "defect"],
+        [given[1], "random", "heads"],
         [given[1], "tokens", "defect"],
     ]
-    assert {c[3] for c in cells} == {"50.0"}
+    assert {c[4 if c[1] == "random" else 3] for c in cells} == {"50.0"}
     read = {(c[0] == str(runs[0]), c[1], c[2]): float(c[4]) for c in cells}
     assert read[True, "tokens", "domain"] == 100  # of a lamp nothing has been taken away
     assert read[True, "tokens", "defect"] == 100
-    assert [len(c) for c in cells] == [7, 7, 7, 10, 7, 10]  # the difference and its interval
+    assert [len(c) for c in cells] == [7, 7, 7, 8, 10, 7, 8, 10]  # the difference and its interval
     assert {path: path.stat().st_mtime_ns for path in runs[0].parent.rglob("*")} == before
 
 
 def test_the_head_that_was_trained_is_read(probe, runs):
+    """And heads that nobody has trained, on the same tokens."""
     trained, config = restore.trained(runs[1])
     data = next(iter(main.load_records(config)))
     rows = np.flatnonzero(data.table["split"] == "test")[:11]  # a batch, and a part of one
@@ -168,10 +184,13 @@ def test_the_head_that_was_trained_is_read(probe, runs):
     images = np.stack([data.image(i) for i in rows]).astype(np.float32) / 255
     features = trained.method.student.apply(trained.variables, resnet.normalise(images))
     tokens = np.asarray(features["latent"])[:, 1:].mean(axis=1)
-    np.testing.assert_allclose(read["tokens"], tokens, atol=1e-5)
+    np.testing.assert_allclose(read["tokens"][0], tokens, atol=1e-5)
     head = mmr_plus.Head(np.float32)
     weights = trained.variables["params"]["domain_head"]
-    np.testing.assert_allclose(read["head"], head.apply({"params": weights}, tokens), atol=1e-5)
+    np.testing.assert_allclose(read["head"][0], head.apply({"params": weights}, tokens), atol=1e-5)
+    assert [x.shape for x in read["random heads"]] == [(11, 128)] * probe.RANDOM_HEADS
+    several = [*read["head"], *read["random heads"]]
+    assert min(np.abs(a - b).max() for a, b in itertools.combinations(several, 2)) > 0.01
     plain, _ = restore.trained(runs[0])
     assert set(probe.representations(plain, data, rows, 8)) == {"tokens"}
 
@@ -180,6 +199,9 @@ def test_what_cannot_be_probed_is_refused_in_a_line(probe, runs, finished, capsy
     bank = next((finished[0] / "patchcore").glob("*/seed1"))
     assert probe.main([str(bank)]) == 1
     assert "patchcore has no student; give an MMR or MMR+ run" in capsys.readouterr().err
+    shutil.copytree(runs[0], tmp_path / "mmr_plus" / "lamps" / "best")
+    assert probe.main([str(tmp_path / "mmr_plus/lamps/best")]) == 1
+    assert "the folder of a run is called seed<k>" in capsys.readouterr().err
     assert probe.main([str(tmp_path)]) == 1
     assert "holds no run" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
