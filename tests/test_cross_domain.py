@@ -168,7 +168,7 @@ def test_labelled_defects_are_counted_in_the_run_and_held_by_mmr_plus_alone(fini
     assert all(sum(line[kind] for kind in kinds) == line["defects"] for line in log)
 
 
-def test_labelled_pictures_are_trained_on_as_they_are(arguments, tmp_path):
+def test_labelled_pictures_are_trained_on_as_they_are(arguments, tmp_path, capsys):
     fields = (*LABELLED, "method.names=mmr_plus", "mmr_plus.labelled_target=inpaint")
     args = arguments(tmp_path, *fields, config="configs/cross_domain.py:labelled")
     assert main.main(args) == 0
@@ -178,6 +178,9 @@ def test_labelled_pictures_are_trained_on_as_they_are(arguments, tmp_path):
     assert "labelled_defects" not in facts
     log = [json.loads(x) for x in (run / "metrics.jsonl").open()]
     assert sum(line["defects_real"] for line in log) > 0
+    other = [arg.replace("=inpaint", "=ignore") for arg in args]
+    assert main.main(other) == 1
+    assert "labelled_target" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("page", ["report.md", "report.html"])
