@@ -149,7 +149,8 @@ def runs(arguments):
     return tuple(restore.find_run(home / domain) for domain in ("none", "supcon"))
 
 
-def test_domain_and_defect_are_read_from_two_runs(probe, runs, arguments, capsys):
+def test_domain_and_defect_are_read_from_two_runs(probe, runs, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "DRAWS", 2)
     place = next(a for a in arguments[0] if a.startswith("--config.data.data_dir="))
     before = {path: path.stat().st_mtime_ns for path in runs[0].parent.rglob("*")}
     given = [str(runs[0]), str(runs[1].parents[2])]  # a run, and a work directory with one
