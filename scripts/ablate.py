@@ -280,9 +280,10 @@ def note_look(looks: pathlib.Path, what: str, seed: int, metrics: dict, why: str
 
 
 def write_table(evidence: pathlib.Path, rows: dict[str, dict]) -> None:
-    """Writes <evidence>/table.md over all finished runs of the rows."""
+    """Writes <evidence>/table.md over the rows and whatever else has finished runs there."""
     found = {}
-    for row in rows:
+    known = dict.fromkeys([BASE, *(row for grid in GRIDS.values() for row in grid), *rows])
+    for row in [name for name in known if name in rows or (evidence / name).is_dir()]:
         runs = {}
         for path in sorted((evidence / row).glob("seed*/results.json")):
             content = files.read_json(path)

@@ -200,6 +200,15 @@ def test_a_metric_that_older_evidence_lacks_is_not_in_the_table(finished, tmp_pa
     assert heads == "| row | seeds | image_auroc | pixel_auroc | aupro_0.3 | pro_mmr |"
 
 
+def test_a_call_for_some_rows_keeps_the_others_in_the_table(tmp_path):
+    assert call(tmp_path, Program()) == 0
+    assert call(tmp_path, Program(), "--rows=synthetic", "--seeds=1") == 0
+    lines = (tmp_path / "evidence/table.md").read_text().splitlines()[6:10]
+    rows = [line.split(" | ")[:2] for line in lines]
+    assert rows == [["| base", "1, 2, 3"], ["| hybrid", "1, 2, 3"], ["| synthetic", "1"],
+                    ["| all", "1, 2, 3"]]  # fmt: skip
+
+
 def test_a_run_that_leaves_no_results_where_they_belong_is_an_error(tmp_path, capsys):
     assert call(tmp_path, lambda arguments: 0) == 1
     assert "holds no results; fields of eval" in capsys.readouterr().err
