@@ -32,7 +32,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from sklearn import linear_model, model_selection, preprocessing
 
-from mmrjax import command_line, files, mesh, report_tables, restore, train
+from mmrjax import command_line, files, mesh, methods, report_tables, restore, train
 from mmrjax import config as config_lib
 from mmrjax import main as main_lib
 from mmrjax.data import geometry, records, tracks
@@ -168,11 +168,12 @@ def probed(folder: pathlib.Path, places: Sequence[str]) -> tuple[dict, dict, lis
     Raises:
       ValueError: a run without student or of tiles, data that are not its own, or no question.
     """
-    trained, config = restore.trained(folder)
-    if not isinstance(trained.method, mmr.MMR):
-        raise ValueError(f"{folder}: {trained.method.name} has no student; give an MMR or MMR+ run")
+    name = folder.parent.parent.name
+    if not issubclass(methods.METHODS.get(name, object), mmr.MMR):
+        raise ValueError(f"{folder}: {name} has no student; give an MMR or MMR+ run")
     if not re.fullmatch(r"seed\d+", folder.name):
         raise ValueError(f"{folder}: the folder of a run is called seed<k>, by which it was drawn")
+    trained, config = restore.trained(folder)
     if config.data.tiling:
         raise ValueError(f"{folder} looks at images in tiles; a probe reads whole ones")
     config_lib.override(config, places)

@@ -196,14 +196,16 @@ def test_the_head_that_was_trained_is_read(probe, runs):
     assert set(probe.representations(plain, data, rows, 8)) == {"tokens"}
 
 
-def test_what_cannot_be_probed_is_refused_in_a_line(probe, runs, finished, capsys, tmp_path):
-    bank = next((finished[0] / "patchcore").glob("*/seed1"))
+def test_what_cannot_be_probed_is_refused_in_a_line(probe, runs, capsys, tmp_path):
+    bank = tmp_path / "bank/patchcore/lamps/seed1"
+    bank.mkdir(parents=True)
+    shutil.copy(runs[0] / "config.json", bank)
     assert probe.main([str(bank)]) == 1
     assert "patchcore has no student; give an MMR or MMR+ run" in capsys.readouterr().err
     shutil.copytree(runs[0], tmp_path / "mmr_plus" / "lamps" / "best")
     assert probe.main([str(tmp_path / "mmr_plus/lamps/best")]) == 1
     assert "the folder of a run is called seed<k>" in capsys.readouterr().err
-    assert probe.main([str(tmp_path)]) == 1
+    assert probe.main([str(tmp_path / "none")]) == 1
     assert "holds no run" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         probe.main([str(runs[0]), "--config.student.depth=3"])
@@ -224,10 +226,12 @@ def test_data_that_are_not_the_runs_own_are_refused(probe, runs, arguments, caps
     assert "was trained on other data; say where its own are" in capsys.readouterr().err
 
 
-def test_few_groups_and_other_images_are_refused(probe, runs, finished, capsys, monkeypatch):
-    student = next((finished[0] / "mmr").glob("*/seed1"))
-    assert probe.main([str(student)]) == 1
-    assert "its test images have no 5 groups of two classes" in capsys.readouterr().err
+def test_few_groups_and_other_images_are_refused(probe, runs, arguments, capsys, monkeypatch):
+    place = next(a for a in arguments[0] if a.startswith("--config.data.data_dir="))
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "FOLDS", 11)
+        assert probe.main([str(runs[0]), place]) == 1
+    assert "its test images have no 11 groups of two classes" in capsys.readouterr().err
     ids = iter((["a", "b"], ["a", "c"]))
     monkeypatch.setattr(probe, "probed", lambda folder, places: ({}, {}, next(ids)))
     assert probe.main([str(run) for run in runs]) == 1
