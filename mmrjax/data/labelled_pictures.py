@@ -121,11 +121,9 @@ def draw(
     def one(key, chance):
         key_use, key_which, key_crop = jax.random.split(key, 3)
         which = jax.random.categorical(key_which, jnp.log(chance))
-        image, marks = (
-            pictures["images"][which],
-            [pictures[name] for name in ("masks", "tiny", "ignored")],
-        )
-        marks = [jnp.where(mark[which], 255, 0).astype(jnp.uint8)[..., None] for mark in marks]
+        image = pictures["images"][which]
+        marks = [pictures[name][which] for name in ("masks", "tiny", "ignored")]
+        marks = [jnp.where(mark, 255, 0).astype(jnp.uint8)[..., None] for mark in marks]
         layers = [image, pictures["twins"][which] if "twins" in pictures else image, *marks]
         seen = _crop(key_crop, jnp.concatenate(layers, axis=-1), view, train)
         is_used = (jax.random.uniform(key_use) < share) & (chance > 0).any()

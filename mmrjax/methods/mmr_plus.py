@@ -152,12 +152,12 @@ class MMRPlus(mmr.MMR):
 
     def keep_labelled(self, records, labelled, indices):
         """Labelled defects, and how likely each is on a picture of each domain."""
-        folder, target = self.options.defect_folder, self.options.labelled_target
+        folder, whole = self.options.defect_folder, self.options.labelled_target != "blend"
         if (folder or len(labelled)) and not self.options.synthetic_every:
             logging.warning("mmr_plus.synthetic_every=0: labelled defects are not used")
         if not (len(labelled) or folder) or not self.options.synthetic_every:
             return {}, {}
-        view, found, whole = geometry.View.of(self.config), [], target != "blend"
+        view, found = geometry.View.of(self.config), []
         if len(labelled):
             found.append(defect_bank.from_records(records, labelled, view, whole))
         if found == [None]:
@@ -178,18 +178,23 @@ class MMRPlus(mmr.MMR):
             kept = {**found.bank._asdict(), "chances": found.chances(parts[first])}
             facts = {"labelled_defects": found.counts(), "labelled_too_large": found.left_out}
             return {"labelled": kept}, facts
+        # Each picture is of a domain of its own already, and takes its turn.
+        one_set = self.options.domain != "none" and len(np.unique(parts)) == 1
+        return self._keep_whole(found, parts[first], names[first] if one_set else None)
+
+    def _keep_whole(self, found, parts, domains) -> tuple[dict, dict]:
+        """What `keep_labelled` returns of pictures as they are."""
+        target = self.options.labelled_target
         known, pictures = labelled_pictures.targets(target, *found.bank)
         if not known.any():
             raise ValueError(
                 f"mmr_plus.labelled_target={target}: the defects of all {len(known)} labelled "
                 "pictures fill them; set mmr_plus.labelled_target=blend"
             )
-        # Each picture is of a domain of its own already, and takes its turn.
-        one_set = self.options.domain != "none" and len(np.unique(parts)) == 1
         found = found.only(known)
-        chances = found.chances(parts[first], names[first] if one_set else None)
         facts = {"labelled_pictures": found.counts(), "labelled_left_out": found.left_out}
-        return {"labelled": {**found.bank._asdict(), **pictures, "chances": chances}}, facts
+        kept = {**found.bank._asdict(), **pictures, "chances": found.chances(parts, domains)}
+        return {"labelled": kept}, facts
 
     def init(self, key, frozen):
         """MMR's student with the same initial values, and what the switches need beside it."""
