@@ -179,8 +179,7 @@ def train(
     run = Run(config, method, used, records, indices, seed, folder, mesh, evaluate_only)
     facts["seconds"] = {}
     if method.prepares:
-        count = min(len(indices), PREPARED)
-        rows = indices[np.linspace(0, len(indices) - 1, count).round().astype(int)]
+        rows = _evenly(indices, PREPARED)
         variables, found = method.prepare(variables, frozen, run.views(rows, "preparing"))
         facts |= found
     if method.trains:
@@ -194,6 +193,12 @@ def train(
         if fitted:
             facts["seconds"]["fitting"] = round(time.monotonic() - started, 1)
     return Trained(method, variables, frozen, facts, mesh)
+
+
+def _evenly(indices: np.ndarray, most: int) -> np.ndarray:
+    """All of `indices` or, if there are more, `most` of them, evenly spaced."""
+    count = min(len(indices), most)
+    return indices[np.linspace(0, len(indices) - 1, count).round().astype(int)]
 
 
 def has_saved(folder: pathlib.Path) -> bool:

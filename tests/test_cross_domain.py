@@ -94,7 +94,9 @@ def finished(arguments, tmp_path_factory):
 
     def spy(config, name, records, rows, seed, folder, only, labelled):
         seen.append((records, rows, labelled))
-        return real(config, name, records, rows, seed, folder, only, labelled)
+        trained = real(config, name, records, rows, seed, folder, only, labelled)
+        assert set(trained.frozen) == {"teacher"}  # labelled defects are not kept to score with
+        return trained
 
     args = arguments(home, *LABELLED, config="configs/cross_domain.py:labelled")
     with pytest.MonkeyPatch.context() as patch:

@@ -50,3 +50,12 @@ def test_a_kernel_of_attention_that_cannot_run_is_refused(tiny_config, name, wor
     config.student.attention = name
     with pytest.raises(ValueError, match=words):
         methods.create("mmr", config)
+
+
+@pytest.mark.parametrize("count", [2, 63, 64, 65, 100, 1000])
+def test_what_is_prepared_with_is_spread_over_all_training_images(count):
+    indices = 3 * np.arange(count)
+    chosen = train._evenly(indices, 64)
+    assert len(np.unique(chosen)) == len(chosen) == min(count, 64)
+    assert (chosen[0], chosen[-1]) == (0, indices[-1])
+    assert np.ptp(np.diff(chosen)) <= 3  # neighbours are one place more or less apart

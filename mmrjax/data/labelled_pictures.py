@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mmrjax.data import augment, geometry
+from mmrjax.data import augment, defects, geometry
+from mmrjax.data import defect_shapes as shapes
 
 MARGIN = 3  # px around a label that count as the defect: labels are tight, and a rim shows it
 RADIUS = 5  # px from which a pixel is filled in
 DEPTH = 10  # px from what is known, beyond which a filling is a smear without the part's texture
 MARKED = 63  # of 255, after a crop's resizing, in which a label of 1 px does not vanish
-TINY_SIDE = 10  # px
 
 
 class Rows(NamedTuple):
@@ -62,19 +62,13 @@ def targets(
     """
     side = 2 * MARGIN + 1
     around = [cv2.dilate(mask.astype(np.uint8), np.ones((side, side), np.uint8)) for mask in masks]
-    made = {"ignored": np.stack(around) > 0, "tiny": np.stack(list(map(_tiny, masks)))}
+    tiny = jax.jit(shapes.small_components)
+    made = {"ignored": np.stack(around) > 0, "tiny": np.stack([np.asarray(tiny(m)) for m in masks])}
     if target == "inpaint":
         filled, unknown = zip(*map(fill_in, images, around), strict=True)
         made |= {"ignored": np.stack(unknown), "twins": np.stack(filled)}
     known = ~made["ignored"].all(axis=(1, 2))
     return known, {name: array[known] for name, array in made.items()}
-
-
-def _tiny(mask: np.ndarray) -> np.ndarray:
-    """The 8-connected components whose larger side is under 10 px, bool [h, w]."""
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), None, None, 8)
-    small = stats[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(axis=1) < TINY_SIDE
-    return small[labels] & mask
 
 
 def fill_in(image: np.ndarray, region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,6 +125,35 @@ def draw(
         return Rows(is_used, seen[..., :3], seen[..., 3:6], *jnp.moveaxis(marked, -1, 0))
 
     return jax.vmap(one)(keys, chances)
+
+
+def show(
+    rows: Rows, normal: jax.Array, found: defects.Defects
+) -> tuple[defects.Defects, jax.Array, jax.Array]:
+    """Puts labelled pictures in the place of synthetic ones.
+
+    Args:
+      rows: of b synthetic rows.
+      normal: float32 [b, h, w, 3] in [0, 1], the good pictures of these rows.
+      found: what was made of them; its images are in [0, 1] here.
+
+    Returns:
+      (the rows' pictures and defects now; the twins whose features are to be predicted; pixels
+      that are not, bool [b, h, w]).
+    """
+    is_used = rows.is_used[:, None, None]
+    images, twins = (
+        jnp.where(is_used[..., None], shown / 255, before)
+        for shown, before in ((rows.images, found.images), (rows.twins, normal))
+    )
+    real = jnp.where(rows.mask.any((1, 2)), defects.KINDS.index("real"), defects.NONE)
+    now = defects.Defects(
+        images,
+        jnp.where(is_used, rows.mask, found.mask),
+        jnp.where(is_used, rows.tiny, found.tiny),
+        jnp.where(rows.is_used, real, found.kind),
+    )
+    return now, twins, is_used & rows.ignored
 
 
 def _crop(key: jax.Array, layers: jax.Array, view: geometry.View, train: ConfigDict) -> jax.Array:

@@ -237,7 +237,7 @@ class MMRPlus(mmr.MMR):
         seen = normal
         if options.synthetic_every:
             found = self._synthesise(batch, frozen.get("labelled"))
-            if self._shows_labelled(frozen):
+            if options.labelled_target != "blend" and "labelled" in frozen:
                 found, twins, unknown = self._show_labelled(batch, found, frozen["labelled"])
                 normal = self._with_synthetic(normal, twins)
                 ignored = self._with_synthetic(jnp.zeros(normal.shape[:3], bool), unknown)
@@ -327,40 +327,14 @@ class MMRPlus(mmr.MMR):
         # Added as a difference: what is not blended stays the same bit for bit.
         return found._replace(images=normal + (found.images - pictures) / 255)
 
-    def _shows_labelled(self, frozen: dict) -> bool:
-        """Whether labelled pictures take rows as they are."""
-        return self.options.labelled_target != "blend" and "labelled" in frozen
-
     def _show_labelled(self, batch: dict, found: defects.Defects, labelled: dict) -> tuple:
-        """Labelled pictures in some of the synthetic rows.
-
-        Returns:
-          (the rows' pictures and defects now; the twins whose features are to be predicted; pixels
-          of the rows that are not, bool [b, h, w]).
-        """
-        normal = self._synthetic(batch["image"])
+        """Labelled pictures in some of the synthetic rows: see `labelled_pictures.show`."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(self._synthetic(batch["keys"]), LABELLED)
         domain = batch.get("domain", jnp.zeros(len(batch["image"]), jnp.int32))
-        rows = labelled_pictures.draw(
-            keys,
-            labelled,
-            labelled["chances"][self._synthetic(domain)],
-            self.options.defect_labelled,
-            self.config,
-        )
-        is_used = rows.is_used[:, None, None]
-
-        def put(shown, before):
-            return jnp.where(is_used[..., None], shown / 255, before)
-
-        real = jnp.where(rows.mask.any((1, 2)), defects.KINDS.index("real"), defects.NONE)
-        found = defects.Defects(
-            put(rows.images, found.images),
-            jnp.where(is_used, rows.mask, found.mask),
-            jnp.where(is_used, rows.tiny, found.tiny),
-            jnp.where(rows.is_used, real, found.kind),
-        )
-        return found, put(rows.twins, normal), is_used & rows.ignored
+        chances = labelled["chances"][self._synthetic(domain)]
+        share = self.options.defect_labelled
+        rows = labelled_pictures.draw(keys, labelled, chances, share, self.config)
+        return labelled_pictures.show(rows, self._synthetic(batch["image"]), found)
 
     def _epochs(self, share: float) -> int:
         """A share of the training in whole epochs."""

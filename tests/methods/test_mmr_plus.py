@@ -9,6 +9,7 @@ import pytest
 from mmrjax import losses, losses_plus, methods, state, train
 from mmrjax import mesh as mesh_lib
 from mmrjax.data import defect_bank, defects
+from mmrjax.methods import mmr_plus
 from mmrjax.models import attention, resnet
 
 OFF = {
@@ -502,16 +503,30 @@ def two_losses(method, frozen):
 
 
 def test_a_labelled_picture_is_to_be_repaired_where_it_is_filled_in(make):
-    method = make(labelled_target="inpaint", **WHOLE)
-    frozen, image, twin, _ = labelled_of(method, method.load_frozen()[0])
+    """What lies too deep in it is left out of reconstruction and contrast."""
+    method = make(labelled_target="inpaint", contrast="features", **WHOLE)
+    frozen, image, twin, mask = labelled_of(method, method.load_frozen()[0])
+    deep = mask & (np.arange(64) >= 48)
+    frozen["labelled"]["ignored"] = jnp.asarray(deep[None])
     variables, got, logs, batch = two_losses(method, frozen)
     seen, targets = (np.array(batch["image"]) for _ in range(2))
     seen[::4], targets[::4] = image / 255, twin / 255
     assert float(logs["defects_real"]) == float(logs["defects"]) == 2
     features = method._reconstruct(variables, resnet.normalise(jnp.asarray(seen)), batch["keys"])
-    wanted = method._targets(frozen, jnp.asarray(targets))
-    want, _ = losses.multi_scale_cosine(features, wanted, batch["weight"])
-    assert got == pytest.approx(float(want), rel=1e-5)
+    normal, defective = (method._targets(frozen, jnp.asarray(x)) for x in (targets, seen))
+    want = 0.0
+    for layer, target in normal.items():
+        distance = np.array(losses.cosine_distance(features[layer], target))
+        step = 64 // distance.shape[1]
+        distance[::4, 16 // step : 48 // step, 48 // step :] = 0
+        want += distance.mean()
+    key = jax.random.fold_in(jax.random.key(3), mmr_plus.NEGATIVES)
+    maps = [{layer: x[layer][::4] for layer in normal} for x in (features, normal, defective)]
+    rows = jnp.asarray(np.stack([mask & ~deep] * 2))  # their cells are whole
+    contrast = float(losses_plus.feature_contrast(key, *maps, rows)[0])
+    assert contrast > 0
+    assert float(logs["loss_contrast"]) == pytest.approx(contrast, rel=1e-4)
+    assert got == pytest.approx(want + 0.1 * contrast, rel=1e-5)
 
 
 def test_cells_of_a_labelled_picture_are_left_out_where_they_are_ignored(make):
