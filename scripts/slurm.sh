@@ -50,9 +50,11 @@ if [ -n "$dry_run" ]; then
 fi
 
 out_of_time=""
+# Set before the step is there: a signal that nobody expects would end the job without a word. srun
+# hands it on to every process.
+trap 'out_of_time=1; [ -z "${!:-}" ] || kill -TERM "$!" || true' USR1
 "${command[@]}" &
 step=$!
-trap 'out_of_time=1; kill -TERM "$step" || true' USR1 # srun hands it on to every process
 status=0
 wait "$step" || status=$?
 while [ -n "$out_of_time" ] && kill -0 "$step" 2>/dev/null; do # the signal ended `wait`, not srun
