@@ -16,11 +16,12 @@ if [[ "${1:-}" == --dry-run ]]; then
   shift
 fi
 out="${1:-bench_gpu}"
-"${run[@]}" rm -rf "$out/empty_cache" "$out"/*.json
+"${run[@]}" rm -rf "$out"/empty_cache* "$out"/*.json
 "${run[@]}" mkdir -p "$out"
 
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 cache="$out/xla_cache"                              # what one process compiled, the next reads
+flags="${XLA_FLAGS:-}"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false          # so that the peak of memory is that of the program
 export TORCHINDUCTOR_CACHE_DIR="$out/inductor_cache"
 bench=(python -m mmrjax.bench --config=configs/aebad.py --window_seconds=1)
@@ -38,7 +39,7 @@ part() {
     return
   fi
   local status=0
-  "${run[@]}" env "JAX_COMPILATION_CACHE_DIR=$cache" timeout -k 5 "$limit" "${bench[@]}" "$@" "--json=$out/$name.json" || status=$?
+  "${run[@]}" env "JAX_COMPILATION_CACHE_DIR=$cache" "XLA_FLAGS=$flags" timeout -k 5 "$limit" "${bench[@]}" "$@" "--json=$out/$name.json" || status=$?
   if ((status)); then
     failed=$status
     ((status != 124 && status != 137)) || echo "$name was cut off after $limit seconds" >&2
@@ -55,9 +56,14 @@ part model 90 "${batches[@]}" --requests=2000 --test_images=1639 \
   --parts=ceiling,gflop,train,evaluate,latency_ms,with_metrics
 part versus_train 150 "${versus[@]}" --train_batches=16 --eval_batches=
 part whole_run_warm 100 "${recipe[@]}"
+# From an empty cache, as a first run is: without trying kernels, which is nearly all of the time of
+# compiling (docs/performance.md), and as a user has it. That took more than 220 seconds once, on an
+# H200. BENCH_SECONDS=1200 gives it its time where the other parts leave it none.
+cache="$out/empty_cache_untuned"
+flags="${XLA_FLAGS:-} --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+part whole_run_untuned 130 "${recipe[@]}"
+cache="$out/xla_cache" flags="${XLA_FLAGS:-}"
 part versus_evaluate 100 "${versus[@]}" --train_batches= --eval_batches=32
-# From an empty cache, as a first run is. It took more than 220 seconds once, on an H200.
-# BENCH_SECONDS=1200 gives it its time where the other parts leave it none.
 cache="$out/empty_cache"
 part whole_run 400 "${recipe[@]}"
 
@@ -67,7 +73,7 @@ import pathlib
 import sys
 
 folder = pathlib.Path(sys.argv[1])
-names = ("model", "versus_train", "whole_run_warm", "versus_evaluate", "whole_run")
+names = ("model", "versus_train", "versus_evaluate", "whole_run_warm", "whole_run_untuned", "whole_run")
 parts = {name: folder / f"{name}.json" for name in names}
 found = {name: json.loads(path.read_text()) for name, path in parts.items() if path.exists()}
 (folder / "bench.json").write_text(json.dumps(found, indent=1))
