@@ -74,8 +74,9 @@ def _normalise_forward(x, scale, bias, epsilon):
 
 def _normalise_backward(epsilon, kept, slope):
     x, mean, inverse, scale = kept
-    # Apart, or XLA writes slope * standard in the kernel that sums `slope` over the rows: that took
-    # 25 us on an H200, where two kernels had taken 8.
+    # A kernel that sums over the rows and writes all their numbers, too, took 25 us on an H200, where
+    # two kernels had taken 8. So XLA must not make `slope` in one that sums, nor slope * standard.
+    slope = jax.lax.optimization_barrier(slope)
     alone = jax.lax.optimization_barrier(slope)
     slope = slope.astype(jnp.float32)
     standard = (x - mean) * inverse
@@ -122,7 +123,8 @@ def _gelu_backward(x: jax.Array, slope: jax.Array) -> tuple[jax.Array]:
     exact = jax.lax.optimization_barrier(x).astype(jnp.float32)
     density = jnp.exp(-0.5 * exact * exact) * (2 * jnp.pi) ** -0.5
     own = _phi(exact) + exact * density
-    return ((own * slope.astype(jnp.float32)).astype(x.dtype),)
+    to_x = (own * slope.astype(jnp.float32)).astype(x.dtype)
+    return (jax.lax.optimization_barrier(to_x),)  # as in _normalise_backward; a bias sums it
 
 
 _gelu_of_bfloat16.defvjp(lambda x: (_gelu_of_bfloat16(x), x), _gelu_backward)
