@@ -74,8 +74,8 @@ def _normalise_forward(x, scale, bias, epsilon):
 
 def _normalise_backward(epsilon, kept, slope):
     x, mean, inverse, scale = kept
-    # A kernel that sums over the rows and writes all their numbers, too, took 25 us on an H200, where
-    # two kernels had taken 8. So XLA must not make `slope` in one that sums, nor slope * standard.
+    # A kernel that sums over the rows and writes all their numbers, too, took 25 us on an H200,
+    # where two had taken 8. So XLA must not make `slope` in one that sums, nor slope * standard.
     slope = jax.lax.optimization_barrier(slope)
     alone = jax.lax.optimization_barrier(slope)
     slope = slope.astype(jnp.float32)
