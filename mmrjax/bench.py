@@ -18,91 +18,116 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
-from mmrjax import bench_model, files, memory, methods
+from mmrjax import bench_model, bench_tables, files, memory, methods
 from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
 
-PARITY = {"map": 1e-4, "map_on_device": 1e-4, "score": 1e-4, "loss": 1e-4}  # float32
+# Largest differences from the twin in float32 that are allowed, by the dtype of ours.
+PARITY = {
+    "float32": {"map": 1e-4, "map_on_device": 1e-4, "score": 1e-4, "loss": 1e-4},
+    # Four times what was found on a processor, small model and full one, and more.
+    "bfloat16": {"map": 0.01, "map_on_device": 0.01, "score": 0.005, "loss": 0.002},
+}
 COMPILATIONS = 8  # at once; eleven did not end in four minutes on sixteen cores
 RECIPE_IMAGES = 521  # of AeBAD-S, the paper's
-PARTS = ("ceiling", "gflop", "compile_seconds", "train", "evaluate", "latency_ms", "with_metrics")
+PARTS = ("train", "evaluate", "latency_ms", "ceiling", "gflop", "compile_seconds", "with_metrics")
 WHOLE_RUN = "recipe"
 RANDOM = ("teacher.weights=random", "student.init=scratch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; prints tables, and all of it as JSON with --json."""
+    """Runs the command line; prints tables, and all of it as JSON with --json.
+
+    The file is written anew after each part and turn: a run that is cut off leaves what it had.
+    """
     arguments = _parse(argv)
     if arguments.worker:
         memory.keep_freed()
-        print(json.dumps(work(arguments.worker, arguments)))
+        print(json.dumps(work(arguments.worker, arguments, _tell)))
         return 0
-    result = {"facts": _facts(arguments)}
+    result: dict = {"facts": _facts(arguments)}
     try:
         if arguments.warm_up:
             print(f"compiled: {', '.join(_warm_up(arguments))}")
             return 0
         if arguments.vs:
-            result["parity"] = _parity(arguments)
-            _print_parity(result["parity"])
+            result["parity"] = _parity(arguments, _dtypes(arguments))
+            bench_tables.parity(result["parity"])
         if not arguments.only_vs:
-            result["mmrjax"] = _ours("everything", arguments)
-            _print_ours(result["mmrjax"])
+            for found in _everything_of_ours(arguments):
+                result["mmrjax"] = found
+                _keep(result, arguments)
+            bench_tables.ours(result["mmrjax"])
         if arguments.vs:
-            result["versus"] = {
-                f"{task} {batch}": _take_turns(task, batch, arguments)
-                for task, batches in _batches(arguments).items()
-                for batch in batches
-            }
-            _print_versus(result["versus"])
+            _versus(arguments, result)
+            bench_tables.versus(result["versus"])
     except (ValueError, subprocess.CalledProcessError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     if arguments.json:
-        files.write_text(arguments.json, json.dumps(result, indent=1))
         print(f"written: {arguments.json}")
-    failed = result.get("mmrjax", {}).get("failed", {})
+    failed = result.get("mmrjax", {}).get("failed", {}) | result.get("failed", {})
     for name, reason in failed.items():
         print(f"error: {name} was not measured: {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def work(task: str, arguments: argparse.Namespace) -> dict:
-    """Runs one task in this process: everything, train:B, evaluate:B or parity:FOLDER."""
+def _keep(result: dict, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        files.write_text(arguments.json, json.dumps(result, indent=1))
+
+
+def _tell(found: dict) -> None:
+    """Prints one line for the process that asked, which keeps the last."""
+    print(json.dumps(found), flush=True)
+
+
+def work(task: str, arguments: argparse.Namespace, tell: Callable = lambda found: None) -> dict:
+    """Runs one task in this process: everything, train:B, evaluate:B or parity:DTYPE:FOLDER.
+
+    `tell` takes what is there of everything after each part.
+    """
     name, _, value = task.partition(":")
     fields = [o.removeprefix("--config.") for o in arguments.overrides]
     if name == "parity":
-        fields += ["train.compute_dtype=float32"]
+        dtype, _, folder = value.partition(":")
+        fields += [f"train.compute_dtype={dtype}"]
     config = config_lib.load(arguments.config, [*RANDOM, *fields])
     numbers = "windows", "window_seconds", "requests", "images"
     plan = bench_model.Plan(**{name: getattr(arguments, name) for name in numbers})
     programs = bench_model.Programs(config, plan)
     if name == "parity":
-        programs.write_parity(pathlib.Path(value))
+        programs.write_parity(pathlib.Path(folder))
         return {}
     if name == "train":
         return programs.train(int(value))
     if name == "evaluate":
         return programs.evaluate(int(value))
-    return _everything(programs, arguments)
+    return _everything(programs, arguments, tell)
 
 
-def _everything(programs: bench_model.Programs, arguments: argparse.Namespace) -> dict:
-    """The parts that were asked for; the whole run first, while nothing is compiled yet."""
+def _everything(
+    programs: bench_model.Programs, arguments: argparse.Namespace, tell: Callable
+) -> dict:
+    """The parts that were asked for.
+
+    The whole run comes first, while nothing is compiled yet; then training, while the peak of the
+    memory is its own.
+    """
     train, evaluate = _batches(arguments).values()
     measure = {
         "recipe": lambda: programs.recipe(RECIPE_IMAGES, arguments.test_images, train[0]),
-        "ceiling": programs.ceiling,
-        "gflop": programs.counts,
-        "compile_seconds": lambda: programs.compilation(train[0], evaluate[0]),
         "train": lambda: {str(batch): programs.train(batch) for batch in train},
         "evaluate": lambda: {str(batch): programs.evaluate(batch) for batch in evaluate},
         "latency_ms": programs.latency,
+        "ceiling": programs.ceiling,
+        "gflop": programs.counts,
+        "compile_seconds": lambda: programs.compilation(train[0], evaluate[0]),
         "with_metrics": lambda: programs.with_metrics(arguments.test_images, evaluate[-1]),
     }
     found, failed = {}, {}
@@ -112,6 +137,7 @@ def _everything(programs: bench_model.Programs, arguments: argparse.Namespace) -
         except Exception as e:  # whatever it is, the other parts may have taken minutes
             traceback.print_exc()
             failed[name] = f"{type(e).__name__}: {e}"
+        tell(found)
     rates = [*found.get("train", {}).values()]
     rates += [one["resident"] for one in found.get("evaluate", {}).values()]
     for rate in rates if "ceiling" in found else ():
@@ -123,18 +149,30 @@ def _everything(programs: bench_model.Programs, arguments: argparse.Namespace) -
 
 
 def _ours(task: str, arguments: argparse.Namespace) -> dict:
-    numbers = ("windows", "window_seconds", "requests", "images", "test_images", "config")
-    flags = [f"--{n}={getattr(arguments, n)}" for n in numbers]
-    flags += [
-        f"--{n}={','.join(map(str, getattr(arguments, n)))}"
-        for n in ("train_batches", "eval_batches")
-    ]
-    flags += [f"--parts={','.join(arguments.parts)}", *arguments.overrides]
+    """What one task of ours found, in a process of its own."""
+    *_, found = _lines(["-m", "mmrjax.bench", f"--worker={task}", *_flags(arguments)])
+    return found
+
+
+def _everything_of_ours(arguments: argparse.Namespace) -> Iterator[dict]:
+    """What is there after each part, and at last all of it."""
     started = time.perf_counter()
-    found = _run(["-m", "mmrjax.bench", f"--worker={task}", *flags])
+    found: dict = {}
+    for found in _lines(["-m", "mmrjax.bench", "--worker=everything", *_flags(arguments)]):
+        yield found
     if WHOLE_RUN in found:  # from a cold process: start, imports and compilation are in it
         found[WHOLE_RUN]["process"] = time.perf_counter() - started
-    return found
+        yield found
+
+
+def _flags(arguments: argparse.Namespace) -> list[str]:
+    numbers = ("windows", "window_seconds", "requests", "images", "test_images", "config")
+    lists = ("train_batches", "eval_batches", "parts")
+    return [
+        *(f"--{name}={getattr(arguments, name)}" for name in numbers),
+        *(f"--{name}={','.join(map(str, getattr(arguments, name)))}" for name in lists),
+        *arguments.overrides,
+    ]
 
 
 def _torch(flags: Sequence[str], arguments: argparse.Namespace) -> dict:
@@ -146,14 +184,20 @@ def _torch(flags: Sequence[str], arguments: argparse.Namespace) -> dict:
     if side != other:
         raise ValueError(f"data.image_size={side},{other}: the twin is timed on squares")
     sizes = {"width": width, "depth": depth, "heads": heads, "image_size": side}
-    sizes |= {"arch": config.teacher.name, "threads": os.cpu_count()}
+    sizes |= {"arch": config.teacher.name, "threads": mesh_lib.usable_cores()}
     sizes |= {"mask_ratio": config.student.mask_ratio}
-    return _run(["-m", "mmrjax.bench_torch", *(f"--{k}={v}" for k, v in sizes.items()), *flags])
+    named = [f"--{name}={value}" for name, value in sizes.items()]
+    *_, found = _lines(["-m", "mmrjax.bench_torch", *named, *flags])
+    return found
 
 
-def _run(command: Sequence[str]) -> dict:
-    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def _lines(command: Sequence[str]) -> Iterator[dict]:
+    """The objects that a process of its own prints, one a line, as they come."""
+    command = [sys.executable, *command]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def _warm_up(arguments: argparse.Namespace) -> list[str]:
@@ -175,7 +219,8 @@ def _warm_up(arguments: argparse.Namespace) -> list[str]:
             flags = ["--variant=compile", f"--task={task}", f"--batch={batch}", "--windows=1"]
             flags.append("--window_seconds=0.01")
             jobs[f"torch {task}:{batch}"] = functools.partial(_torch, flags, arguments)
-        jobs["parity"] = functools.partial(_parity, arguments)
+        for dtype in _dtypes(arguments):
+            jobs[f"parity {dtype}"] = functools.partial(_parity, arguments, [dtype])
     with concurrent.futures.ThreadPoolExecutor(COMPILATIONS) as pool:
         done = [pool.submit(job) for job in jobs.values()]
     for job in done:
@@ -183,38 +228,80 @@ def _warm_up(arguments: argparse.Namespace) -> list[str]:
     return list(jobs)
 
 
-def _parity(arguments: argparse.Namespace) -> dict[str, float]:
-    """Largest differences between both sides, same weights and images; ValueError above PARITY."""
-    with tempfile.TemporaryDirectory() as folder:
-        _ours(f"parity:{folder}", arguments)
-        found = _torch([f"--parity={folder}"], arguments)
-    wrong = [
-        f"{name} {found[name]:.1e}" for name, allowed in PARITY.items() if found[name] > allowed
-    ]
-    if wrong:
-        raise ValueError(f"the twin computes something else, nothing is timed: {', '.join(wrong)}")
+def _dtypes(arguments: argparse.Namespace) -> list[str]:
+    """In which outputs are compared: float32, and what is timed if that is another."""
+    fields = [o.removeprefix("--config.") for o in arguments.overrides]
+    name = config_lib.load(arguments.config, [*RANDOM, *fields]).train.compute_dtype
+    return list(dict.fromkeys(["float32", methods.base.compute_dtype(name).name]))
+
+
+def _parity(arguments: argparse.Namespace, dtypes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Largest differences from the twin in float32, same weights and images, by dtype of ours.
+
+    Raises:
+      ValueError: one is above PARITY, or not a number.
+    """
+    found = {}
+    for dtype in dtypes:
+        with tempfile.TemporaryDirectory() as folder:
+            _ours(f"parity:{dtype}:{folder}", arguments)
+            found[dtype] = _torch([f"--parity={folder}"], arguments)
+        wrong = [
+            f"{name} {found[dtype][name]:.1e}"
+            for name, allowed in PARITY[dtype].items()
+            if not found[dtype][name] <= allowed
+        ]
+        if wrong:
+            raise ValueError(
+                f"the twin computes something else in {dtype}, nothing is timed: {', '.join(wrong)}"
+            )
     return found
 
 
-def _take_turns(task: str, batch: int, arguments: argparse.Namespace) -> dict:
-    """Windows of ours and of every variant, A-B-C-C-B-A."""
+def _versus(arguments: argparse.Namespace, result: dict) -> None:
+    """Both sides in turns, A-B-C-C-B-A, for each task and batch, into result["versus"].
+
+    A variant of the twin that fails is named in result["failed"] and left out.
+    """
+    result["versus"] = {}
     sides = ["mmrjax", *arguments.variants]
-    windows: dict[str, list[float]] = {side: [] for side in sides}
-    for side in (*sides, *reversed(sides)):
-        if side == "mmrjax":
-            found = _ours(f"{task}:{batch}", arguments)
-            found = found["windows"] if task == "train" else found["resident"]["windows"]
-        else:
-            flags = {"variant": side, "task": task, "batch": batch, "windows": arguments.windows}
-            flags["window_seconds"] = arguments.window_seconds
-            found = _torch([f"--{k}={v}" for k, v in flags.items()], arguments)["windows"]
-        windows[side] += found
-        print(f"{task} {batch} {side}: {np.median(found):.1f} img/s", file=sys.stderr, flush=True)
+    for task, batch in ((t, b) for t, batches in _batches(arguments).items() for b in batches):
+        name = f"{task} {batch}"
+        windows: dict[str, list[float]] = {side: [] for side in sides}
+        for side in (*sides, *reversed(sides)):
+            if f"{name}, {side}" in result.get("failed", {}):
+                continue
+            try:
+                found = _windows(side, task, batch, arguments)
+            except subprocess.CalledProcessError as e:
+                if side == "mmrjax":
+                    raise
+                result.setdefault("failed", {})[f"{name}, {side}"] = str(e)
+                continue
+            windows[side] += found
+            print(f"{name} {side}: {np.median(found):.1f} img/s", file=sys.stderr, flush=True)
+            result["versus"][name] = _ratios(windows)
+            _keep(result, arguments)
+
+
+def _windows(side: str, task: str, batch: int, arguments: argparse.Namespace) -> list[float]:
+    """Images per second in the windows of one process."""
+    if side == "mmrjax":
+        found = _ours(f"{task}:{batch}", arguments)
+        return found["windows"] if task == "train" else found["resident"]["windows"]
+    flags = {"variant": side, "task": task, "batch": batch, "windows": arguments.windows}
+    flags["window_seconds"] = arguments.window_seconds
+    return _torch([f"--{k}={v}" for k, v in flags.items()], arguments)["windows"]
+
+
+def _ratios(windows: dict[str, list[float]]) -> dict[str, dict]:
+    """Medians, extremes and how many times as fast ours is, of the sides that have windows."""
     ours = np.median(windows["mmrjax"])
     return {
         side: {"median": float(np.median(w)), "min": min(w), "max": max(w), "windows": w}
         | ({} if side == "mmrjax" else {"ratio": float(ours / np.median(w))})
         for side, w in windows.items()
+        if w
     }
 
 
@@ -301,73 +388,6 @@ def _facts(arguments: argparse.Namespace) -> dict:
         "jax": jax.__version__,
         "config": arguments.config,
     }
-
-
-def _print_parity(found: dict[str, float]) -> None:
-    print("outputs equal those of the twin: " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()))
-
-
-def _print_ours(found: dict) -> None:
-    if ceiling := found.get("ceiling"):
-        print(
-            f"matrix product {ceiling['matmul_gflops']:.0f} GFLOP/s, "
-            f"copy {ceiling['copy_gb_per_s']:.1f} GB/s"
-        )
-    for name, counted in found.get("gflop", {}).items():
-        lowered = counted["lowered"]
-        told = "not counted by this platform" if lowered is None else f"{lowered:.2f}"
-        print(f"{name}: {counted['paper']:.2f} GFLOP per image on paper, lowered program: {told}")
-    rows = [("", "images/s", "min", "max", "of ceiling", "temporary MiB", "peak MiB")]
-    for batch, one in found.get("train", {}).items():
-        rows.append(_row(f"train, batch {batch}", one, one["memory"]))
-    for batch, one in found.get("evaluate", {}).items():
-        rows.append(_row(f"evaluate, batch {batch}", one["resident"], one["memory"]))
-        rows.append(_row("  from and to the host", one["from_host"], None))
-    if len(rows) > 1:
-        _print_rows(rows)
-    if latency := found.get("latency_ms"):
-        print("one image, ms: " + ", ".join(f"{n} {latency[n]:.2f}" for n in ("p50", "p90", "p99")))
-    for name, seconds in found.get("compile_seconds", {}).items():
-        print(
-            f"compile {name}: {seconds['cold']:.1f} s cold, {seconds['warm']:.1f} s from the cache"
-        )
-    if whole := found.get("with_metrics"):
-        print(
-            f"evaluation of {whole['images']} images: "
-            f"maps and scores {whole['forward_seconds']:.1f} s, "
-            f"metrics {whole['metrics_seconds']:.1f} s"
-        )
-    if WHOLE_RUN in found:
-        phases = {k: v for k, v in found[WHOLE_RUN].items() if k != "images"}
-        words = ", ".join(f"{k.removesuffix('_seconds')} {v:.1f}" for k, v in phases.items())
-        print(f"whole run, seconds: {words}")
-
-
-def _row(name: str, one: dict, memory_used: dict | None) -> tuple[str, ...]:
-    rate = [f"{one['images_per_second'][key]:.1f}" for key in ("median", "min", "max")]
-    share = f"{100 * one['of_ceiling']:.0f} %" if "of_ceiling" in one else ""
-    used = (
-        [f"{memory_used[f'{key}_mib']:.0f}" for key in ("temporary", "peak")] if memory_used else []
-    )
-    return (name, *rate, share, *used, *[""] * (2 - len(used)))
-
-
-def _print_versus(found: dict) -> None:
-    rows = [("", "images/s", "min", "max", "ours / it")]
-    for name, sides in found.items():
-        for side, one in sides.items():
-            numbers = [f"{one[key]:.1f}" for key in ("median", "min", "max")]
-            ratio = f"{one['ratio']:.2f}" if "ratio" in one else ""
-            rows.append((f"{name}, {side}", *numbers, ratio))
-    _print_rows(rows)
-
-
-def _print_rows(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        print("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":

@@ -75,14 +75,15 @@ class Programs:
     # --- the machine
 
     def ceiling(self) -> dict[str, float]:
-        """The matrix product and the copy that this machine manages: GFLOP/s and GB/s."""
+        """The matrix products and copies that all devices manage at once: GFLOP/s and GB/s."""
         side = 2048 if self.on_cpu else 8192
-        a = jnp.asarray(np.random.default_rng(0).normal(size=(side, side)), self.method.dtype)
+        one = np.random.default_rng(0).normal(size=(1, side, side)).astype(self.method.dtype)
+        a = mesh_lib.put_batch(np.repeat(one, self.mesh.size, axis=0), self.mesh)
         product = jax.jit(lambda a: a @ a)
         copy = jax.jit(lambda a: a + 1)  # reads and writes once
         seconds = {f: self._call_seconds(lambda f=f: f(a)) for f in (product, copy)}
         return {
-            "matmul_gflops": 2 * side**3 / seconds[product] / 1e9,
+            "matmul_gflops": 2 * len(a) * side**3 / seconds[product] / 1e9,
             "copy_gb_per_s": 2 * a.nbytes / seconds[copy] / 1e9,
             "matmul_side": side,
         }
@@ -101,6 +102,7 @@ class Programs:
     def train(self, batch: int) -> dict:
         """Images per second of the real step: augmentation from uint8, both networks, AdamW."""
         mesh_lib.check_divisible("--train_batches", batch, self.mesh)
+        before = _peak_mib()
         step, state, arguments, k = self.step(batch)
 
         def call(state):
@@ -117,7 +119,7 @@ class Programs:
         return self._rate(windows, flops.training_step(self.config)) | {
             "steps_per_call": k,
             "compilations": step._cache_size(),
-            "memory": self._memory(step.lower(state, *arguments).compile()),
+            "memory": _memory(step.lower(state, *arguments).compile(), before),
         }
 
     def step(self, batch: int, steps_per_call: int = 0, images: int = 0):
@@ -144,7 +146,9 @@ class Programs:
 
     def evaluate(self, batch: int) -> dict:
         """Images per second of maps and scores: from device memory, and from and to the host."""
+        before = _peak_mib()
         trained, scorer = self.scorer_of(batch)
+        compiled = scorer._cache_size()
         pixels = finished_images(batch, self.config.data.image_size)
         on_device = mesh_lib.put_batch(pixels, trained.mesh)
         score = functools.partial(scorer, *trained.ready)
@@ -161,7 +165,8 @@ class Programs:
         return {
             "resident": self._rate(_windows_of(self.plan, resident, batch), counted),
             "from_host": self._rate(_windows_of(self.plan, from_host, batch), counted),
-            "memory": self._memory(scorer.lower(*trained.ready, on_device).compile()),
+            "compilations": scorer._cache_size() - compiled,
+            "memory": _memory(scorer.lower(*trained.ready, on_device).compile(), before),
         }
 
     def with_metrics(self, images: int, batch: int) -> dict[str, float]:
@@ -218,10 +223,13 @@ class Programs:
             _use_cache(folder)
             for when in ("cold", "warm"):
                 jax.clear_caches()
+                entries = _entries(folder)
                 for name, lower in programs.items():
                     started = time.perf_counter()
                     lower().compile()
                     found[name][when] = time.perf_counter() - started
+                if when == "warm" and (not entries or _entries(folder) - entries):
+                    raise RuntimeError("the cache did not answer: programs were compiled twice")
             if before:  # what follows, also in other processes, need not compile these again
                 shutil.copytree(folder, before, dirs_exist_ok=True)
             _use_cache(before)
@@ -320,19 +328,24 @@ class Programs:
             "gflops": median * flop / 1e9,
         }
 
-    def _memory(self, compiled) -> dict[str, float]:
-        """MiB: what the program needs beside its arguments; the peak of the process so far."""
-        analysis = compiled.memory_analysis()
-        stats = jax.devices()[0].memory_stats() or {}
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss, per MiB
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        if "peak_bytes_in_use" in stats:
-            peak = stats["peak_bytes_in_use"] / 2**20
-        return {
-            "arguments_mib": analysis.argument_size_in_bytes / 2**20,
-            "temporary_mib": analysis.temp_size_in_bytes / 2**20,
-            "peak_mib": peak,
-        }
+
+def _memory(compiled, before: float) -> dict[str, float | None]:
+    """MiB: what a program takes and needs beside; the peak, if it is higher than `before`."""
+    analysis, peak = compiled.memory_analysis(), _peak_mib()
+    return {
+        "arguments_mib": analysis.argument_size_in_bytes / 2**20,
+        "temporary_mib": analysis.temp_size_in_bytes / 2**20,
+        "peak_mib": peak if peak > before else None,  # else it is that of something else
+    }
+
+
+def _peak_mib() -> float:
+    """Most memory so far: on the first device or, where that does not count, of the process."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss, per MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def windows(call: Callable, images_per_call: int, plan: Plan) -> list[float]:
@@ -357,6 +370,10 @@ def _windows_of(plan: Plan, many: Callable[[int], None], images_per_call: int) -
         many(calls)
         rates.append(calls * images_per_call / (time.perf_counter() - started))
     return rates
+
+
+def _entries(cache: str) -> set[str]:
+    return {path.name for path in pathlib.Path(cache).glob("*-cache")}
 
 
 def _use_cache(folder: str | None) -> None:

@@ -64,7 +64,7 @@ def show_cores(batch_sizes: Iterable[int] = ()) -> None:
     by_flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if by_flag or jax.config.jax_num_cpu_devices >= 0:
         return
-    most = max(1, int(min(_cores(), _memory_gib() / GIB_OF_A_CORE)))
+    most = max(1, int(min(usable_cores(), _memory_gib() / GIB_OF_A_CORE)))
     shared = math.gcd(*batch_sizes)  # 0, which all divide, of none
     count = max(n for n in range(1, most + 1) if shared % n == 0)
     try:
@@ -74,7 +74,7 @@ def show_cores(batch_sizes: Iterable[int] = ()) -> None:
     _cores_shown = True
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use: its affinity and quota, threads of one core counted once."""
     try:
         threads = os.sched_getaffinity(0)

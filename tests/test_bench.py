@@ -1,5 +1,6 @@
 """The benchmark measures the real programs, compares outputs first, and takes turns."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmrjax import bench, bench_model
+from mmrjax import bench, bench_model, bench_tables
 from mmrjax import config as config_lib
 from mmrjax import mesh as mesh_lib
 from mmrjax.models import winograd
@@ -72,10 +73,12 @@ class Failing:
 
 
 def test_a_part_that_fails_takes_no_other_with_it(monkeypatch, tmp_path, capsys):
-    found = bench._everything(Failing(), arguments("--parts=gflop,ceiling"))
+    told = []
+    found = bench._everything(Failing(), arguments("--parts=gflop,ceiling"), told.append)
     assert found["ceiling"]["matmul_gflops"] == 2
     assert found["failed"] == {"gflop": "RuntimeError: nobody counts here"}
-    monkeypatch.setattr(bench, "_ours", lambda *_: found)
+    assert len(told) == 2
+    monkeypatch.setattr(bench, "_lines", lambda *_: iter([found]))
     assert bench.main([f"--json={tmp_path}/all.json"]) == 1
     captured = capsys.readouterr()
     assert "gflop was not measured: RuntimeError: nobody counts here" in captured.err
@@ -89,7 +92,7 @@ def test_a_platform_that_counts_no_operations_is_no_error(monkeypatch, capsys):
     config = config_lib.load("configs/magnetic_tile.py", [*bench.RANDOM, *fields])
     counts = bench_model.Programs(config, bench_model.Plan(images=2)).counts()
     assert counts["train"]["lowered"] is counts["evaluate"]["lowered"] is None
-    bench._print_ours({"gflop": counts})
+    bench_tables.ours({"gflop": counts})
     assert "lowered program: not counted by this platform" in capsys.readouterr().out
 
 
@@ -110,10 +113,34 @@ def test_operations_on_paper_are_those_of_the_lowered_program(everything):
 
 
 def test_one_program_is_compiled_once_and_the_cache_answers_the_second_time(everything):
-    assert everything["train"]["2"]["compilations"] == 1
-    assert everything["train"]["2"]["memory"]["temporary_mib"] > 0
+    rows = [everything["train"]["2"], *everything["evaluate"].values()]
+    assert [one["compilations"] for one in rows] == [1, 1, 1]
+    assert all(one["memory"]["temporary_mib"] > 0 for one in rows)
     for seconds in everything["compile_seconds"].values():
         assert set(seconds) == {"cold", "warm"}
+
+
+def test_a_cache_that_does_not_answer_is_told(monkeypatch, no_cache):
+    """Of two small programs in place of the networks'."""
+    add, x = jax.jit(lambda x, y: x + y), np.ones(4, np.float32)
+    programs = object.__new__(bench_model.Programs)
+    programs.config = config_lib.load("configs/magnetic_tile.py")
+    programs.step = lambda batch: (add, x, (x,), 1)
+    programs.scorer_of = lambda batch: (
+        argparse.Namespace(ready=(x,), mesh=mesh_lib.make_mesh(1)),
+        add,
+    )
+    monkeypatch.setattr(bench_model, "finished_images", lambda *_: x)
+    assert set(programs.compilation(2, 2)) == {"train", "evaluate"}
+    monkeypatch.setattr(bench_model, "_use_cache", lambda folder: None)
+    with pytest.raises(RuntimeError, match="the cache did not answer"):
+        programs.compilation(2, 2)
+
+
+def test_the_peak_of_something_else_is_told_as_nobodys():
+    compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
+    assert bench_model._memory(compiled, before=0.0)["peak_mib"] > 0
+    assert bench_model._memory(compiled, before=1e9)["peak_mib"] is None
 
 
 def test_latency_and_whole_evaluation_are_reported(everything):
@@ -126,7 +153,7 @@ def test_latency_and_whole_evaluation_are_reported(everything):
 
 
 def test_tables_show_what_was_measured(everything, capsys):
-    bench._print_ours(everything)
+    bench_tables.ours(everything)
     out = capsys.readouterr().out
     median = everything["train"]["2"]["images_per_second"]["median"]
     assert f"{median:.1f}" in out
@@ -155,7 +182,7 @@ def no_cache():
     [
         (["--windows=0"], "must be positive"),
         (["--batchs=3"], "unknown argument '--batchs=3'"),
-        (["--parts=speed"], "--parts=speed: known are ceiling"),
+        (["--parts=speed"], "--parts=speed: known are train"),
         (["--warm_up"], "JAX_COMPILATION_CACHE_DIR"),
         (["--train_batches=", "--eval_batches=2"], "--train_batches and --eval_batches"),
     ],
@@ -183,11 +210,13 @@ def sides(monkeypatch):
     def torch(flags, arguments):
         if flags[0].startswith("--parity"):
             calls.append("torch parity")
-            return dict.fromkeys(bench.PARITY, torch.difference)
+            return dict.fromkeys(bench.PARITY["float32"], torch.difference)
         calls.append(f"torch {flags[0].removeprefix('--variant=')}")
+        if calls[-1] == f"torch {torch.breaks}":
+            raise subprocess.CalledProcessError(1, "torch")
         return {"windows": [10.0]}
 
-    torch.difference = 0.0
+    torch.difference, torch.breaks = 0.0, None
     monkeypatch.setattr(bench, "_ours", ours)
     monkeypatch.setattr(bench, "_torch", torch)
     return calls, torch
@@ -232,9 +261,10 @@ def test_everything_is_compiled_at_once_beforehand(sides, capsys):
     assert "compiled: mmrjax train:2" in capsys.readouterr().out
 
 
-def test_without_parity_nothing_is_timed(sides, capsys):
+@pytest.mark.parametrize("difference", [0.01, float("nan")])
+def test_without_parity_nothing_is_timed(sides, capsys, difference):
     calls, torch = sides
-    torch.difference = 0.01
+    torch.difference = difference
     assert bench.main(["--vs=torch", "--only_vs"]) == 1
     assert len(calls) == 2
     captured = capsys.readouterr()
@@ -242,23 +272,67 @@ def test_without_parity_nothing_is_timed(sides, capsys):
     assert "img/s" not in captured.out
 
 
+def test_what_is_timed_in_bfloat16_is_compared_in_it_too(sides, capsys):
+    calls, torch = sides
+    torch.difference = 0.001  # too much in float32 alone
+    flags = ["--vs=torch", "--only_vs", "--config.train.compute_dtype=bfloat16"]
+    assert bench._dtypes(bench._parse(flags)) == ["float32", "bfloat16"]
+    with pytest.raises(ValueError, match="something else in float32"):
+        bench._parity(bench._parse(flags), ["bfloat16", "float32"])
+    assert calls[2].startswith("mmrjax parity:float32:")
+
+
+def test_a_variant_that_fails_takes_no_other_with_it(sides, tmp_path, capsys):
+    _, torch = sides
+    torch.breaks = "official"
+    flags = ["--vs=torch", "--only_vs", "--variants=official,eager", "--train_batches=2"]
+    path = tmp_path / "bench.json"
+    assert bench.main([*flags, "--eval_batches=", f"--json={path}"]) == 1
+    found = json.loads(path.read_text())
+    assert set(found["versus"]["train 2"]) == {"mmrjax", "eager"}
+    assert set(found["failed"]) == {"train 2, official"}
+    assert "train 2, official was not measured" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_the_end_is_on_the_disk(monkeypatch, tmp_path):
+    """Whoever is cut off leaves the parts that had ended."""
+    path = tmp_path / "bench.json"
+
+    def killed(*_):
+        yield {"ceiling": {"matmul_gflops": 2.0, "copy_gb_per_s": 1.0}}
+        assert json.loads(path.read_text())["mmrjax"]["ceiling"]["matmul_gflops"] == 2
+        raise subprocess.CalledProcessError(-9, "bench")
+
+    monkeypatch.setattr(bench, "_lines", killed)
+    assert bench.main([f"--json={path}"]) == 1
+    assert "ceiling" in json.loads(path.read_text())["mmrjax"]
+
+
+def test_a_process_of_its_own_tells_line_by_line():
+    told = "print('a word'); print('{\"a\": 1}', flush=True); print('{\"a\": 2}')"
+    assert list(bench._lines(["-c", told])) == [{"a": 1}, {"a": 2}]
+    with pytest.raises(subprocess.CalledProcessError):
+        list(bench._lines(["-c", "raise SystemExit(3)"]))
+
+
 @pytest.mark.torch
-def test_the_twin_computes_the_same(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_twin_computes_the_same(tmp_path, dtype):
     bench_torch = pytest.importorskip("mmrjax.bench_torch")
-    bench.work(f"parity:{tmp_path}", arguments())
+    bench.work(f"parity:{dtype}:{tmp_path}", arguments())
     found = bench_torch.parity(tmp_path, "resnet18")
-    assert set(found) == set(bench.PARITY)
-    assert all(found[name] < allowed for name, allowed in bench.PARITY.items())
+    assert set(found) == set(bench.PARITY[dtype])
+    assert all(found[name] < allowed for name, allowed in bench.PARITY[dtype].items())
     broken = dict(np.load(tmp_path / "parity.npz"))
-    broken["loss"] += 0.01
+    broken["loss"] += 0.1
     np.savez(tmp_path / "parity.npz", **broken)
-    assert bench_torch.parity(tmp_path, "resnet18")["loss"] > bench.PARITY["loss"]
+    assert bench_torch.parity(tmp_path, "resnet18")["loss"] > bench.PARITY[dtype]["loss"]
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
     ("variant", "task"),
-    [("eager", "train"), ("official", "train"), ("channels_last", "evaluate")],
+    [("official", "train"), ("contiguous", "train"), ("channels_last", "evaluate")],
 )
 def test_variants_run_on_a_processor(variant, task, monkeypatch, capsys):
     bench_torch = pytest.importorskip("mmrjax.bench_torch")

@@ -29,6 +29,7 @@ MAY_PRINT = {
     "compare.py",
     "report.py",
     "bench.py",
+    "bench_tables.py",
     "bench_metrics.py",
     "bench_torch.py",
     "bench_defects.py",
