@@ -3,7 +3,7 @@
 Saved asynchronously and atomically: a killed save leaves the previous checkpoint in place. Orbax
 does not notice a flipped bit, so a checksum per leaf is stored beside the arrays, and one over all
 that is known of them; a checkpoint that does not match is reported and the previous one is used.
-The frozen teacher is never saved.
+Checksums are taken in the background, like writing. The frozen teacher is never saved.
 
 Several processes save and restore together, on storage that all of them see: each method is called
 by all. A checkpoint does not depend on how its arrays were split.
@@ -14,7 +14,7 @@ import json
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -48,21 +48,33 @@ class Checkpoints:
             create=not read_only,
             cleanup_tmp_directories=not read_only,
         )
+        handlers, meta = ocp.DefaultCheckpointHandlerRegistry(), _MetaHandler()
+        handlers.add("meta", ocp.args.JsonSave, meta)
+        handlers.add("meta", ocp.args.JsonRestore, meta)
         with self._naming():
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, handler_registry=handlers
+            )
 
     def steps(self) -> list[int]:
         """Steps of all finished checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, tree) -> None:
-        """Starts to save `tree`; returns as soon as it is copied from the device.
+        """Starts to save a tree of jax.Arrays; returns as soon as it is copied from the devices.
 
-        To a bucket, the files of the run go first: a checkpoint without them could not be used.
+        The save before this one is waited for, so that the host holds one copy at a time. To a
+        bucket, the files of the run go first: a checkpoint without them could not be used.
         """
+        self.wait()
         staging.send(self._folder)
-        meta = {"checksums": checksums(tree), "leaves": _describe(tree)}
-        meta["crc"] = _crc(meta)
+        parts, leaves = _copied(tree), _describe(tree)
+
+        def meta() -> dict:
+            sums = {path: _checksum(_joined(*leaves[path], parts.pop(path))) for path in leaves}
+            known = {"checksums": sums, "leaves": leaves}
+            return {**known, "crc": _crc(known)}
+
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
         with self._writing():
             saved = self._manager.save(step, args=args, force=True)
@@ -185,12 +197,62 @@ class Checkpoints:
             self._manager.close()
 
 
+class _MetaHandler(ocp.JsonCheckpointHandler):
+    """Writes what a function returns, and calls it in the background.
+
+    Orbax commits a checkpoint after both, and raises their errors like those of its own writers.
+    """
+
+    async def async_save(self, directory, item=None, args=None):
+        """The future of the file; `args.item` is the function."""
+        return [
+            ocp.future.CommitFutureAwaitingContractedSignals(
+                self._write(directory / "metadata", args.item), name="meta"
+            )
+        ]
+
+    async def _write(self, path: epath.Path, meta: Callable[[], dict]) -> None:
+        if processes.is_first():
+            path.write_text(json.dumps(meta()))
+
+
 def checksums(tree) -> dict[str, int]:
     """{leaf path: crc32 of its bytes}, one leaf at a time; called by all processes together."""
     return {
-        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(mesh.gather(leaf)))
+        jax.tree_util.keystr(path): _checksum(mesh.gather(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array))
+
+
+def _copied(tree) -> dict[str, list]:
+    """{leaf path: [(index, values) of each of its parts]} on the host, for the first process.
+
+    The parts are JAX's own host copies. Of what one device holds Orbax takes the same; of what
+    several hold it fetches a part from each, beside. Parts in other processes can only be gathered
+    by all of them together, hence here.
+    """
+
+    def parts(leaf) -> list:
+        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return [(..., mesh.gather(leaf))]
+        shards = leaf.addressable_shards
+        return [(shard.index, shard.data) for shard in shards if shard.replica_id == 0]
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return jax.device_get({jax.tree_util.keystr(path): parts(leaf) for path, leaf in leaves})
+
+
+def _joined(shape: list[int], dtype: str, parts: list) -> np.ndarray:
+    if len(parts) == 1:
+        return parts[0][1]
+    whole = np.empty(shape, dtype)
+    for index, values in parts:
+        whole[index] = values
+    return whole
 
 
 def _crc(meta: dict) -> int:

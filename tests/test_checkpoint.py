@@ -2,6 +2,7 @@
 
 import json
 import logging as std_logging
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,58 @@ def test_state_may_be_donated_as_soon_as_save_returns(folder, replicated):
         checkpoints.wait()
         _, restored = checkpoints.restore(current)
     assert_bitwise_equal(jax.tree.map(np.asarray, restored), expected)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_training_goes_on_while_checksums_are_taken_and_nothing_is_committed_before(
+    folder, monkeypatch, fsdp
+):
+    monkeypatch.setattr(mesh, "FSDP_ELEMENTS", 1)
+    devices = mesh.make_mesh(2, fsdp=fsdp)
+    where = state.shardings(make_state(5), devices)
+    train_step = jax.jit(
+        lambda s: jax.tree.map(lambda x: x * 0 + 9, s), donate_argnums=0, out_shardings=where
+    )
+    caller, released, checksum = threading.current_thread(), threading.Event(), checkpoint._checksum
+
+    def held(array):
+        assert threading.current_thread() is not caller
+        assert released.wait(30)  # a save that waits for this ends in an error
+        return checksum(array)
+
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_checksum", held)
+            current = mesh.put(make_state(5), where)
+            checkpoints.save(5, current)
+            for _ in range(3):
+                current = jax.block_until_ready(train_step(current))
+            assert not (folder / "5").exists()
+            released.set()
+            checkpoints.wait()
+        step, restored = checkpoints.restore(current)
+    assert step == 5
+    assert_bitwise_equal(restored, make_state(5))
+
+
+def test_error_of_the_background_is_raised_by_the_next_call_and_costs_no_other_save(
+    folder, monkeypatch
+):
+    def broken(array):
+        raise OSError("no space of any kind")
+
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, make_state(3))
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_checksum", broken)
+            checkpoints.save(5, make_state(5))
+            with pytest.raises(OSError, match="no space of any kind"):
+                checkpoints.save(8, make_state(8))
+        assert checkpoints.restore(make_state(0))[0] == 3
+        checkpoints.save(8, make_state(8))
+        checkpoints.wait()
+        assert checkpoints.restore(make_state(0))[0] == 8
 
 
 def test_restored_arrays_lie_where_the_target_says(folder, replicated):
