@@ -161,7 +161,7 @@ def get_config() -> ConfigDict:
     train.seeds = (54,)  # official code: 54
     train.epochs = 200
     train.batch_size = 16
-    train.steps_per_call = 0  # steps per dispatch; 0 = 1 on CPU, up to an epoch elsewhere
+    train.steps_per_call = 0  # steps per dispatch at most; 0 = 1 on CPU, up to an epoch elsewhere
     train.fsdp = 1  # devices that share one copy of a large student's parameters and moments
     train.augment = "rrc_flip"  # rrc_flip | rrc | none (the evaluation view; a window if tiling)
     train.crop_scale = (0.7, 1.0)  # share of the image's area

@@ -87,8 +87,8 @@ class Run:
                 window = image[:, top : top + h, left : left + w]
                 yield mesh_lib.put_batch(window, self.mesh), real
 
-    def feed(self, start: int) -> feed.Feed:
-        """The training batches from step `start` on."""
+    def feed(self) -> feed.Feed:
+        """The training batches."""
         on_cpu = jax.default_backend() == "cpu"
         data, train = self.config.data, self.config.train
         return feed.Feed(
@@ -100,7 +100,6 @@ class Run:
             plan=self.plan,
             seed=self.seed,
             steps_per_call=train.steps_per_call or (1 if on_cpu else STEPS_PER_CALL),
-            start=start,
             device_mesh=self.mesh,
         )
 
@@ -271,7 +270,7 @@ def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.Trai
 
     Clocks and signals are the processes' own, what follows from them is not.
     """
-    config, data = run.config, run.feed(start)
+    config, data = run.config, run.feed()
     rate_field = run.method.own.get("optim.learning_rate", "optim.learning_rate")
     sizes = (start, total, data.steps_per_epoch, config.train.batch_size)
     rates = optim.learning_rates(config.optim, config.train.epochs)
@@ -284,9 +283,10 @@ def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.Trai
         frozen = placement.place(run.frozen, run.method.dtype)
         for chunk in data.chunks(start, total):
             state, values = step_fn(state, frozen, data.resident, chunk, key)
-            rate = np.full(data.steps_per_call, rates[step // data.steps_per_epoch])
+            count = len(chunk["index"])  # of one epoch
+            rate = np.full(count, rates[step // data.steps_per_epoch])
             log.add(step, {**values, "lr": rate})
-            step += data.steps_per_call
+            step += count
             due = time.monotonic() - last_save >= config.ckpt.every_seconds
             show, due, stopped = processes.agree(log.is_due(), due, stop.signal)
             save = due or stopped or step == total

@@ -145,7 +145,7 @@ def test_one_transfer_a_chunk_and_one_compilation(tiny_config, monkeypatch):
     current = mesh_lib.replicate(state.create(variables, tx), mesh)
     step = state.make_train_step(method, tx, train.make_augment(tiny_config), 4, mesh)
     options = {"mode": "resident", "resident_gib": 1.0, "max_side": 0}
-    options |= {"seed": 0, "steps_per_call": 1, "start": 0, "device_mesh": mesh}
+    options |= {"seed": 0, "steps_per_call": 1, "device_mesh": mesh}
     options |= {"plan": epochs.Plan(BATCH)}
     batches = feed.Feed(Photographs(), np.arange(20), **options)
     puts, put = [], mesh_lib.put_batch

@@ -90,7 +90,7 @@ def feed_all(mode: str, directory: str, mesh: jax.sharding.Mesh) -> dict:
     decoded, image = [], records.image
     records.image = lambda i, *rest: decoded.append(int(i)) or image(i, *rest)
     options = {"resident_gib": 1.0, "max_side": 0, "plan": epochs.Plan(BATCH), "seed": 54}
-    options |= {"steps_per_call": 1, "start": 0, "device_mesh": mesh}
+    options |= {"steps_per_call": 1, "device_mesh": mesh}
     rows = np.flatnonzero(records.table["split"] == "train")
     source = feed.Feed(records, rows, mode=mode, **options)
     sums = []

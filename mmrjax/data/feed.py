@@ -8,7 +8,6 @@ own devices; of resident images an even part, which the devices then exchange.
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 
 import jax
@@ -43,14 +42,12 @@ class Feed:
         plan: epochs.Plan,
         seed: int,
         steps_per_call: int,
-        start: int,
         device_mesh: jax.sharding.Mesh,
     ):
         """Prepares the feed.
 
         `plan` says how batches are filled. `mode` is resident, stream or auto (resident if it
-        fits). `steps_per_call` is lowered so that chunks divide an epoch and the step `start`,
-        where a resumed run begins.
+        fits). `steps_per_call` is the most steps of a chunk: see `_cuts`.
         """
         self._records, self._indices, self._max_side = records, indices, max_side
         self._plan, self._mesh = plan, device_mesh
@@ -74,7 +71,7 @@ class Feed:
         if mode == "stream":  # a chunk travels whole, and several wait in the queue
             batch_bytes = plan.batch_size * self.canvas[0] * self.canvas[1] * self._channels
             steps_per_call = min(steps_per_call, max(1, STREAM_CHUNK_BYTES // batch_bytes))
-        self.steps_per_call = _divisor(math.gcd(self.steps_per_epoch, start), steps_per_call)
+        self._cuts = _cuts(self.steps_per_epoch, max(steps_per_call, 1))
         logging.info("%d training images, canvas %s, %s, %.2f GiB", count, self.canvas, mode, gib)
         self.resident = {}
         if mode == "resident":
@@ -87,36 +84,40 @@ class Feed:
                 self.resident["domain"] = mesh.replicate(plan.domain, device_mesh)
 
     def chunks(self, start: int, stop: int) -> Iterator[dict]:
-        """Yields the batches of steps [start, stop), `steps_per_call` at a time, on device.
+        """Yields the batches of steps [start, stop), k at a time, on device.
 
         Each chunk holds "index" int32 and "weight" float32 [k, b], and when streamed also "image"
         uint8 [k, b, h, w, 3], "size" int32 [k, b, 2] and, where known, "domain" int32 [k, b].
-
-        Raises:
-          ValueError: `start` is not a multiple of k.
+        Chunks end where those of a run from step 0 end: a resumed run makes the same calls.
         """
-        k = self.steps_per_call
-        if start % k:
-            raise ValueError(f"start={start} must be a multiple of steps_per_call={k}")
+        spans = list(self._spans(start, stop))
         if self.resident:
-            for step in range(start, stop, k):
-                yield mesh.put_batch(self._rows(step), self._mesh, axis=1)
+            for span in spans:
+                yield mesh.put_batch(self._rows(*span), self._mesh, axis=1)
             return
         import grain  # here: resident images need it not
 
-        dataset = grain.MapDataset.range(start // k, stop // k).map(self._decoded)
+        dataset = grain.MapDataset.range(len(spans)).map(lambda i: self._decoded(*spans[i]))
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
         for chunk in dataset.to_iter_dataset(options):
             yield mesh.put_batch(chunk, self._mesh, axis=1)
 
-    def _rows(self, step: int) -> dict[str, np.ndarray]:
-        epoch, first = divmod(step, self.steps_per_epoch)
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The steps [first, end) of each chunk."""
+        while start < stop:
+            row = start % self.steps_per_epoch
+            end = start - row + next(cut for cut in self._cuts if cut > row)
+            yield start, min(end, stop)
+            start = end
+
+    def _rows(self, first: int, end: int) -> dict[str, np.ndarray]:
+        epoch, row = divmod(first, self.steps_per_epoch)
         index, weight = self._table(epoch)
-        rows = slice(first, first + self.steps_per_call)
+        rows = slice(row, row + end - first)
         return {"index": index[rows], "weight": weight[rows]}
 
-    def _decoded(self, call: int) -> dict[str, np.ndarray]:
-        chunk = self._rows(call * self.steps_per_call)
+    def _decoded(self, first: int, end: int) -> dict[str, np.ndarray]:
+        chunk = self._rows(first, end)
         shape = chunk["index"].shape
         images = np.zeros((*shape, *self.canvas, self._channels), np.uint8)
         sizes = np.zeros((*shape, 2), np.int32)
@@ -136,6 +137,12 @@ class Feed:
         return h, w
 
 
-def _divisor(steps: int, wanted: int) -> int:
-    """The largest divisor of `steps` up to `wanted`: whole chunks per epoch, hence one compile."""
-    return max(k for k in range(1, steps + 1) if steps % k == 0 and k <= max(wanted, 1))
+def _cuts(steps: int, most: int) -> list[int]:
+    """Where the chunks of an epoch of `steps` end; none has more than `most` steps.
+
+    All are equally long, hence one compile, if they can be so with less than twice the fewest.
+    Else, as when `steps` is prime, they are the fewest, and of two lengths, which differ by one.
+    """
+    fewest = -(-steps // most)
+    count = next((n for n in range(fewest, 2 * fewest) if steps % n == 0), fewest)
+    return [-(-steps * n // count) for n in range(1, count + 1)]

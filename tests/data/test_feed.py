@@ -20,7 +20,7 @@ def make(records, train_rows):
 
     def build(mode, rows=train_rows, device_mesh=None, **changes) -> feed.Feed:
         options = {"resident_gib": 1.0, "max_side": 0, "plan": epochs.Plan(BATCH), "seed": 54}
-        options |= {"steps_per_call": 1, "start": 0, **changes}
+        options |= {"steps_per_call": 1, **changes}
         device_mesh = device_mesh or mesh_lib.make_mesh(TWO_DEVICES)
         return feed.Feed(records, rows, mode=mode, device_mesh=device_mesh, **options)
 
@@ -117,7 +117,6 @@ def test_several_steps_per_call_give_the_same_rows(make, request, mode):
     single = batches(request.getfixturevalue(mode), 0, 8)
     for steps_per_call in (2, 4):
         source = make(mode, steps_per_call=steps_per_call)
-        assert source.steps_per_call == steps_per_call
         chunks = list(source.chunks(0, 8))
         assert [c["index"].shape for c in chunks] == [(steps_per_call, BATCH)] * (
             8 // steps_per_call
@@ -126,30 +125,39 @@ def test_several_steps_per_call_give_the_same_rows(make, request, mode):
         assert_same(batches(source, 4, 8), single[4:])
 
 
+def lengths(source: feed.Feed, start: int, stop: int) -> list[int]:
+    return [len(chunk["index"]) for chunk in source.chunks(start, stop)]
+
+
 @pytest.mark.parametrize("mode", ["resident", "stream"])
-@pytest.mark.parametrize(("start", "expected"), [(3, 1), (6, 2), (8, 4), (1, 1)])
-def test_chunks_shrink_to_begin_at_the_step_where_a_run_resumes(
-    make, resident, mode, start, expected
+@pytest.mark.parametrize(("start", "first"), [(3, 1), (6, 2), (8, 4), (1, 3)])
+def test_only_the_first_chunk_shrinks_where_a_run_resumes_inside_one(
+    make, resident, mode, start, first
 ):
     """A run may be saved at any step, by a machine with other chunks."""
-    source = make(mode, steps_per_call=4, start=start)
-    assert source.steps_per_call == expected
+    source = make(mode, steps_per_call=4)
+    found = lengths(source, start, 12)
+    assert found == [first] + [4] * (len(found) - 1)
     assert_same(batches(source, start, 12), batches(resident, start, 12))
 
 
 @pytest.mark.parametrize("mode", ["resident", "stream"])
-def test_start_inside_a_chunk_is_refused(make, mode):
-    source = make(mode, steps_per_call=4)
-    with pytest.raises(ValueError, match="start=3 must be a multiple of steps_per_call=4"):
-        next(source.chunks(3, 8))
+def test_an_epoch_of_a_prime_number_of_steps_has_chunks_of_two_lengths(make, train_rows, mode):
+    made = functools.partial(
+        make, mode, rows=train_rows[:5], plan=epochs.Plan(1), device_mesh=mesh_lib.make_mesh(1)
+    )
+    whole, source = batches(made(), 0, 10), made(steps_per_call=3)
+    assert lengths(source, 0, 10) == [3, 2, 3, 2]
+    assert lengths(source, 3, 9) == [2, 3, 1]
+    assert_same(batches(source, 0, 10), whole)
 
 
 def test_streamed_chunks_stay_within_their_byte_budget(make, monkeypatch):
     bytes_per_step = BATCH * 64 * 55 * 3
-    for budget, expected in ((3 * bytes_per_step, 2), (bytes_per_step // 2, 1)):
+    for budget, expected in ((3 * bytes_per_step, [2, 2]), (bytes_per_step // 2, [1] * 4)):
         monkeypatch.setattr(feed, "STREAM_CHUNK_BYTES", budget)
-        assert make("stream", steps_per_call=4).steps_per_call == expected
-        assert make("resident", steps_per_call=4).steps_per_call == 4
+        assert lengths(make("stream", steps_per_call=4), 0, 4) == expected
+        assert lengths(make("resident", steps_per_call=4), 0, 4) == [4]
 
 
 def test_rows_follow_the_epoch_table(resident):
@@ -167,13 +175,21 @@ def test_another_seed_gives_another_order(make, resident):
     assert rows[0] != rows[1]
 
 
-@pytest.mark.parametrize("wanted", [0, 1, 3, 5, 100])
-@pytest.mark.parametrize("steps", [1, 4, 6, 33])
-def test_steps_per_call_divides_the_epoch(wanted, steps):
-    got = feed._divisor(steps, wanted)
-    assert steps % got == 0
-    assert got <= max(wanted, 1)
-    assert not any(steps % k == 0 for k in range(got + 1, min(wanted, steps) + 1))
+def test_chunks_are_long_and_have_one_length_or_two_that_differ_by_one():
+    for steps, most in itertools.product(range(1, 300), (1, 3, 5, 64, 100)):
+        found = np.diff([0, *feed._cuts(steps, most)])
+        assert found.sum() == steps
+        assert found.max() <= most
+        assert found.max() - found.min() <= 1
+        assert len(found) < 2 * -(-steps // most)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(33, [33]), (66, [33, 33]), (67, [34, 33]), (130, [26] * 5), (134, [45, 45, 44])],
+)
+def test_chunks_of_some_epochs(steps, expected):
+    assert sorted(np.diff([0, *feed._cuts(steps, 64)]), reverse=True) == expected
 
 
 def test_batches_are_split_over_the_devices_and_images_are_on_each(resident, stream):
