@@ -184,7 +184,7 @@ def _torch(flags: Sequence[str], arguments: argparse.Namespace) -> dict:
     if side != other:
         raise ValueError(f"data.image_size={side},{other}: the twin is timed on squares")
     sizes = {"width": width, "depth": depth, "heads": heads, "image_size": side}
-    sizes |= {"arch": config.teacher.name, "threads": mesh_lib.usable_cores()}
+    sizes |= {"arch": config.teacher.name, "threads": mesh_lib.cores()}
     sizes |= {"mask_ratio": config.student.mask_ratio}
     named = [f"--{name}={value}" for name, value in sizes.items()]
     *_, found = _lines(["-m", "mmrjax.bench_torch", *named, *flags])

@@ -64,7 +64,7 @@ def show_cores(batch_sizes: Iterable[int] = ()) -> None:
     by_flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if by_flag or jax.config.jax_num_cpu_devices >= 0:
         return
-    most = max(1, int(min(usable_cores(), _memory_gib() / GIB_OF_A_CORE)))
+    most = max(1, int(min(cores(), _memory_gib() / GIB_OF_A_CORE)))
     shared = math.gcd(*batch_sizes)  # 0, which all divide, of none
     count = max(n for n in range(1, most + 1) if shared % n == 0)
     try:
@@ -74,18 +74,18 @@ def show_cores(batch_sizes: Iterable[int] = ()) -> None:
     _cores_shown = True
 
 
-def usable_cores() -> int:
+def cores() -> int:
     """Cores that this process may use: its affinity and quota, threads of one core counted once."""
     try:
         threads = os.sched_getaffinity(0)
     except AttributeError:  # not on Linux
         return os.cpu_count() or 1
     siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    cores = len({_read(siblings.format(n)) or str(n) for n in threads})
+    count = len({_read(siblings.format(n)) or str(n) for n in threads})
     quota, period = (_read(CPU_QUOTA) or " ".join(f"{_read(path)}" for path in CPU_QUOTA_1)).split()
     if quota.isdecimal() and period.isdecimal():
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores)
+        count = min(count, math.ceil(int(quota) / int(period)))
+    return max(1, count)
 
 
 def _memory_gib() -> float:

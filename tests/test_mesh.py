@@ -189,7 +189,7 @@ def test_parameters_are_split_after_training_too(trained):
 SHOWN = """
 import jax
 from mmrjax import mesh
-mesh.usable_cores, mesh._memory_gib = lambda: 6, lambda: 64.0
+mesh.cores, mesh._memory_gib = lambda: 6, lambda: 64.0
 for sizes in ([16, 32], [9, 12], [5, 16], []):
     mesh.show_cores(sizes)
     print(jax.config.jax_num_cpu_devices, end=" ")
@@ -227,7 +227,7 @@ STARTED = """
 import pathlib, sys
 import jax
 from mmrjax import bench, bench_profile, main, mesh, predict, restore
-mesh.usable_cores, mesh._memory_gib = lambda: 2, lambda: 64.0
+mesh.cores, mesh._memory_gib = lambda: 2, lambda: 64.0
 def stop(*_, **__):
     print(jax.device_count())
     sys.exit(0)
@@ -297,15 +297,15 @@ def test_threads_of_one_core_count_once_and_a_quota_limits_them(monkeypatch):
     siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     known = {siblings.format(n): f"{n % 2},{n % 2 + 2}" for n in range(4)}
     monkeypatch.setattr(mesh_lib, "_read", lambda path: known.get(path))
-    assert mesh_lib.usable_cores() == 2
+    assert mesh_lib.cores() == 2
     known.clear()  # the system does not say
-    assert mesh_lib.usable_cores() == 4
+    assert mesh_lib.cores() == 4
     known[mesh_lib.CPU_QUOTA] = "max 100000"
-    assert mesh_lib.usable_cores() == 4
+    assert mesh_lib.cores() == 4
     known[mesh_lib.CPU_QUOTA] = "250000 100000"
-    assert mesh_lib.usable_cores() == 3
+    assert mesh_lib.cores() == 3
     known.clear()
     known.update(zip(mesh_lib.CPU_QUOTA_1, ("150000", "100000"), strict=True))
-    assert mesh_lib.usable_cores() == 2
+    assert mesh_lib.cores() == 2
     known[mesh_lib.CPU_QUOTA_1[0]] = "-1"
-    assert mesh_lib.usable_cores() == 4
+    assert mesh_lib.cores() == 4

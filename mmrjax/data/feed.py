@@ -1,14 +1,16 @@
 """Feeding the training step: images resident in device memory, or streamed by Grain.
 
 Both yield the same batches, in chunks of whole steps, from any step on. `resident` keeps all
-training images as uint8 on every device and sends only indices; `stream` decodes in threads ahead
-of the step. With several processes each decodes only its share: of a streamed batch the rows of its
-own devices; of resident images an even part, which the devices then exchange.
+training images as uint8 on every device and sends only indices; `stream` decodes two chunks ahead
+of the step. As many threads decode the images of a chunk as there are cores. With several processes
+each decodes only its share: of a streamed batch the rows of its own devices; of resident images an
+even part, which the devices then exchange.
 """
 
+import concurrent.futures
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -51,6 +53,7 @@ class Feed:
         """
         self._records, self._indices, self._max_side = records, indices, max_side
         self._plan, self._mesh = plan, device_mesh
+        self._threads = mesh.cores()
         # Every step of an epoch reads the same table.
         self._table = functools.lru_cache(2)(lambda epoch: plan.table(len(indices), seed, epoch))
         self.steps_per_epoch = plan.steps_per_epoch(len(indices))
@@ -76,8 +79,9 @@ class Feed:
         self.resident = {}
         if mode == "resident":
             images = np.zeros((shared, *self.canvas, self._channels), np.uint8)
-            for position in logs.progress(own, "decoding"):
-                self._paste(images[position], position)
+            canvases = [images[position] for position in own]
+            for _ in logs.progress(self._pasted(canvases, own), "decoding", len(own)):
+                pass
             images = mesh.spread(mesh.put_batch(images, device_mesh), device_mesh, count)
             self.resident = {"image": images, "size": mesh.replicate(sizes, device_mesh)}
             if plan.domain is not None:
@@ -98,6 +102,7 @@ class Feed:
         import grain  # here: resident images need it not
 
         dataset = grain.MapDataset.range(len(spans)).map(lambda i: self._decoded(*spans[i]))
+        # Two chunks at once: the second keeps cores busy while the first waits for its last images.
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
         for chunk in dataset.to_iter_dataset(options):
             yield mesh.put_batch(chunk, self._mesh, axis=1)
@@ -122,10 +127,19 @@ class Feed:
         images = np.zeros((*shape, *self.canvas, self._channels), np.uint8)
         sizes = np.zeros((*shape, 2), np.int32)
         own = np.flatnonzero(mesh.own_rows(self._plan.batch_size, self._mesh))
-        for where in itertools.product(range(shape[0]), own):
-            sizes[where] = self._paste(images[where], chunk["index"][where])
+        rows = list(itertools.product(range(shape[0]), own))
+        pasted = self._pasted([images[row] for row in rows], [chunk["index"][row] for row in rows])
+        for row, size in zip(rows, pasted, strict=True):
+            sizes[row] = size
         domain = {} if self._plan.domain is None else {"domain": self._plan.domain[chunk["index"]]}
         return {**chunk, **domain, "image": images, "size": sizes}
+
+    def _pasted(
+        self, canvases: Sequence[np.ndarray], positions: Sequence[int]
+    ) -> Iterator[tuple[int, int]]:
+        """Decodes an image into each canvas, by threads; yields their sizes in the same order."""
+        with concurrent.futures.ThreadPoolExecutor(self._threads, "decode") as pool:
+            yield from pool.map(self._paste, canvases, positions)
 
     def _paste(self, canvas: np.ndarray, position: int) -> tuple[int, int]:
         image = self._records.image(self._indices[position], self._max_side)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import threading
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from mmrjax.data import epochs, feed
 
 TWO_DEVICES = 2
 BATCH = 2  # 7 examples: four steps per epoch, the last one half empty
+PATIENCE = 20.0  # seconds until what should have happened is taken to be missing
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +252,63 @@ def test_rows_do_not_depend_on_the_number_of_devices(make, resident):
     one = make("resident", device_mesh=mesh_lib.make_mesh(1))
     for a, b in itertools.zip_longest(one.chunks(0, 4), resident.chunks(0, 4)):
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def test_the_next_chunk_is_decoded_while_the_consumer_has_one(records, stream, monkeypatch):
+    """The first chunk is handed over while the next two are held up, and they need no `next`."""
+    first, *later = (set(stream._indices[row]) for row in stream._table(0)[0][:3])
+    computing, everything = threading.Event(), threading.Event()
+    waited, decoded, image = [], set(), records.image
+
+    def decode(i, max_side):
+        if i not in first:
+            waited.append(computing.wait(PATIENCE))
+        array = image(i, max_side)
+        decoded.add(i)
+        if decoded >= set.union(*later):
+            everything.set()
+        return array
+
+    monkeypatch.setattr(records, "image", decode)
+    chunks = stream.chunks(0, 4)
+    next(chunks)
+    computing.set()
+    assert everything.wait(PATIENCE)
+    assert all(waited)
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_the_images_of_a_chunk_are_decoded_at_once(make, resident, records, monkeypatch, mode):
+    """Each of two waits for the other; there is one chunk, so no other chunk's image helps."""
+    monkeypatch.setattr(mesh_lib, "cores", lambda: BATCH)
+    barrier, image = threading.Barrier(BATCH, timeout=PATIENCE), records.image
+
+    def decode(i, max_side):
+        barrier.wait()
+        return image(i, max_side)
+
+    rows = resident._indices[:4]
+    expected = batches(make("resident", rows=rows), 0, 1)
+    monkeypatch.setattr(records, "image", decode)
+    assert_same(batches(make(mode, rows=rows), 0, 1), expected)
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_a_damaged_image_is_named(make, records, monkeypatch, mode):
+    """In the words of the records, though a thread decoded it."""
+    monkeypatch.setattr(records, "encoded", lambda i, field: b"no picture")
+    monkeypatch.setattr(records, "size", lambda i, max_side: (64, 55))
+    with pytest.raises(ValueError, match=r"^the image of record 'train/good/.*' cannot be decoded"):
+        batches(make(mode), 0, 1)
+
+
+def test_no_thread_is_left_when_a_run_stops_between_chunks(stream):
+    before = set(threading.enumerate())
+    chunks = stream.chunks(0, 8)
+    next(chunks)
+    started = set(threading.enumerate()) - before
+    assert started
+    chunks.close()
+    for thread in started:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in started)
