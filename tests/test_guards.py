@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmrjax import checkpoint, flops, logs, methods, scoring, state, train
 from mmrjax import config as config_lib
-from mmrjax import flops, methods, scoring, state, train
 from mmrjax import mesh as mesh_lib
-from mmrjax.data import epochs, feed, geometry
+from mmrjax.data import geometry
 from mmrjax.models import winograd
 
 BATCH = 8
@@ -42,7 +42,10 @@ def abstract(config, devices=1, augment=whole, canvas=None, k=1):
 
     def place(tree, sharding):
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type
+            ),
+            tree,
         )
 
     struct = jax.ShapeDtypeStruct
@@ -136,36 +139,85 @@ def test_every_byte_of_the_state_is_updated_in_place(compiled):
     assert program.memory_analysis().alias_size_in_bytes >= size
 
 
-def test_one_transfer_a_chunk_and_one_compilation(tiny_config, monkeypatch):
-    """Indices go in; nothing else passes between host and device, and nothing compiles twice."""
+class MeanPicture(methods.base.Method):
+    """Learns one mean picture: the loop around it is what is watched, and a step compiles fast."""
 
-    class Photographs:
-        def size(self, i, max_side):
-            return 64, 64
+    def load_frozen(self):
+        return {}, {}
 
-        def image(self, i, max_side):
-            return np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    def init(self, key, frozen):
+        return {"params": {"mean": jnp.zeros((64, 64, 3))}}, {}
 
-    mesh = mesh_lib.make_mesh(1)
-    method = methods.create("mmr", tiny_config)
-    frozen = mesh_lib.replicate(method.load_frozen()[0], mesh)
-    variables, _ = method.init(jax.random.key(0), frozen)
-    tx = method.optimiser(4)
-    current = mesh_lib.replicate(state.create(variables, tx), mesh)
-    step = state.make_train_step(method, tx, train.make_augment(tiny_config), 4, mesh)
-    options = {"mode": "resident", "resident_gib": 1.0, "max_side": 0}
-    options |= {"seed": 0, "steps_per_call": 1, "device_mesh": mesh}
-    options |= {"plan": epochs.Plan(BATCH)}
-    batches = feed.Feed(Photographs(), np.arange(20), **options)
-    puts, put = [], mesh_lib.put_batch
-    monkeypatch.setattr(mesh_lib, "put_batch", lambda *a, **k: puts.append(a[0]) or put(*a, **k))
-    key = mesh_lib.replicate(jax.random.key(1), mesh)
-    with jax.transfer_guard("disallow"):  # of what is not put or fetched on purpose
-        for chunk in batches.chunks(0, 6):
-            current, _ = step(current, frozen, batches.resident, chunk, key)
-    assert len(puts) == 6
-    assert all(set(put) == {"index", "weight"} for put in puts)
+    def loss(self, variables, frozen, batch, key, progress):
+        return jnp.mean((batch["image"] - variables["params"]["mean"]) ** 2), ({}, {})
+
+
+class Photographs:
+    """Pictures of noise, enough for a Feed."""
+
+    def size(self, i, max_side):
+        return 64, 64
+
+    def image(self, i, max_side):
+        return np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """(what is put, shapes of what is fetched, steps built) while the loop of a training runs."""
+    puts, fetched, steps = [], [], []
+    loop, put, make = train._loop, mesh_lib.put_batch, state.make_train_step
+    # Two devices: NumPy would read an array that lies on one CPU device without asking JAX.
+    two, array = mesh_lib.make_mesh(2), type(jnp.zeros(()))
+    value = array._value  # float(), np.asarray and jax.device_get all pass here
+
+    def put_seen(tree, *args, **options):
+        puts.append(tree)
+        return put(tree, *args, **options)
+
+    def value_seen(x):
+        fetched.append(x.shape)
+        return value.fget(x)
+
+    def loop_seen(*args):
+        with monkeypatch.context() as patch, jax.transfer_guard_host_to_device("disallow"):
+            patch.setattr(mesh_lib, "put_batch", put_seen)
+            patch.setattr(array, "_value", property(value_seen))
+            return loop(*args)
+
+    monkeypatch.setattr(mesh_lib, "make_mesh", lambda **_: two)
+    monkeypatch.setattr(state, "make_train_step", lambda *a: steps.append(make(*a)) or steps[-1])
+    monkeypatch.setattr(train, "_loop", loop_seen)
+    return puts, fetched, steps
+
+
+def test_the_loop_puts_indices_and_fetches_losses_once_a_chunk_and_compiles_once(
+    tiny_config, watched, tmp_path, monkeypatch
+):
+    """Nothing else passes between host and device but, at a save, whether all is finite."""
+    config = tiny_config.copy_and_resolve_references()
+    config.train.epochs, config.train.steps_per_call = 3, 4
+    monkeypatch.setitem(methods.METHODS, "mean_picture", MeanPicture)
+    monkeypatch.setattr(logs, "FLUSH_SECONDS", 0.0)  # every chunk is shown: the most fetches
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda *_: None)  # it fetches everything
+    train.train(config, "mean_picture", Photographs(), np.arange(4 * BATCH), 0, tmp_path)
+    puts, fetched, (step,) = watched
+    images, *chunks = puts
+    assert images.shape == (4 * BATCH, 64, 64, 3)
+    assert [set(chunk) for chunk in chunks] == [{"index", "weight"}] * 3
+    rates = (3,)  # of the epochs, a constant of the step: read once, as it is compiled
+    assert fetched == [rates] + [(4,)] * 3 + [()]
     assert step._cache_size() == 1
+
+
+def test_the_state_leaves_a_step_as_it_came_so_that_no_second_one_compiles(tiny_config):
+    step, arguments, _, _ = abstract(tiny_config)
+    new, _ = jax.eval_shape(step, *arguments)
+
+    def kind(x):
+        return x.shape, x.dtype, x.weak_type
+
+    assert jax.tree.map(kind, new) == jax.tree.map(kind, arguments[0])
 
 
 def test_an_evaluation_compiles_once_also_with_a_part_of_a_batch(tiny_config):
