@@ -60,11 +60,19 @@ def abstract(config, devices=1, augment=whole, canvas=None, k=1):
     return step, arguments, predict, (variables, frozen, pixels)
 
 
-@pytest.fixture
-def bf16(tiny_config):
-    config = tiny_config.copy_and_resolve_references()
-    config.train.compute_dtype = "bfloat16"
+def with_dtype(config, dtype):
+    """The same with `dtype` and every scale, as the published methods have."""
+    config = config.copy_and_resolve_references()
+    config.train.compute_dtype, config.student.layers = dtype, (1, 2, 3)
     return config
+
+
+@pytest.fixture(scope="module")
+def bf16(tiny_config):
+    """(configuration, step, evaluation) in bfloat16, as StableHLO."""
+    config = with_dtype(tiny_config, "bfloat16")
+    step, arguments, predict, images = abstract(config)
+    return config, step.lower(*arguments).as_text(), predict.lower(*images).as_text()
 
 
 # --- operations
@@ -89,38 +97,39 @@ def test_the_programs_do_the_operations_that_the_paper_count_says(file, training
     assert scored == pytest.approx(flops.inference(config), rel=0.03)
 
 
-def test_no_convolution_reads_a_dilated_input(tiny_config):
+def test_no_convolution_reads_a_dilated_input(tiny_config, bf16):
     """The gradient of a strided or transposed convolution, several times slower, would."""
-    config = tiny_config.copy_and_resolve_references()
-    config.student.layers = (1, 2, 3)
-    step, arguments, predict, images = abstract(config)
-    for text in (step.lower(*arguments).as_text(), predict.lower(*images).as_text()):
+    step, arguments, predict, images = abstract(with_dtype(tiny_config, "float32"))
+    texts = (step.lower(*arguments).as_text(), predict.lower(*images).as_text(), *bf16[1:])
+    for text in texts:
         assert "stablehlo.convolution" in text
         assert not re.search(r"lhs_dilate = \[(?!1, 1\])", text)
 
 
 def float32_products(text):
-    """Matrix products and convolutions of two float32 operands in StableHLO.
+    """(how many products and convolutions of StableHLO take float32, how many of them round it).
 
-    Two more have one: the gradients of attention's logits, float32, times bfloat16 queries or keys.
+    The latter ask for an algorithm that makes both operands bfloat16.
     """
     lines = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
-    operands = [re.search(r": \((.*?)\) ->", line)[1] for line in lines]
     assert len(lines) > 20
-    return [types for types in operands if len(re.findall(r"xf32>", types)) == 2]
+    takes = [line for line in lines if "xf32>" in re.search(r": \((.*?)\) ->", line)[1]]
+    rounds = "lhs_precision_type = bf16, rhs_precision_type = bf16"
+    return len(takes), sum(rounds in line for line in takes)
 
 
 def test_only_the_crop_is_a_float32_product_in_a_bfloat16_step(bf16):
-    step, arguments, _, _ = abstract(bf16)
-    assert float32_products(step.lower(*arguments).as_text()) == []
-    step, arguments, _, _ = abstract(bf16, augment=train.make_augment(bf16), canvas=(70, 80))
-    assert len(float32_products(step.lower(*arguments).as_text())) == 2  # rows and columns
+    config, text, _ = bf16
+    logits = 2  # their gradient, float32, times queries and times keys: jax.nn's attention
+    assert float32_products(text) == (logits, logits)
+    step, arguments, _, _ = abstract(config, augment=train.make_augment(config), canvas=(70, 80))
+    crop = 2  # rows and columns
+    assert float32_products(step.lower(*arguments).as_text()) == (logits + crop, logits)
 
 
 def test_only_the_map_operators_are_float32_products_in_a_bfloat16_evaluation(bf16):
-    _, _, predict, images = abstract(bf16)
-    scales = len(bf16.student.layers)
-    assert len(float32_products(predict.lower(*images).as_text())) == 2 * scales
+    config, _, text = bf16
+    assert float32_products(text) == (2 * len(config.student.layers), 0)
 
 
 # --- memory, transfers and devices
