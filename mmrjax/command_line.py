@@ -1,12 +1,16 @@
 """How a command ends: its exit status, and one line on standard error instead of a traceback.
 
 For the programs that read or write files beside a training (main.py has more to say: signals,
-several processes). MMRJAX_TRACEBACK=1 shows where an error was raised.
+several processes). MMRJAX_TRACEBACK=1 shows where an error was raised. And where programs keep what
+they compile, which is for commands to say, not for a library that somebody imports.
 """
 
 import os
+import pathlib
 import sys
 from collections.abc import Callable
+
+import jax
 
 from mmrjax import files, staging
 
@@ -31,3 +35,13 @@ def run(program: Callable[[], int], ending: str = "") -> int:
             raise
         print(staging.named(f"error: {files.explain(e)}{ending}"), file=sys.stderr)
         return 1
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs for the next command, in ~/.cache/mmrjax/xla.
+
+    In JAX_COMPILATION_CACHE_DIR, where that is set; JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = pathlib.Path("~/.cache/mmrjax/xla").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from data_builders import buckets, build
 from mmrjax import (
     aggregate,
+    command_line,
     evaluate,
     files,
     logs,
@@ -62,7 +63,7 @@ def _run(argv: Sequence[str]) -> int:
         config, arguments = parse(argv)
         config_lib.validate(config)
         trackers.check(config.log.trackers)
-        _use_compile_cache()
+        command_line.keep_compiled()
         if arguments.distributed:
             processes.initialize(
                 arguments.coordinator, arguments.num_processes, arguments.process_id
@@ -330,13 +331,6 @@ def results_table(results: dict) -> str:
                 [method, "mean", "over domains, then categories", *map(evaluate.percent, means)]
             )
     return report_tables.aligned(rows)
-
-
-def _use_compile_cache() -> None:
-    """Compiled programs are kept between runs, unless the user has chosen a place."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = pathlib.Path("~/.cache/mmrjax/xla").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     check_output(arguments.output)
+    command_line.keep_compiled()
     detector = detector_lib.load(arguments.workdir, show_cores=True)
     detector.full_scale = arguments.full_scale
     detector = choose_threshold(detector, arguments)

@@ -1,5 +1,6 @@
 """How the programs end: status, one line, no traceback."""
 
+import jax
 import pytest
 
 from mmrjax import command_line, convert, files, predict
@@ -56,3 +57,15 @@ def test_ctrl_c_in_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch):
         files.write_text(file, "after")
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert file.read_text() == "before"
+
+
+def test_a_folder_for_compiled_programs_that_the_user_has_chosen_stays(monkeypatch):
+    folders = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: folders.append((name, value)))
+    monkeypatch.setenv("HOME", "/home/anna")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/scratch/anna")
+    command_line.keep_compiled()
+    assert folders == []
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    command_line.keep_compiled()
+    assert folders == [("jax_compilation_cache_dir", "/home/anna/.cache/mmrjax/xla")]

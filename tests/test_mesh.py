@@ -203,7 +203,8 @@ print(jax.device_count())
 
 
 def in_a_new_process(code, **variables):
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    left_out = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
+    kept = {k: v for k, v in os.environ.items() if k not in left_out}
     environment = {**kept, "JAX_PLATFORMS": "cpu", **variables}
     found = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -229,6 +230,7 @@ import jax
 from mmrjax import bench, bench_profile, main, mesh, predict, restore
 mesh.cores, mesh._memory_gib = lambda: 2, lambda: 64.0
 def stop(*_, **__):
+    jax.jit(lambda x: x + 1)(1)
     print(jax.device_count())
     sys.exit(0)
 main.run_all = bench._facts = bench_profile._program = restore.trained = stop
@@ -257,13 +259,19 @@ getattr(sys.modules[__name__], program).main(arguments)
         (("bench_profile", "--batch=16"), 2),
     ],
 )
-def test_programs_show_the_cores_before_jax_runs(words, devices, tmp_path):
+def test_programs_show_the_cores_before_jax_runs_and_keep_what_they_compile(
+    words, devices, tmp_path
+):
+    """Not the benchmarks, which measure how long compiling takes."""
     if "--vs=torch" in words:
         pytest.importorskip("torch")
     code = STARTED.format(words=tuple(word.format(folder=tmp_path) for word in words))
     if words[0] == "predict":
         code = code.replace("program, ", CONFIG + "program, ")
-    assert in_a_new_process(code) == [str(devices)]
+    kept = {"HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert in_a_new_process(code, **kept) == [str(devices)]
+    entries = list(tmp_path.glob(".cache/mmrjax/xla/jit__lambda*-cache"))
+    assert len(entries) == (words[0] in ("main", "predict"))
 
 
 CONFIG = """
