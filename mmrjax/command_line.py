@@ -40,8 +40,15 @@ def run(program: Callable[[], int], ending: str = "") -> int:
 def keep_compiled() -> None:
     """Keeps compiled programs for the next command, in ~/.cache/mmrjax/xla.
 
-    In JAX_COMPILATION_CACHE_DIR, where that is set; JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    All of them: JAX leaves out what it compiles within a second, and the hundred small ones of a
+    run take several. What the environment sets otherwise stays; JAX_ENABLE_COMPILATION_CACHE=false
+    keeps none.
     """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = pathlib.Path("~/.cache/mmrjax/xla").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    cache = pathlib.Path("~/.cache/mmrjax/xla").expanduser()
+    wanted = {
+        "jax_compilation_cache_dir": str(cache),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    for name, value in wanted.items():
+        if not os.environ.get(name.upper()):
+            jax.config.update(name, value)

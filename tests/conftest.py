@@ -10,6 +10,8 @@ import cv2
 # Programs here run once or twice on tiny data: compiling them well takes longer than it saves, a
 # third of the suite's time. Also of child processes; 0 in the environment tests them as users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# And one command in this process would have all small programs of the later tests kept for nobody.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 import jax
 import numpy as np

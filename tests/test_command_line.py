@@ -59,13 +59,16 @@ def test_ctrl_c_in_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert file.read_text() == "before"
 
 
-def test_a_folder_for_compiled_programs_that_the_user_has_chosen_stays(monkeypatch):
-    folders = []
-    monkeypatch.setattr(jax.config, "update", lambda name, value: folders.append((name, value)))
+def test_what_the_environment_says_of_compiled_programs_stays(monkeypatch):
+    set_here = {}
+    monkeypatch.setattr(jax.config, "update", set_here.__setitem__)
     monkeypatch.setenv("HOME", "/home/anna")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/scratch/anna")
+    chosen = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    for name in chosen:
+        monkeypatch.setenv(name, "5")
     command_line.keep_compiled()
-    assert folders == []
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    assert set_here == {}
+    for name in chosen:
+        monkeypatch.delenv(name)
     command_line.keep_compiled()
-    assert folders == [("jax_compilation_cache_dir", "/home/anna/.cache/mmrjax/xla")]
+    assert list(set_here.values()) == ["/home/anna/.cache/mmrjax/xla", 0]
