@@ -53,6 +53,7 @@ out_of_time=""
 # Set before the step is there: a signal that nobody expects would end the job without a word. srun
 # hands it on to every process.
 trap 'out_of_time=1; [ -z "${!:-}" ] || kill -TERM "$!" || true' USR1
+[ -z "$out_of_time" ] || exec scontrol requeue "$SLURM_JOB_ID"
 "${command[@]}" &
 step=$!
 status=0

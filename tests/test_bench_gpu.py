@@ -15,9 +15,9 @@ SCRIPT = pathlib.Path(__file__).parent.parent / "scripts" / "bench_gpu.sh"
 PYTHON = """#!/usr/bin/env bash
 [ "$1" != - ] || exec {python} "$@"
 for argument; do case "$argument" in --json=*) file="${{argument#--json=}}" ;; esac; done
-part="$(basename "$file" .json)"
+part="$(basename "$file" .part)"
 echo "$part $XLA_FLAGS" >>{folder}/calls
-echo '{{"part": "'"$part"'"}}' >"$file"
+echo '{{"part": "'"$(cat {folder}/measured 2>/dev/null || echo "$part")"'"}}' >"$file"
 status="$(cat {folder}/"$part" 2>/dev/null || echo 0)"
 [ "$status" != wait ] || {{ touch {folder}/waiting; exec sleep 60; }}
 exit "$status"
@@ -64,11 +64,28 @@ def test_the_next_call_measures_what_is_missing_alone(bench):
     assert found["incomplete"] == ["versus_train"]
     assert found["versus_train"] == {"part": "versus_train"}  # as far as it came
     assert "whole_run_warm" in found
+    (bench.folder / "versus_train").write_text("4")
+    (bench.folder / "measured").write_text("less")
+    done, found, _ = bench()
+    assert done.returncode == 4
+    assert found["versus_train"] == {"part": "versus_train"}  # and not less than before
     (bench.folder / "versus_train").unlink()
     done, found, calls = bench()
     assert done.returncode == 0
     assert found["incomplete"] == []
+    assert found["versus_train"] == {"part": "less"}  # all that there is
     assert [call.split()[0] for call in calls] == ["versus_train"]
+
+
+def test_what_was_not_tried_comes_before_what_failed(bench):
+    (bench.folder / "rates").write_text("3")
+    bench(BENCH_SECONDS="5")
+    bench()
+    for mark in ("versus_evaluate.done", "versus_evaluate.tried"):
+        (bench.folder / "out" / mark).unlink()
+    _, found, calls = bench()
+    assert [call.split()[0] for call in calls] == ["versus_evaluate", "rates"]
+    assert found["incomplete"] == ["rates"]
 
 
 def test_what_had_no_time_is_named(bench):
@@ -89,3 +106,13 @@ def test_a_call_that_is_ended_leaves_what_it_had(bench):
     found = json.loads((bench.folder / "out" / "bench.json").read_text())
     assert found["rates"] == {"part": "rates"}
     assert found["whole_run_warm"] == {"part": "whole_run_warm"}
+    assert found["incomplete"][0] == "whole_run_warm"
+    assert len(found["incomplete"]) == 4
+
+
+def test_a_dry_run_prints_every_command_and_starts_none(tmp_path):
+    command = [SCRIPT, "--dry-run", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measuring = [line for line in done.stdout.splitlines() if " -m mmrjax.bench " in line]
+    assert len(measuring) == 7
+    assert not (tmp_path / "out").exists()
