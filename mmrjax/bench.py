@@ -51,30 +51,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(work(arguments.worker, arguments, _tell)))
         return 0
     result: dict = {"facts": _facts(arguments)}
+    error = None
     try:
         if arguments.warm_up:
             print(f"compiled: {', '.join(_warm_up(arguments))}")
             return 0
-        if arguments.vs:
-            result["parity"] = _parity(arguments, _dtypes(arguments))
-            bench_tables.parity(result["parity"])
-        if not arguments.only_vs:
-            for found in _everything_of_ours(arguments):
-                result["mmrjax"] = found
-                _keep(result, arguments)
-            bench_tables.ours(result["mmrjax"])
-        if arguments.vs:
-            _versus(arguments, result)
-            bench_tables.versus(result["versus"])
+        _measure(arguments, result)
     except (ValueError, subprocess.CalledProcessError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    if arguments.json:
+        error = e
+    bench_tables.ours(result.get("mmrjax", {}))  # what there is, also after an error
+    bench_tables.versus(result.get("versus", {}))
+    if arguments.json and not error:
         print(f"written: {arguments.json}")
     failed = result.get("mmrjax", {}).get("failed", {}) | result.get("failed", {})
     for name, reason in failed.items():
         print(f"error: {name} was not measured: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+    if error:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if failed or error else 0
+
+
+def _measure(arguments: argparse.Namespace, result: dict) -> None:
+    """Fills `result`, and keeps it after each part and turn."""
+    if arguments.vs:
+        result["parity"] = _parity(arguments, _dtypes(arguments))
+        bench_tables.parity(result["parity"])
+    if not arguments.only_vs:
+        for found in _everything_of_ours(arguments):
+            result["mmrjax"] = found
+            _keep(result, arguments)
+    if arguments.vs:
+        _versus(arguments, result)
 
 
 def _keep(result: dict, arguments: argparse.Namespace) -> None:
@@ -141,7 +148,8 @@ def _everything(
     rates = [*found.get("train", {}).values()]
     rates += [one["resident"] for one in found.get("evaluate", {}).values()]
     for rate in rates if "ceiling" in found else ():
-        rate["of_ceiling"] = rate["gflops"] / found["ceiling"]["matmul_gflops"]
+        share = rate["devices"] / found["ceiling"]["devices"]  # one image is scored on one
+        rate["of_ceiling"] = rate["gflops"] / (share * found["ceiling"]["matmul_gflops"])
     return found | ({"failed": failed} if failed else {})
 
 
@@ -277,9 +285,10 @@ def _versus(arguments: argparse.Namespace, result: dict) -> None:
                 if side == "mmrjax":
                     raise
                 result.setdefault("failed", {})[f"{name}, {side}"] = str(e)
-                continue
-            windows[side] += found
-            print(f"{name} {side}: {np.median(found):.1f} img/s", file=sys.stderr, flush=True)
+                windows[side].clear()  # of one turn alone the machine's drift would not cancel
+            else:
+                windows[side] += found
+                print(f"{name} {side}: {np.median(found):.1f} img/s", file=sys.stderr, flush=True)
             result["versus"][name] = _ratios(windows)
             _keep(result, arguments)
 

@@ -84,6 +84,7 @@ class Programs:
         seconds = {f: self._call_seconds(lambda f=f: f(a)) for f in (product, copy)}
         return {
             "matmul_gflops": 2 * len(a) * side**3 / seconds[product] / 1e9,
+            "devices": len(a),
             "copy_gb_per_s": 2 * a.nbytes / seconds[copy] / 1e9,
             "matmul_side": side,
         }
@@ -116,7 +117,7 @@ class Programs:
             jax.block_until_ready((state, logs))
 
         windows = _windows_of(self.plan, many, k * batch)
-        return self._rate(windows, flops.training_step(self.config)) | {
+        return self._rate(windows, flops.training_step(self.config), self.mesh) | {
             "steps_per_call": k,
             "compilations": step._cache_size(),
             "memory": _memory(step.lower(state, *arguments).compile(), before),
@@ -161,10 +162,10 @@ class Programs:
             for _, result in scoring.one_behind(trained, scorer, batches):
                 jax.device_get(result)
 
-        counted = flops.inference(self.config)
+        counted = flops.inference(self.config), trained.mesh
         return {
-            "resident": self._rate(_windows_of(self.plan, resident, batch), counted),
-            "from_host": self._rate(_windows_of(self.plan, from_host, batch), counted),
+            "resident": self._rate(_windows_of(self.plan, resident, batch), *counted),
+            "from_host": self._rate(_windows_of(self.plan, from_host, batch), *counted),
             "compilations": scorer._cache_size() - compiled,
             "memory": _memory(scorer.lower(*trained.ready, on_device).compile(), before),
         }
@@ -221,18 +222,20 @@ class Programs:
         before = jax.config.jax_compilation_cache_dir
         with tempfile.TemporaryDirectory() as folder:  # an empty one: cold is cold
             _use_cache(folder)
-            for when in ("cold", "warm"):
-                jax.clear_caches()
-                entries = _entries(folder)
-                for name, lower in programs.items():
-                    started = time.perf_counter()
-                    lower().compile()
-                    found[name][when] = time.perf_counter() - started
-                if when == "warm" and (not entries or _entries(folder) - entries):
+            try:
+                for when in ("cold", "warm"):
+                    jax.clear_caches()
+                    known = _entries(folder)
+                    for name, lower in programs.items():
+                        started = time.perf_counter()
+                        lower().compile()
+                        found[name][when] = time.perf_counter() - started
+                if len(known) < len(programs) or _entries(folder) - known:
                     raise RuntimeError("the cache did not answer: programs were compiled twice")
-            if before:  # what follows, also in other processes, need not compile these again
-                shutil.copytree(folder, before, dirs_exist_ok=True)
-            _use_cache(before)
+                if before:  # what follows, also in other processes, need not compile these again
+                    shutil.copytree(folder, before, dirs_exist_ok=True)
+            finally:
+                _use_cache(before)
         return found
 
     def counts(self) -> dict[str, dict[str, float | None]]:
@@ -320,12 +323,13 @@ class Programs:
 
     # --- common parts
 
-    def _rate(self, windows: list[float], flop: float) -> dict:
+    def _rate(self, windows: list[float], flop: float, mesh: jax.sharding.Mesh) -> dict:
         median = float(np.median(windows))
         return {
             "images_per_second": {"median": median, "min": min(windows), "max": max(windows)},
             "windows": windows,
             "gflops": median * flop / 1e9,
+            "devices": mesh.size,
         }
 
 

@@ -66,7 +66,8 @@ def versus(found: dict) -> None:
             numbers = [f"{one[key]:.1f}" for key in ("median", "min", "max")]
             ratio = f"{one['ratio']:.2f}" if "ratio" in one else ""
             rows.append((f"{name}, {side}", *numbers, ratio))
-    _rows(rows)
+    if len(rows) > 1:
+        _rows(rows)
 
 
 def _rows(rows: Sequence[tuple[str, ...]]) -> None:

@@ -1,7 +1,7 @@
 """The other side of `mmrjax.bench`: the PyTorch twin of MMR, measured in a process of its own.
 
 Needs the torch extra. Batches lie finished and normalised in memory, where ours augments inside the
-step; the teacher is cut after layer 3 and runs without gradients, but in the "official" variant.
+step; the teacher runs without gradients and, but in the "official" variant, ends with layer 3.
 "eager" and "official" run as PyTorch comes, TF32 in convolutions included; the others are tuned.
 """
 

@@ -63,7 +63,7 @@ class Checkpoints:
     def save(self, step: int, tree) -> None:
         """Starts to save a tree of jax.Arrays; returns as soon as it is copied from the devices.
 
-        The save before this one is waited for, so that the host holds one copy at a time. To a
+        The save before this one is waited for, so that the host holds the copies of one. To a
         bucket, the files of the run go first: a checkpoint without them could not be used.
         """
         self.wait()
@@ -229,16 +229,19 @@ def _checksum(array: np.ndarray) -> int:
 
 
 def _copied(tree) -> dict[str, list]:
-    """{leaf path: [(index, values) of each of its parts]} on the host, for the first process.
+    """{leaf path: [(index, values) of each of its parts]} on the host; only the first has any.
 
-    The parts are JAX's own host copies. Of what one device holds Orbax takes the same; of what
-    several hold it fetches a part from each, beside. Parts in other processes can only be gathered
-    by all of them together, hence here.
+    The parts are JAX's own host copies. On a CPU Orbax takes the same of what one device holds, of
+    what several hold it fetches a part from each; on a GPU it makes copies of its own, pinned.
+    Parts in other processes can only be gathered by all of them together, hence here.
     """
+    first = processes.is_first()
 
     def parts(leaf) -> list:
-        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            return [(..., mesh.gather(leaf))]
+        if leaf.is_fully_replicated:
+            return [(..., leaf.addressable_data(0))] * first
+        if not leaf.is_fully_addressable:
+            return [(..., mesh.gather(leaf))][:first]
         shards = leaf.addressable_shards
         return [(shard.index, shard.data) for shard in shards if shard.replica_id == 0]
 

@@ -42,11 +42,15 @@ def keep_compiled() -> None:
 
     All of them: JAX leaves out what it compiles within a second, and the hundred small ones of a
     run take several. What the environment sets otherwise stays; JAX_ENABLE_COMPILATION_CACHE=false
-    keeps none.
+    keeps none, nor does a user without a home that can be written to.
     """
-    cache = pathlib.Path("~/.cache/mmrjax/xla").expanduser()
+    try:
+        cache = pathlib.Path("~/.cache/mmrjax/xla").expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError):
+        cache = None
     wanted = {
-        "jax_compilation_cache_dir": str(cache),
+        "jax_compilation_cache_dir": cache and str(cache),
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
     for name, value in wanted.items():

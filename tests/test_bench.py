@@ -66,7 +66,7 @@ class Failing:
     compilation = latency = None  # not asked for
 
     def ceiling(self):
-        return {"matmul_gflops": 2.0, "copy_gb_per_s": 1.0}
+        return {"matmul_gflops": 2.0, "copy_gb_per_s": 1.0, "devices": 1}
 
     def counts(self):
         raise RuntimeError("nobody counts here")
@@ -212,11 +212,11 @@ def sides(monkeypatch):
             calls.append("torch parity")
             return dict.fromkeys(bench.PARITY["float32"], torch.difference)
         calls.append(f"torch {flags[0].removeprefix('--variant=')}")
-        if calls[-1] == f"torch {torch.breaks}":
+        if calls[-1] == f"torch {torch.breaks}" and calls.count(calls[-1]) == torch.turn:
             raise subprocess.CalledProcessError(1, "torch")
         return {"windows": [10.0]}
 
-    torch.difference, torch.breaks = 0.0, None
+    torch.difference, torch.breaks, torch.turn = 0.0, None, 1
     monkeypatch.setattr(bench, "_ours", ours)
     monkeypatch.setattr(bench, "_torch", torch)
     return calls, torch
@@ -282,9 +282,10 @@ def test_what_is_timed_in_bfloat16_is_compared_in_it_too(sides, capsys):
     assert calls[2].startswith("mmrjax parity:float32:")
 
 
-def test_a_variant_that_fails_takes_no_other_with_it(sides, tmp_path, capsys):
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_variant_that_fails_takes_no_other_with_it(sides, tmp_path, capsys, turn):
     _, torch = sides
-    torch.breaks = "official"
+    torch.breaks, torch.turn = "official", turn
     flags = ["--vs=torch", "--only_vs", "--variants=official,eager", "--train_batches=2"]
     path = tmp_path / "bench.json"
     assert bench.main([*flags, "--eval_batches=", f"--json={path}"]) == 1
@@ -294,7 +295,7 @@ def test_a_variant_that_fails_takes_no_other_with_it(sides, tmp_path, capsys):
     assert "train 2, official was not measured" in capsys.readouterr().err
 
 
-def test_what_was_measured_before_the_end_is_on_the_disk(monkeypatch, tmp_path):
+def test_what_was_measured_before_the_end_is_told_and_on_the_disk(monkeypatch, tmp_path, capsys):
     """Whoever is cut off leaves the parts that had ended."""
     path = tmp_path / "bench.json"
 
@@ -306,6 +307,9 @@ def test_what_was_measured_before_the_end_is_on_the_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "_lines", killed)
     assert bench.main([f"--json={path}"]) == 1
     assert "ceiling" in json.loads(path.read_text())["mmrjax"]
+    captured = capsys.readouterr()
+    assert "matrix product 2 GFLOP/s" in captured.out
+    assert "error: Command 'bench' died" in captured.err
 
 
 def test_a_process_of_its_own_tells_line_by_line():

@@ -59,10 +59,10 @@ def test_ctrl_c_in_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert file.read_text() == "before"
 
 
-def test_what_the_environment_says_of_compiled_programs_stays(monkeypatch):
+def test_what_the_environment_says_of_compiled_programs_stays(tmp_path, monkeypatch):
     set_here = {}
     monkeypatch.setattr(jax.config, "update", set_here.__setitem__)
-    monkeypatch.setenv("HOME", "/home/anna")
+    monkeypatch.setenv("HOME", str(tmp_path))
     chosen = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     for name in chosen:
         monkeypatch.setenv(name, "5")
@@ -71,4 +71,8 @@ def test_what_the_environment_says_of_compiled_programs_stays(monkeypatch):
     for name in chosen:
         monkeypatch.delenv(name)
     command_line.keep_compiled()
-    assert list(set_here.values()) == ["/home/anna/.cache/mmrjax/xla", 0]
+    assert list(set_here.values()) == [str(tmp_path / ".cache/mmrjax/xla"), 0]
+    (tmp_path / "no_folder").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "no_folder"))  # a home that cannot be written to
+    command_line.keep_compiled()
+    assert list(set_here.values()) == [None, 0]
