@@ -125,6 +125,7 @@ NOT_RUN = {
     r"pip install .*": "needs a package index; scripts/environment.sh does it before the tests",
     r"tensorboard .*": "another program, which serves until it is stopped",
     r"scripts/bench_gpu.sh.*": "needs a GPU and ten minutes; tests/test_bench_gpu.py pretends both",
+    r"python scripts/compile_for_h200.py.*": "needs JAX's CUDA plugin; a test counts",
     r"python -m mmrjax.bench_profile .*": "needs a GPU; a test adds up made-up kernels",
     r"python -m mmrjax.main .*configs/demo_trays.py .*": "draws trays for minutes; tests/"
     "data_builders has its builder, tests/test_detector.py the tiling",
