@@ -73,7 +73,7 @@ def main() -> int:
 def pretend(devices: int) -> jax.sharding.Mesh:
     """A mesh of H200s that are not there; from here on the models are built as for them."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"  # later ones win
     jax.config.update("jax_platforms", "cpu")
     jax.devices()  # the plugin is found now
     jax.default_backend = lambda: "gpu"

@@ -60,6 +60,19 @@ def test_utilisation_is_of_the_matrix_product_of_the_same_run(everything):
     assert one["of_ceiling"] == pytest.approx(rate / everything["ceiling"]["matmul_gflops"])
 
 
+def test_the_ceiling_is_of_all_devices_and_a_rate_is_held_against_its_own(monkeypatch):
+    programs = object.__new__(bench_model.Programs)
+    programs.on_cpu, programs.method = True, argparse.Namespace(dtype=np.float32)
+    programs.mesh = jax.sharding.Mesh(np.array(jax.devices()[:2])[:, None], mesh_lib.AXES)
+    programs._call_seconds = lambda call: 1.0
+    ceiling = programs.ceiling()
+    assert (ceiling["devices"], ceiling["matmul_gflops"]) == (2, 2 * 2 * 2048**3 / 1e9)
+    one = {"resident": {"gflops": ceiling["matmul_gflops"] / 8, "devices": 1}}
+    programs.evaluate = lambda batch: one
+    found = bench._everything(programs, arguments("--parts=evaluate,ceiling"), lambda found: None)
+    assert found["evaluate"]["1"]["resident"]["of_ceiling"] == 1 / 4
+
+
 class Failing:
     """Of the machine only the matrix product can be measured."""
 
