@@ -19,6 +19,7 @@ def test_both_forms_measure_the_same_domains_and_metrics(case):
     for name in metrics.IMAGE_METRICS + metrics.PIXEL_METRICS:
         assert streamed["all"][name] == pytest.approx(exact["all"][name], abs=0.02)
         assert exact["all"]["ci95"][name] is not None
+    assert set(exact["all"]["defects"]) == set(bench_metrics.DEFECTS)
     pair = bench_metrics.exact_pair(case)
     expected = [exact["all"][name] for name in ("pixel_auroc", "aupro_0.3")]
     assert pair == pytest.approx(expected, abs=1e-12)

@@ -132,6 +132,14 @@ def test_only_the_map_operators_are_float32_products_in_a_bfloat16_evaluation(bf
     assert float32_products(text) == (2 * len(config.student.layers), 0)
 
 
+def test_what_is_set_apart_from_a_kernel_is_not_wide_in_float32(bf16):
+    """XLA writes it out: in float32 the norms' statistics, one number a row, and nothing else."""
+    apart = re.findall(r"stablehlo\.optimization_barrier .*: (.*)", bf16[1])
+    shapes = re.findall(r"tensor<([\dx]+)xf32>", " ".join(apart))
+    assert len(apart) > len(shapes) > 0
+    assert {shape.rpartition("x")[2] for shape in shapes} == {"1"}
+
+
 # --- memory, transfers and devices
 
 
