@@ -6,6 +6,6 @@ def load(workdir, target_fpr=None):
 
     See detector.py, which is imported only now: JAX takes a while.
     """
-    from mmrjax import detector
+    from mmrjax.runs import detector
 
     return detector.load(workdir, target_fpr)

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmrjax import command_line, files, metrics, staging
+from mmrjax import metrics
+from mmrjax.runtime import command_line, files, staging
 
 
 class OtherImages(ValueError):

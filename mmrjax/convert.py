@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from absl import logging
 
 from data_builders import buckets
-from mmrjax import command_line, files, restore, staging
 from mmrjax.data import geometry
 from mmrjax.methods import mmr
 from mmrjax.models import resnet
 from mmrjax.models import student as student_lib
+from mmrjax.runs import restore
+from mmrjax.runtime import command_line, files, staging
 from mmrjax.weights import layouts, source, storage, torch_names
 
 # What a file of our format holds, by --kind.

@@ -26,28 +26,18 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from data_builders import buckets, build
-from mmrjax import (
-    aggregate,
-    command_line,
-    evaluate,
-    files,
-    logs,
-    memory,
-    methods,
-    processes,
-    report,
-    report_sweep,
-    report_tables,
-    staging,
-    sweep,
-    trackers,
-    train,
-)
-from mmrjax import config as config_lib
-from mmrjax import mesh as mesh_lib
-from mmrjax import workdir as workdir_lib
+from mmrjax import methods
 from mmrjax.data import records as records_lib
 from mmrjax.data import splits, tracks
+from mmrjax.evaluate import results as evaluate
+from mmrjax.report import page, tables
+from mmrjax.report import sweep as report_sweep
+from mmrjax.runs import aggregate, sweep
+from mmrjax.runs import workdir as workdir_lib
+from mmrjax.runtime import command_line, files, logs, memory, processes, staging, trackers
+from mmrjax.runtime import config as config_lib
+from mmrjax.runtime import mesh as mesh_lib
+from mmrjax.train import loop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +66,7 @@ def _run(argv: Sequence[str]) -> int:
             else:
                 results, report_path = run_all(config, workdir, arguments.mode)
                 table = results_table(results)
-    except train.Interrupted as e:
+    except loop.Interrupted as e:
         message, number = e.args
         _complain(f"{message}; the same command continues")
         return 128 + number
@@ -184,7 +174,7 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
     results = processes.first(
         lambda: aggregate.aggregate(root, config.title, config.data.reference_domain)
     )
-    return results, pathlib.Path(processes.first(lambda: str(report.write_report(root))))
+    return results, pathlib.Path(processes.first(lambda: str(page.write_report(root))))
 
 
 def load_records(config: ConfigDict) -> Iterable[records_lib.Records]:
@@ -276,9 +266,7 @@ def run_one(
     note = splits.few(records, train_rows)
     if note:
         logging.warning("%s/%s: %s", records.dataset, records.category, note)
-    trained = train.train(
-        config, name, records, train_rows, seed, run, mode == "evaluate", labelled
-    )
+    trained = loop.train(config, name, records, train_rows, seed, run, mode == "evaluate", labelled)
     trained.facts["notes"] = [note] if note else []
     if folder != run:  # another view: the report there shows the same training
         processes.first(lambda: _copy_training(run, folder))
@@ -330,7 +318,7 @@ def results_table(results: dict) -> str:
             rows.append(
                 [method, "mean", "over domains, then categories", *map(evaluate.percent, means)]
             )
-    return report_tables.aligned(rows)
+    return tables.aligned(rows)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from flax import linen as nn
 from flax import serialization, struct
 from procedural import objective, stream
 
-from mmrjax import files, logs
 from mmrjax.models import resnet
+from mmrjax.runtime import files, logs
 from mmrjax.weights import layouts, storage, torch_names
 
 NAME = "fdsl18"

@@ -2,7 +2,7 @@
 
 STUDENT and TEACHER are files of `python -m mmrjax.convert to-torch`, .safetensors or .pth; ARCH is
 the teacher's, such as resnet18; IMAGE has 8 bits per channel. Neither JAX nor, with a copy of
-mmrjax/torch_reference.py beside this file, mmrjax is needed.
+mmrjax/weights/torch_twin.py beside this file, mmrjax is needed.
 """
 
 import sys
@@ -13,7 +13,7 @@ import torch
 try:
     import torch_reference as mmr
 except ImportError:
-    from mmrjax import torch_reference as mmr
+    from mmrjax.weights import torch_twin as mmr
 
 if len(sys.argv) < 5:
     sys.exit(__doc__)

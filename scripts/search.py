@@ -34,9 +34,11 @@ import numpy as np
 import search_set
 
 from data_builders import build
-from mmrjax import config as config_lib
-from mmrjax import files, methods, report_tables
+from mmrjax import methods
 from mmrjax.data import records as records_lib
+from mmrjax.report import tables
+from mmrjax.runtime import config as config_lib
+from mmrjax.runtime import files
 
 SPEC = "configs/magnetic_tile.py"
 RANKED = ("image_auroc", "pixel_auroc", "aupro_0.3")
@@ -294,7 +296,7 @@ def write_table(evidence: pathlib.Path) -> None:
         [
             name,
             ", ".join(str(run["seed"]) for run in found[name]),
-            report_tables.percent(_rank(found[name])),
+            tables.percent(_rank(found[name])),
             *(_cell(found, name, metric, images) for metric in METRICS),
             f"{np.mean([_minutes(run) for run in found[name]]):.1f}",
         ]
@@ -331,7 +333,7 @@ def _rank(runs: list[dict]) -> float:
 
 
 def _cell(found: dict, name: str, metric: str, images: list) -> str:
-    mean = report_tables.percent(_mean([run["metrics"][metric] for run in found[name]]))
+    mean = tables.percent(_mean([run["metrics"][metric] for run in found[name]]))
     if metric != "image_auroc" or name == BASE or BASE not in found:
         return mean
     scores = [{run["seed"]: run["scores"] for run in found[n]} for n in (name, BASE)]
@@ -349,7 +351,7 @@ def _cell(found: dict, name: str, metric: str, images: list) -> str:
 
 def _of_kind(runs: list[dict], kind: str, name: str, found_instead: bool = False) -> str:
     mean = _mean([run["kinds"].get(kind, {}).get(name) for run in runs])
-    return report_tables.percent(1 - mean if found_instead and mean is not None else mean)
+    return tables.percent(1 - mean if found_instead and mean is not None else mean)
 
 
 def _minutes(run: dict) -> float:

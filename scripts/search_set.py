@@ -2,7 +2,7 @@
 
 Used by `scripts/search.py make`. Nothing of the test is read. The good training images are split by
 group (three quarters train, a quarter is tested), and every tested image comes again with one
-defect. Their kinds must not be what mmrjax/data/defects.py blends into training images, or the
+defect. Their kinds must not be what data/defects/synthesise.py blends into training images, or the
 search would ask for what was taught. So they are drawn by other code. Small ones: five kinds of
 damage that the embedded teacher was pretrained with (procedural/scenes.py), a piece of another tile
 set in with a sharp border, and a frayed edge. Large ones: a region or a strip across the tile where
@@ -19,9 +19,10 @@ import numpy as np
 from procedural import scenes, textures
 
 from data_builders import build
-from mmrjax import files
-from mmrjax.data import defect_preview, splits
 from mmrjax.data import records as records_lib
+from mmrjax.data import splits
+from mmrjax.data.defects import preview
+from mmrjax.runtime import files
 
 DRAWN = ("crack", "pit", "chip", "smear", "warp")  # as scenes.DAMAGE
 SMALL = (*DRAWN, "patch", "fray")
@@ -104,7 +105,7 @@ def contact_sheet(folder: pathlib.Path, columns: int = 8, size: int = 224) -> np
             mask = cv2.resize(mask, (size, size), interpolation=cv2.INTER_NEAREST)
             image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
             row[0, i] = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-            row[1, i] = defect_preview.outline(row[0, i], mask > 0)
+            row[1, i] = preview.outline(row[0, i], mask > 0)
         rows += [np.concatenate(line, axis=1) for line in row]
     return np.concatenate(rows)
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from mmrjax import config as config_lib
 from mmrjax import main
+from mmrjax.runtime import config as config_lib
 
 # Before any device is used: tests of sharding need several devices, and Grain reads absl flags.
 jax.config.update("jax_platforms", "cpu")

@@ -22,8 +22,8 @@ import tomllib
 import pytest
 
 from data_builders import build
-from mmrjax import config as config_lib
 from mmrjax import main
+from mmrjax.runtime import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,13 +55,13 @@ RUN_BY = {
     "test_keep_waits_runs_and_asks_again_when_the_machines_are_taken_away",
     r"export TPU_.*": "tests/test_cluster_scripts.py::test_a_request_that_fails_is_said",
     r"scripts/slurm.sh .*": "tests/test_cluster_scripts.py::test_slurm_dry_run_prints_the_step",
-    r"python -m mmrjax.main .*gs://.*": "tests/test_staging.py::"
+    r"python -m mmrjax.main .*gs://.*": "tests/runtime/test_staging.py::"
     "test_the_killed_run_went_on_from_its_checkpoint",
-    r"python -m mmrjax.predict .*gs://.*": "tests/test_staging.py::"
+    r"python -m mmrjax.predict .*gs://.*": "tests/runtime/test_staging.py::"
     "test_predict_scores_as_the_folder_does",
-    r"python -m mmrjax.main .*--distributed.*": "tests/test_distributed.py::"
+    r"python -m mmrjax.main .*--distributed.*": "tests/runtime/test_distributed.py::"
     "test_distributed_alone_leaves_it_to_environment_and_cluster",
-    r"python -m mmrjax.main .*--coordinator.*": "tests/test_distributed.py::"
+    r"python -m mmrjax.main .*--coordinator.*": "tests/runtime/test_distributed.py::"
     "test_two_processes_give_what_one_gives",
     r"python -m mmrjax.main .*configs/demo.py .*": "tests/test_notebook.py::"
     "test_it_runs_from_top_to_bottom_and_shows_pictures",
@@ -75,7 +75,7 @@ RUN_BY = {
     "test_aebad_images_are_reported_per_domain_with_the_gap_to_same",
     r"python -m mmrjax.main .*configs/(visa|btad|kolektor_sdd2|rsdds).py(:\w+)? .*": f"{SETS}::"
     "test_other_data_sets_give_image_and_pixel_metrics",
-    r"python -m mmrjax.main .*configs/aebad_ablation.py(:\w+)? .*": "tests/test_sweep.py::"
+    r"python -m mmrjax.main .*configs/aebad_ablation.py(:\w+)? .*": "tests/runs/test_sweep.py::"
     "test_every_switch_of_section_6_builds_and_gives_its_layers_a_loss",
     r"python -m mmrjax.main .*configs/cross_domain.py .*--config.eval.stress=dark.*": f"{CROSS}::"
     "test_the_same_command_does_nothing_and_dark_images_are_another_view",
@@ -97,26 +97,22 @@ RUN_BY = {
     "test_command_line_builds_and_says_what_it_found",
     r"python -m data_builders.check .*": "tests/data_builders/test_builders_check.py::"
     "test_clean_data_has_no_problem",
-    r"python -m mmrjax.main .*--config.log.trackers=.*": "tests/test_trackers.py::"
+    r"python -m mmrjax.main .*--config.log.trackers=.*": "tests/runtime/test_trackers.py::"
     "test_a_run_leaves_event_files_with_its_losses_and_results",
-    r"python scripts/score_onnx.py .*": "tests/test_onnx_export.py::"
+    r"python scripts/score_onnx.py .*": "tests/export/test_onnx.py::"
     "test_the_example_needs_neither_jax_nor_torch",
-    r"python -m mmrjax.data.defects --preview .*": "tests/data/test_defect_preview.py::"
+    r"python -m mmrjax.data.defects --preview .*": "tests/data/defects/test_preview.py::"
     "test_a_sheet_has_a_row_for_each_kind_its_outlines_and_the_real_ones",
-    r"python -m mmrjax.bench_defects\b.*": "tests/test_bench_defects.py::"
+    r"python -m mmrjax.bench.metrics\b.*": "tests/bench/test_metrics.py::"
     "test_the_command_prints_json",
-    r"(python )?scripts/ablate(.py)? .*": "tests/test_ablate.py::test_a_real_grid_on_tiny_data",
-    r"python -m mmrjax.bench_metrics\b.*": "tests/test_bench_metrics.py::"
-    "test_the_command_prints_json",
-    r"python -m mmrjax.bench_torch .*": "tests/test_bench.py::test_variants_run_on_a_processor",
+    r"python -m mmrjax.bench.torch_side .*": "tests/bench/test_bench.py::"
+    "test_variants_run_on_a_processor",
     r"python scripts/search.py make .*": "tests/test_search.py::"
     "test_the_set_splits_training_tiles_by_group_and_reads_no_test_image",
     r"python scripts/search.py run .*": "tests/test_search.py::"
     "test_candidates_run_at_once_are_ranked_and_not_run_again",
     r"python scripts/search.py look .*": "tests/test_search.py::"
     "test_a_look_at_the_test_is_noted_and_a_failed_one_is_not",
-    r"python scripts/probe.py .*": "tests/test_probe.py::"
-    "test_domain_and_defect_are_read_from_two_runs",
     r"python scripts/pretrain_teacher.py .*": "tests/test_pretrain_teacher.py::"
     "test_script_writes_a_teacher_that_loads",
 }
@@ -124,17 +120,16 @@ NOT_RUN = {
     r"scripts/demo\b.*": "a quarter of an hour; its program runs small in tests/test_notebook.py",
     r"pip install .*": "needs a package index; scripts/environment.sh does it before the tests",
     r"tensorboard .*": "another program, which serves until it is stopped",
-    r"scripts/bench_gpu.sh.*": "needs a GPU and ten minutes; tests/test_bench_gpu.py pretends both",
-    r"python scripts/compile_for_h200.py.*": "needs JAX's CUDA plugin; a test counts",
-    r"python -m mmrjax.bench_profile .*": "needs a GPU; a test adds up made-up kernels",
+    r"scripts/bench_gpu.sh.*": "needs a GPU and ten minutes; tests/bench/test_gpu.py pretends both",
     r"python -m mmrjax.main .*configs/demo_trays.py .*": "draws trays for minutes; tests/"
-    "data_builders has its builder, tests/test_detector.py the tiling",
+    "data_builders has its builder, tests/runs/test_detector.py the tiling",
     r"sbatch .*": "needs a cluster; the script itself is run with a pretended srun",
     r"python -m mmrjax.main .*configs/(magnetic_tile|tile_ablation).py(:\w+)? .*": "hours, and the "
     "real tiles; the loop is that of every other data set, the builder has tests of its own",
     r"python -m mmrjax.bench( .*)?": "minutes, and a number that only a quiet machine gives",
     r"python -m pytest --differences .*": "prints a table; the same tests run without the option",
-    r"python scripts/campaign.py .*": "a quarter of an hour; tests/test_resume.py runs a short one",
+    r"python scripts/campaign.py .*": "a quarter of an hour; "
+    "tests/train/test_resume.py runs a short one",
 }
 
 

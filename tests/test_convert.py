@@ -14,10 +14,13 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from mmrjax import checkpoint, convert, methods, restore, state, weights
-from mmrjax import config as config_lib
+from mmrjax import convert, methods, weights
 from mmrjax.data import geometry
 from mmrjax.models import positions, resnet
+from mmrjax.runs import restore
+from mmrjax.runtime import checkpoint
+from mmrjax.runtime import config as config_lib
+from mmrjax.train import step as state
 from mmrjax.weights import layouts, source, storage, torch_names
 
 ARCH = "48,3,3"  # of the golden student

@@ -8,9 +8,11 @@ import cv2
 import numpy as np
 import pytest
 
-from mmrjax import config as config_lib
-from mmrjax import main, train
-from mmrjax.data import defect_bank, defects, tracks
+from mmrjax import main
+from mmrjax.data import tracks
+from mmrjax.data.defects import bank, synthesise
+from mmrjax.runtime import config as config_lib
+from mmrjax.train import loop
 
 RNG = np.random.default_rng(0)
 CONDITIONS = ("same", "background", "illumination", "view")
@@ -90,7 +92,7 @@ def finished(arguments, tmp_path_factory):
     """(work directory, command line, rows that trained and that were cut out) of track B."""
     home = tmp_path_factory.mktemp("cross") / "run"
     seen = []
-    real = train.train
+    real = loop.train
 
     def spy(config, name, records, rows, seed, folder, only, labelled):
         seen.append((records, rows, labelled))
@@ -100,7 +102,7 @@ def finished(arguments, tmp_path_factory):
 
     args = arguments(home, *LABELLED, config="configs/cross_domain.py:labelled")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train", spy)
+        patch.setattr(loop, "train", spy)
         assert main.main(args) == 0
     return home, args, seen
 
@@ -166,7 +168,7 @@ def test_labelled_defects_are_counted_in_the_run_and_held_by_mmr_plus_alone(fini
     assert all(0 <= line["defects"] <= 2 for line in log)  # two synthetic rows of eight
     assert max(line["defects"] for line in log) > 0
     kinds = {name for name in log[0] if name.startswith("defects_")}
-    assert kinds == {f"defects_{kind}" for kind in (*defects.TRAINING, "real")}
+    assert kinds == {f"defects_{kind}" for kind in (*synthesise.TRAINING, "real")}
     assert all(sum(line[kind] for kind in kinds) == line["defects"] for line in log)
 
 
@@ -202,7 +204,7 @@ def test_the_same_command_does_nothing_and_dark_images_are_another_view(
     assert (run_of(home) / "results.json").read_text() == before
     dark = [*args, "--config.method.names=patchcore", "--mode=evaluate",
             "--config.eval.stress=dark"]  # fmt: skip
-    monkeypatch.delattr(defect_bank, "cut_out")  # their folder may be gone by then
+    monkeypatch.delattr(bank, "cut_out")  # their folder may be gone by then
     assert main.main(dark) == 0
     view_root = home / "evaluations" / "dark"
     view = run_of(view_root)

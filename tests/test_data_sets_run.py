@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mmrjax import main, train
+from mmrjax import main
+from mmrjax.train import loop
 
 RNG = np.random.default_rng(0)
 
@@ -172,13 +173,13 @@ def test_one_model_for_all_categories_is_reported_by_category(run, mvtec):
 
 def test_k_shot_trains_on_as_many_images_as_it_says(run, mvtec, monkeypatch):
     seen = []
-    real = train.train
+    real = loop.train
 
     def spy(config, name, records, rows, *args, **kwargs):
         seen.append(len(rows))
         return real(config, name, records, rows, *args, **kwargs)
 
-    monkeypatch.setattr(train, "train", spy)
+    monkeypatch.setattr(loop, "train", spy)
     run("configs/mvtec.py:screw", mvtec, "--config.data.protocol=k_shot", "--config.data.shots=2")
     assert seen == [2]
 

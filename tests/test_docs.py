@@ -8,7 +8,7 @@ import pytest
 
 from configs import common
 from data_builders import build
-from mmrjax import config as config_lib
+from mmrjax.runtime import config as config_lib
 from mmrjax.weights import source
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -16,8 +16,10 @@ import optax
 import pytest
 
 from data_builders import build
-from mmrjax import checkpoint, files, main, methods, scoring
+from mmrjax import main, methods
+from mmrjax.evaluate import scoring
 from mmrjax.methods import base
+from mmrjax.runtime import checkpoint, files
 
 RECORDS_LIMIT = 32 * 1024  # bytes: less than the records of ten pictures
 SAVE_LIMIT = 256 * 1024  # less than a checkpoint of the toy, more than all that a run logs

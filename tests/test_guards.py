@@ -11,11 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrjax import checkpoint, flops, logs, methods, scoring, state, train
-from mmrjax import config as config_lib
-from mmrjax import mesh as mesh_lib
+from mmrjax import methods
+from mmrjax.bench import flops
 from mmrjax.data import geometry
+from mmrjax.evaluate import scoring
 from mmrjax.models import winograd
+from mmrjax.runtime import checkpoint, logs
+from mmrjax.runtime import config as config_lib
+from mmrjax.runtime import mesh as mesh_lib
+from mmrjax.train import loop as train
+from mmrjax.train import step as state
 
 BATCH = 8
 # XLA's defaults, which JAX_DISABLE_MOST_OPTIMIZATIONS (see conftest.py) takes back.

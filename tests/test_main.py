@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 
-from mmrjax import config as config_lib
-from mmrjax import files, main, workdir
+from mmrjax import main
+from mmrjax.runs import workdir
+from mmrjax.runtime import config as config_lib
+from mmrjax.runtime import files
 
 
 def test_a_run_leaves_everything_the_report_needs(finished):

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from data_builders import build
-from mmrjax import config as config_lib
 from mmrjax import main, methods
 from mmrjax.data import records as records_lib
+from mmrjax.runtime import config as config_lib
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "scripts"
 EVIDENCE = SCRIPTS.parent / "docs/evidence"

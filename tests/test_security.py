@@ -16,7 +16,8 @@ import pytest
 import safetensors.numpy
 
 from data_builders import build, common
-from mmrjax import checkpoint, main
+from mmrjax import main
+from mmrjax.runtime import checkpoint
 from mmrjax.weights import source
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ import dataclasses
 import cv2
 import numpy as np
 
-from data_builders.demo_parts import bench as bench_lib
 from data_builders.demo_parts import part
+from data_builders.demo_parts import table_top as bench_lib
 from data_builders.demo_parts.scene import Scene
 
 SIZE = 256  # finished pixels

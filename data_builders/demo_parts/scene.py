@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from data_builders.demo_parts import bench
+from data_builders.demo_parts import table_top as bench
 
 DOMAINS = ("same", "background", "illumination", "view")
 _SHIFTED_BENCHES = tuple(name for name in bench.FAMILIES if name not in bench.MATS)

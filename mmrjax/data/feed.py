@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from mmrjax import logs, mesh
 from mmrjax.data import epochs, foreground
 from mmrjax.data.records import Records
+from mmrjax.runtime import logs, mesh
 
 STREAM_CHUNK_BYTES = 2**28
 

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrjax import anomaly_map, losses, optim
-from mmrjax.methods import base
+from mmrjax.methods import anomaly_map, base, losses, optim
 from mmrjax.models import aminet, masking, resnet
 from mmrjax.models.patches import patchify, unpatchify
 

@@ -13,9 +13,10 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mmrjax import optim, weights
+from mmrjax import weights
 from mmrjax.data import epochs
 from mmrjax.data.records import Records
+from mmrjax.methods import optim
 
 
 def compute_dtype(name: str) -> jnp.dtype:

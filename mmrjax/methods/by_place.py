@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mmrjax import anomaly_map, mesh
-from mmrjax.methods import base
+from mmrjax.methods import anomaly_map, base
+from mmrjax.runtime import mesh
 
 LARGEST_BANK = 0.1  # share of the training patches: those in the bank are at no distance from it
 SMALLEST = 0.1  # deviation of a place, over the mean of all: quiet places must not outweigh others

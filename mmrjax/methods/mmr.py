@@ -7,10 +7,10 @@ where the two disagree on a test image, there is a defect.
 import jax
 import jax.numpy as jnp
 
-from mmrjax import anomaly_map, losses, weights
-from mmrjax import mesh as mesh_lib
-from mmrjax.methods import base
+from mmrjax import weights
+from mmrjax.methods import anomaly_map, base, losses
 from mmrjax.models import masking, resnet, student
+from mmrjax.runtime import mesh as mesh_lib
 
 # ViT sizes: width, depth, heads (Dosovitskiy et al. 2021, Touvron et al. 2021).
 SIZES = {

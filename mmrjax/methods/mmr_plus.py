@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mmrjax import losses, losses_plus, mesh
-from mmrjax.data import defect_bank, defects, epochs, geometry, labelled_pictures, tracks
-from mmrjax.methods import mmr
+from mmrjax.data import epochs, geometry, tracks
+from mmrjax.data.defects import bank, synthesise
+from mmrjax.data.defects import labelled as labelled_pictures
+from mmrjax.methods import contrast, losses, mmr
 from mmrjax.models import attention, masking, resnet, vit
+from mmrjax.runtime import mesh
 
 SOFT = 30.0  # the penalty at the end of the soft start, from 0
 GATHER_FROM = 784  # patches; below, masking all pairs is no slower
@@ -38,7 +40,7 @@ class Head(nn.Module):
         """[..., d] -> float32 [..., 128]."""
         x = nn.Dense(256, dtype=self.dtype, kernel_init=vit.xavier, name="fc1")(x)
         x = nn.Dense(128, dtype=self.dtype, kernel_init=vit.xavier, name="fc2")(nn.relu(x))
-        return losses_plus.unit(x.astype(jnp.float32))
+        return contrast.unit(x.astype(jnp.float32))
 
 
 class MMRPlus(mmr.MMR):
@@ -58,7 +60,7 @@ class MMRPlus(mmr.MMR):
             options.heads == "auto" and config.student.init != "scratch"
         )
         self.prepares = limited and by_distance
-        self.settings = defects.DefectSettings(
+        self.settings = synthesise.DefectSettings(
             kinds=tuple(options.defect_kinds),
             tiny_share=options.defect_tiny,
             noise_intensity=options.noise_intensity,
@@ -159,7 +161,7 @@ class MMRPlus(mmr.MMR):
             return {}, {}
         view, found = geometry.View.of(self.config), []
         if len(labelled):
-            found.append(defect_bank.from_records(records, labelled, view, whole))
+            found.append(bank.from_records(records, labelled, view, whole))
         if found == [None]:
             fits = "" if whole else " that is small enough to be cut out"
             raise ValueError(
@@ -168,10 +170,10 @@ class MMRPlus(mmr.MMR):
             )
         if folder:
             try:
-                found.append(defect_bank.from_folder(folder, view, whole))
+                found.append(bank.from_folder(folder, view, whole))
             except ValueError as e:
                 raise ValueError(f"--config.mmr_plus.defect_folder: {e}") from e
-        found = defect_bank.joined(found)
+        found = bank.joined(found)
         parts, names = tracks.part_of(records)[indices], self._domain_names(records, indices)
         first = [0] if names is None else np.unique(names, return_index=True)[1]
         if not whole:
@@ -206,7 +208,7 @@ class MMRPlus(mmr.MMR):
             kinds = jnp.asarray(self.student.hybrid.kinds, jnp.int32)
             variables["attention"] = {"kinds": kinds}
         if self.options.domain == "coral":
-            variables["moments"] = losses_plus.no_moments(DOMAINS, self.student.width)
+            variables["moments"] = contrast.no_moments(DOMAINS, self.student.width)
         return variables, facts
 
     def prepare(self, variables, frozen, batches):
@@ -250,7 +252,7 @@ class MMRPlus(mmr.MMR):
             loss, logs = losses.multi_scale_cosine(features, targets, weight)
         else:
             tiny = self._with_synthetic(jnp.zeros(normal.shape[:3], bool), found.tiny)
-            loss, logs = losses_plus.weighted_cosine(
+            loss, logs = contrast.weighted_cosine(
                 features,
                 targets,
                 weight,
@@ -270,13 +272,13 @@ class MMRPlus(mmr.MMR):
         if options.domain == "coral":
             moments = self._moments(variables, features, batch)
             collections["moments"] = jax.lax.stop_gradient(moments)
-            extra["domain"] = losses_plus.coral(moments)
+            extra["domain"] = contrast.coral(moments)
         for name, value in extra.items():
             loss += options[f"{name}_weight"] * self._ramp(progress["epoch"]) * value
             logs[f"loss_{name}"] = value
         if found is not None:
-            kinds = jnp.arange(len(defects.KINDS)) == found.kind[:, None]
-            drawn = zip(defects.KINDS, kinds.sum(0).astype(jnp.float32), strict=True)
+            kinds = jnp.arange(len(synthesise.KINDS)) == found.kind[:, None]
+            drawn = zip(synthesise.KINDS, kinds.sum(0).astype(jnp.float32), strict=True)
             logs |= {f"defects_{name}": count for name, count in drawn if self._draws(name)}
             logs["defects"] = kinds.sum().astype(jnp.float32)
         return loss, (collections, logs)
@@ -302,17 +304,17 @@ class MMRPlus(mmr.MMR):
         groups = x.reshape(-1, self.options.synthetic_every, *x.shape[1:])
         return jnp.concatenate([rows[:, None], groups[:, 1:]], axis=1).reshape(x.shape)
 
-    def _synthesise(self, batch: dict, labelled: dict | None = None) -> defects.Defects:
+    def _synthesise(self, batch: dict, labelled: dict | None = None) -> synthesise.Defects:
         """Defects on every so-many-th picture of the batch, crop and flip done; in [0, 1]."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(self._synthetic(batch["keys"]), DEFECT)
         normal = self._synthetic(batch["image"])
         pictures = jnp.round(255 * normal)
         where = self._synthetic(batch["foreground"]) if "foreground" in batch else None
         if labelled is None or self.options.labelled_target != "blend":
-            found = defects.synthesise(keys, pictures, where, self.settings)
+            found = synthesise.synthesise(keys, pictures, where, self.settings)
         else:
             domain = batch.get("domain", jnp.zeros(len(batch["image"]), jnp.int32))
-            found = defects.synthesise(
+            found = synthesise.synthesise(
                 keys,
                 pictures,
                 where,
@@ -321,13 +323,13 @@ class MMRPlus(mmr.MMR):
                     kinds=(*self.settings.kinds, "real"),
                     real_share=self.options.defect_labelled,
                 ),
-                defects.Bank(labelled["images"], labelled["masks"]),
+                synthesise.Bank(labelled["images"], labelled["masks"]),
                 labelled["chances"][self._synthetic(domain)],
             )
         # Added as a difference: what is not blended stays the same bit for bit.
         return found._replace(images=normal + (found.images - pictures) / 255)
 
-    def _show_labelled(self, batch: dict, found: defects.Defects, labelled: dict) -> tuple:
+    def _show_labelled(self, batch: dict, found: synthesise.Defects, labelled: dict) -> tuple:
         """Labelled pictures in some of the synthetic rows: see `labelled_pictures.show`."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(self._synthetic(batch["keys"]), LABELLED)
         domain = batch.get("domain", jnp.zeros(len(batch["image"]), jnp.int32))
@@ -341,7 +343,7 @@ class MMRPlus(mmr.MMR):
         return int(share * self.config.train.epochs + 1e-9)
 
     def _ramp(self, epoch: jax.Array) -> jax.Array:
-        return losses_plus.ramp(epoch, *map(self._epochs, self.options.ramp))
+        return contrast.ramp(epoch, *map(self._epochs, self.options.ramp))
 
     def _limits(self, batch: dict, epoch: jax.Array) -> dict:
         """How hard the limits of attention are now, and the keys of global heads if random."""
@@ -384,7 +386,7 @@ class MMRPlus(mmr.MMR):
         )
         options, key = self.options, jax.random.fold_in(key, NEGATIVES)
         defective = self._targets(frozen, found.images)
-        loss, _ = losses_plus.feature_contrast(
+        loss, _ = contrast.feature_contrast(
             key,
             student,
             normal,
@@ -401,15 +403,15 @@ class MMRPlus(mmr.MMR):
         """SupCon of visible tokens, with and without a defect in their patch."""
         h, w = (side // self.student.patch for side in batch["image"].shape[1:3])
         mask = self._with_synthetic(jnp.zeros(batch["image"].shape[:3], bool), found.mask)
-        is_defective = losses_plus.cells(mask, (h, w)).reshape(-1, h * w)
+        is_defective = contrast.cells(mask, (h, w)).reshape(-1, h * w)
         student = self.config.student
         if student.mask_form == "drop":
             ids, _ = masking.shuffle(masking.random_noise(batch["keys"], h * w))
             ids = ids[:, : masking.kept_tokens(h * w, student.mask_ratio)]
             is_defective = jnp.take_along_axis(is_defective, ids, axis=1)
         g = self.project("token_head", variables, features["latent"][:, 1:])
-        pairs = losses_plus.token_pairs(is_defective.reshape(-1))
-        return losses_plus.supervised_contrast(
+        pairs = contrast.token_pairs(is_defective.reshape(-1))
+        return contrast.supervised_contrast(
             g.reshape(-1, g.shape[-1]), *pairs, self.options.temperature
         )
 
@@ -418,13 +420,13 @@ class MMRPlus(mmr.MMR):
         g = self.project("domain_head", variables, pooled(features))
         is_defective = found.mask.any(axis=(1, 2))
         is_defective = self._with_synthetic(jnp.zeros(len(g), bool), is_defective)
-        pairs = losses_plus.domain_pairs(batch["domain"], is_defective, batch["weight"])
-        return losses_plus.supervised_contrast(g, *pairs, self.options.temperature)
+        pairs = contrast.domain_pairs(batch["domain"], is_defective, batch["weight"])
+        return contrast.supervised_contrast(g, *pairs, self.options.temperature)
 
     def _moments(self, variables, features, batch) -> dict:
         """The domains' moments of pooled tokens, this batch included."""
         tokens, domain = pooled(features), batch["domain"]
-        return losses_plus.running_moments(variables["moments"], tokens, domain, batch["weight"])
+        return contrast.running_moments(variables["moments"], tokens, domain, batch["weight"])
 
     def project(self, name: str, variables: dict, x: jax.Array) -> jax.Array:
         """[..., d] through one of `heads`, float32 [..., 128] of unit length."""

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mmrjax import anomaly_map, logs, mesh
-from mmrjax.methods import base
+from mmrjax.methods import anomaly_map, base
 from mmrjax.models import resnet
+from mmrjax.runtime import logs, mesh
 
 EXACT = jax.lax.Precision.HIGHEST  # TF32 would change which patches are nearest
 BANK_ROWS_PER_CHUNK = 4096  # distances to this many bank rows at a time

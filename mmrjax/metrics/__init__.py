@@ -36,10 +36,10 @@ Every degenerate case has a value. p is the share of defect pixels (of anomalies
     no image                           ValueError           ValueError
 """
 
-from mmrjax.metrics.comparison import paired_difference
-from mmrjax.metrics.evaluation import curves, evaluate, measure
-from mmrjax.metrics.measured import IMAGE_METRICS, METRICS, PIXEL_METRICS, TINY_METRICS
+from mmrjax.metrics.domain import IMAGE_METRICS, METRICS, PIXEL_METRICS, TINY_METRICS
+from mmrjax.metrics.exact import curves, evaluate, measure
 from mmrjax.metrics.misses import MISSED, by_defect
+from mmrjax.metrics.paired import paired_difference
 from mmrjax.metrics.pixels import pixel_auroc_and_aupro
 from mmrjax.metrics.pro import Regions, aupro, pro_curve, pro_mmr, pro_mmr_per_image, regions
 from mmrjax.metrics.ranking import auroc, average_precision, f1_max

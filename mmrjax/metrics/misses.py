@@ -3,7 +3,7 @@
 The threshold of a rate lies at the lowest score of a good test image above which at most that share
 of the good test images is; what scores higher is found. It describes the test and is used nowhere
 else. Intervals come from the same resamples of groups as all others. Called by measured.py and
-mmrjax/evaluate.py. MMR+ spec, section 8.
+mmrjax/evaluate/results.py. MMR+ spec, section 8.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ division comes last. Scores within a bucket are taken as tied, and since their t
 unknown, every value comes with the lowest and the highest it could be. `pro_mmr` is exact: it is a
 matter of single images, and is taken while their map is at hand.
 
-Called by mmrjax/evaluate.py, for which eval.pixel_metrics chooses between this and pixels.py.
+Called by evaluate/results.py, for which eval.pixel_metrics chooses between this and pixels.py.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from scipy import sparse
 
-from mmrjax import mesh as mesh_lib
-from mmrjax.metrics import bootstrap, buckets, measured, misses, pro, ranking
+from mmrjax.metrics import bootstrap, buckets, domain, misses, pro, ranking
+from mmrjax.runtime import mesh as mesh_lib
 
 _BINS = 2048  # of the histograms behind the intervals: occupied buckets are joined beyond that
 
@@ -79,7 +79,7 @@ class Counted(NamedTuple):
             "pixel_auroc": ranking.area_bounds(pixel),
             "pixel_ap": ranking.precision_bounds(pixel),
             "pixel_f1_max": ranking.f1_bounds(pixel),
-            "aupro_0.3": ranking.area_bounds(region, measured.PRO_LIMIT),
+            "aupro_0.3": ranking.area_bounds(region, domain.PRO_LIMIT),
         }
 
     def group_histograms(self, group: np.ndarray, groups: int) -> bootstrap.GroupHistograms:
@@ -205,7 +205,7 @@ def measure(
     bootstrap: int = 1000,
     seed: int = 0,
     tiny_side: int = misses.TINY_SIDE,
-) -> measured.Measured:
+) -> domain.Measured:
     """As `evaluation.measure`, from histograms in place of maps and masks.
 
     Args:
@@ -221,7 +221,7 @@ def measure(
     Raises:
         ValueError: as there.
     """
-    scores, is_anomaly = measured.checked_scores(scores, is_anomaly)
+    scores, is_anomaly = domain.checked_scores(scores, is_anomaly)
     if not len(scores) == counted.normal.shape[0] == len(has_mask):
         raise ValueError(
             f"{len(scores)} scores, {counted.normal.shape[0]} maps and {len(has_mask)} has_mask "
@@ -230,9 +230,9 @@ def measure(
     used = ~is_anomaly | np.asarray(has_mask)
     empty = np.bincount(counted.image, minlength=len(scores)) == 0
     chosen = counted.select(used)
-    reason = measured.pixel_reason(True, is_anomaly, used, empty)
+    reason = domain.pixel_reason(True, is_anomaly, used, empty)
     if reason is None and not chosen.normal.nnz:
         reason = "no normal pixel"
-    return measured.assemble(
+    return domain.assemble(
         scores, is_anomaly, used, empty, reason or chosen, groups, bootstrap, seed, tiny_side
     )

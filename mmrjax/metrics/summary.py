@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from mmrjax.metrics import measured
+from mmrjax.metrics import domain as measured
 
 # The official code rounds these for every class or domain, before it averages; pixel AUROC it does
 # not (quirk 21).

@@ -28,7 +28,7 @@ from absl import logging
 from etils import epath
 
 from data_builders import buckets
-from mmrjax import files
+from mmrjax.runtime import files
 
 IMAGENET_LICENCE = "BSD-3-Clause code; ImageNet terms of access apply to the weights"
 MAE_LICENCE = "CC BY-NC 4.0 (non-commercial)"

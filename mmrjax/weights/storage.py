@@ -14,8 +14,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mmrjax import files
 from mmrjax.models import resnet
+from mmrjax.runtime import files
 from mmrjax.weights import layouts, source, torch_names
 from mmrjax.weights.layouts import State
 

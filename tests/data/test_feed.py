@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from mmrjax import mesh as mesh_lib
 from mmrjax.data import epochs, feed
+from mmrjax.runtime import mesh as mesh_lib
 
 TWO_DEVICES = 2
 BATCH = 2  # 7 examples: four steps per epoch, the last one half empty

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mmrjax import config as config_lib
 from mmrjax.data import records as records_lib
 from mmrjax.data import splits, tracks
 from mmrjax.data.records import ANOMALY, GOOD, Records
+from mmrjax.runtime import config as config_lib
 
 
 def make_records(dataset: str, category: str, rows) -> Records:

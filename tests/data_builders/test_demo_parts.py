@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from data_builders.demo_parts import (
-    bench,
     defects,
     demo_parts_dataset_builder,
     part,
     render,
     sample,
+    table_top,
 )
 from data_builders.demo_parts import scene as scene_lib
 
@@ -159,8 +159,8 @@ def scenes(domain: str) -> list[scene_lib.Scene]:
 
 def test_shifted_domains_have_settings_that_training_lacks():
     train = scenes("same")
-    assert {s.bench for s in train} == set(bench.MATS)
-    assert {s.bench for s in scenes("background")}.isdisjoint(bench.MATS)
+    assert {s.bench for s in train} == set(table_top.MATS)
+    assert {s.bench for s in scenes("background")}.isdisjoint(table_top.MATS)
     azimuths = [s.key_azimuth for s in train]
     for s in scenes("illumination"):
         assert not min(azimuths) <= s.key_azimuth <= max(azimuths)

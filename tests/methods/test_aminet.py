@@ -9,9 +9,10 @@ import optax
 import pytest
 from scipy import ndimage
 
-from mmrjax import config as config_lib
-from mmrjax import logs, methods
+from mmrjax import methods
 from mmrjax.methods import aminet
+from mmrjax.runtime import config as config_lib
+from mmrjax.runtime import logs
 
 total_loss = jax.jit(aminet.total_loss, static_argnames="squared")
 distances_of = jax.jit(aminet.distances, static_argnames="squared")

@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from mmrjax import config as config_lib
-from mmrjax import mesh as mesh_lib
-from mmrjax import methods, state
+from mmrjax import methods
 from mmrjax.methods import base
+from mmrjax.runtime import config as config_lib
+from mmrjax.runtime import mesh as mesh_lib
+from mmrjax.train import step as state
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrjax import losses, losses_plus, methods, state, train
-from mmrjax import mesh as mesh_lib
-from mmrjax.data import defect_bank, defects
-from mmrjax.methods import mmr_plus
+from mmrjax import methods
+from mmrjax.data.defects import bank as defect_bank
+from mmrjax.data.defects import synthesise as defects
+from mmrjax.methods import contrast as losses_plus
+from mmrjax.methods import losses, mmr_plus
 from mmrjax.models import attention, resnet
+from mmrjax.runtime import mesh as mesh_lib
+from mmrjax.train import loop
+from mmrjax.train import step as state
 
 OFF = {
     "hybrid": False,
@@ -213,7 +217,7 @@ def test_defects_are_offered_the_part_alone_cropped_as_the_picture(make, monkeyp
     monkeypatch.setattr(defects, "synthesise", synthesise)
     monkeypatch.setattr(method, "loss", loss)
     tx = method.optimiser(2)
-    augment, one = train.make_augment(method.config), mesh_lib.make_mesh(1)
+    augment, one = loop.make_augment(method.config), mesh_lib.make_mesh(1)
     step = state.make_train_step(method, tx, augment, 2, one)
     picture = np.zeros((2, 70, 80, 4), np.uint8)
     picture[:, 20:50, 30:60] = 255  # a white part, and its foreground

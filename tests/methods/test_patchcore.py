@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from mmrjax import anomaly_map
-from mmrjax.methods import patchcore
+from mmrjax.methods import anomaly_map, patchcore
 
 
 def slow_greedy(points, rows, start):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrjax import mesh as mesh_lib
 from mmrjax.metrics import buckets
+from mmrjax.runtime import mesh as mesh_lib
 
 EXTREME = [-np.inf, -3.4e38, -1.0, -1e-38, -0.0, 0.0, 1e-38, 0.5, 1.0, 3.4e38, np.inf]
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mmrjax import mesh as mesh_lib
 from mmrjax import metrics
 from mmrjax.metrics import streaming
+from mmrjax.runtime import mesh as mesh_lib
 
 IMAGE, PIXEL = metrics.IMAGE_METRICS, metrics.PIXEL_METRICS
 

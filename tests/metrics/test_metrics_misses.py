@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from mmrjax import mesh as mesh_lib
 from mmrjax import metrics
 from mmrjax.metrics import misses, streaming
+from mmrjax.runtime import mesh as mesh_lib
 
 
 def slow_found(good, bad, rate):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage, sparse
 
-from mmrjax import mesh as mesh_lib
 from mmrjax import metrics
 from mmrjax.metrics import buckets, ranking, streaming
+from mmrjax.runtime import mesh as mesh_lib
 
 BOUNDED = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_0.3")
 
@@ -214,7 +214,7 @@ def test_quantiles_are_those_of_all_pixels_to_the_width_of_a_bucket():
 MEMORY = """
 import numpy as np
 from scipy import ndimage
-from mmrjax import mesh
+from mmrjax.runtime import mesh
 from mmrjax.metrics import streaming
 
 def mebibytes(field):  # not ru_maxrss: it remembers the parent of a forked process

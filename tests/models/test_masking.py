@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrjax import mesh as mesh_lib
 from mmrjax import methods
 from mmrjax.models import masking
+from mmrjax.runtime import mesh as mesh_lib
 
 # Section 6.1 of the paper at 224 px and ratio 0.4: side of a unit, hidden units, all units.
 UNITS = [

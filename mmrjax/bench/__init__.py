@@ -1,0 +1,1 @@
+"""Speed and memory, beside the official code's model: python -m mmrjax.bench."""

@@ -1,0 +1,1 @@
+"""Synthetic and labelled defects for training: python -m mmrjax.data.defects."""

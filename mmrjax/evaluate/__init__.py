@@ -1,0 +1,1 @@
+"""Scores, metrics, pictures and thresholds of a trained run."""

@@ -1,0 +1,237 @@
+"""Thresholds from good images that were held out of training: split-conformal prediction.
+
+A new good image is exchangeable with the held-out ones, so the probability that its score exceeds
+the threshold is at most the rate asked for, whatever the distribution of scores (Vovk et al. 2005).
+Photographs of one part are not exchangeable one by one; so each group weighs as much as any other,
+and the guarantee is for an image of a new group (Lee, Barber and Willett 2023, arXiv 2306.06342:
+hierarchical conformal prediction). With one image a group that is the usual split-conformal rule.
+
+Nothing is promised under a domain shift: what the rate becomes there is measured (evaluate.py), and
+a few good images of the new domain recalibrate (predict.py). No defective image is ever used.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+from mmrjax.runtime import files
+
+SCHEMA = 1
+ROUNDING = 1e-9  # of sums of weights such as 1/3
+
+
+class TooFew(ValueError):
+    """There are too few held-out images for the false-positive rate that is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What the model says of held-out good images.
+
+    Attributes:
+      ids: names of the n images.
+      groups: the n groups; images of one group show one part.
+      scores: float [n], image scores.
+      peaks: float [n], the largest value of each map.
+      floor: the usual value of a good pixel: the median over images of their maps' medians.
+      source: where the images come from, for people.
+    """
+
+    ids: Sequence[str]
+    groups: Sequence[str]
+    scores: np.ndarray
+    peaks: np.ndarray
+    floor: float
+    source: str = "held-out good images"
+
+    @classmethod
+    def of(cls, ids, groups, scores, peaks, medians, source: str = source) -> "Calibration":
+        """The calibration of n images from their scores and their maps' maxima and medians [n].
+
+        Raises:
+          ValueError: there is no image.
+        """
+        if not len(scores):
+            raise ValueError("no good image to calibrate with")
+        ids, groups = [str(name) for name in ids], [str(name) for name in groups]
+        scores, peaks = np.asarray(scores, np.float64), np.asarray(peaks, np.float64)
+        return cls(ids, groups, scores, peaks, float(np.median(medians)), source)
+
+    @property
+    def smallest_rate(self) -> float:
+        """The smallest false-positive rate that these images can promise."""
+        return 1 / (len(set(self.groups)) + 1)
+
+    def threshold(self, target_fpr: float) -> float:
+        """The score that good images exceed at a rate of at most `target_fpr`."""
+        return threshold(self.scores, self.groups, target_fpr)
+
+    def pixel_threshold(self, target_fpr: float) -> float:
+        """The map value that good images exceed anywhere at a rate of at most `target_fpr`."""
+        return threshold(self.peaks, self.groups, target_fpr)
+
+    def p_values(self, scores: np.ndarray) -> np.ndarray:
+        """Conformal p-values float [m]: at most a exactly where `threshold(a)` is exceeded."""
+        above = _weight_above(self.scores, self.groups, np.asarray(scores, np.float64), equal=True)
+        return (1 + above) / (len(set(self.groups)) + 1)
+
+    def scale(self, target_fpr: float) -> tuple[float, float]:
+        """Fixed colour scale: the usual good pixel has no colour, the threshold half of it.
+
+        With too few images for the rate, the largest value seen stands for the threshold.
+        """
+        try:
+            middle = self.pixel_threshold(target_fpr)
+        except TooFew:
+            middle = float(self.peaks.max())
+        return self.floor, self.floor + 2 * max(middle - self.floor, 1e-6)
+
+    def report(self, target_fpr: float) -> dict:
+        """What it amounts to at a rate, for results.json and the report; `reason` if refused."""
+        facts = {
+            "source": self.source,
+            "images": len(self.ids),
+            "groups": len(set(self.groups)),
+            "target_fpr": target_fpr,
+            "smallest_fpr": self.smallest_rate,
+            "threshold": None,
+            "promised_fpr": None,
+            "reason": None,
+        }
+        try:
+            facts["threshold"] = self.threshold(target_fpr)
+            facts["promised_fpr"] = promised_rate(self.scores, self.groups, facts["threshold"])
+        except TooFew as e:
+            facts["reason"] = str(e)
+        return facts
+
+    def write(self, path: pathlib.Path) -> None:
+        """Writes it as JSON."""
+        rows = zip(self.ids, self.groups, self.scores, self.peaks, strict=True)
+        names = ("id", "group", "score", "peak")
+        content = {
+            "schema": SCHEMA,
+            "source": self.source,
+            "floor": self.floor,
+            "images": [
+                dict(zip(names, (*row[:2], *map(float, row[2:])), strict=True)) for row in rows
+            ],
+        }
+        files.write_text(path, json.dumps(content, indent=1))
+
+
+def read(path: pathlib.Path) -> Calibration | None:
+    """The calibration in a file; None where there is no file.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = content["images"]
+        columns = [[row[name] for row in rows] for name in ("id", "group", "score", "peak")]
+        floor = np.array([content["floor"]])
+        return Calibration.of(*columns, floor, content["source"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is no calibration ({e}); delete it and evaluate again") from e
+
+
+def threshold(scores: np.ndarray, groups: Sequence[str], target_fpr: float) -> float:
+    """The conformal quantile: the smallest held-out score that keeps the rate.
+
+    Args:
+      scores: float [n] of held-out good images.
+      groups: [n].
+      target_fpr: in (0, 1).
+
+    Returns:
+      A score; a new image is called anomalous when its own is larger.
+
+    Raises:
+      TooFew: the number of groups allows no rate so small, saying what they allow.
+      ValueError: the rate is none.
+    """
+    if not 0 < target_fpr < 1:
+        raise ValueError(f"target_fpr={target_fpr}: a rate lies between 0 and 1, such as 0.05")
+    count = len(set(groups))
+    if groups_needed(target_fpr) > count:
+        what = "1 held-out good image" if count == 1 else f"{count} held-out good images"
+        what += "" if count == len(groups) else f" (groups, of {len(groups)} images)"
+        raise TooFew(
+            f"{what} can promise false-positive rates from {_percent(1 / (count + 1))} on, not "
+            f"{_percent(target_fpr)}: that needs {groups_needed(target_fpr)}"
+        )
+    scores = np.asarray(scores, np.float64)
+    kept = promised_rate(scores, groups, scores) <= target_fpr + ROUNDING
+    return float(scores[kept].min())
+
+
+def promised_rate(scores: np.ndarray, groups: Sequence[str], at) -> np.ndarray | float:
+    """The rate that is promised when `at` (a score, or several) is the threshold."""
+    above = _weight_above(np.asarray(scores, np.float64), groups, np.asarray(at), equal=False)
+    rate = (1 + above) / (len(set(groups)) + 1)
+    return float(rate) if np.ndim(at) == 0 else rate
+
+
+def groups_needed(target_fpr: float) -> int:
+    """How many held-out groups a rate needs."""
+    return max(1, math.ceil(1 / target_fpr - ROUNDING) - 1)
+
+
+def rates_at(
+    threshold: float, scores: np.ndarray, is_anomaly: np.ndarray, rows: Mapping[str, np.ndarray]
+) -> dict[str, dict]:
+    """What a threshold does to test images, by domain.
+
+    Args:
+      threshold: images that score higher are called anomalous.
+      scores: float [n].
+      is_anomaly: bool [n], the truth.
+      rows: {domain: bool [n]}.
+
+    Returns:
+      {domain: counts of good and anomaly, how many of them were flagged, the false-positive rate
+      with its exact 95 % interval (Clopper and Pearson), the share found}; null without images.
+    """
+    flagged = scores > threshold
+    out = {}
+    for domain, own in rows.items():
+        good, bad = own & ~is_anomaly, own & is_anomaly
+        false, found = int((flagged & good).sum()), int((flagged & bad).sum())
+        n_good, n_bad = int(good.sum()), int(bad.sum())
+        interval = None
+        if n_good:
+            found_interval = stats.binomtest(false, n_good).proportion_ci(method="exact")
+            interval = [float(found_interval.low), float(found_interval.high)]
+        out[domain] = {
+            "good": n_good,
+            "good_flagged": false,
+            "fpr": false / n_good if n_good else None,
+            "fpr_ci95": interval,
+            "anomaly": n_bad,
+            "anomaly_flagged": found,
+            "found": found / n_bad if n_bad else None,
+        }
+    return out
+
+
+def _weight_above(
+    scores: np.ndarray, groups: Sequence[str], at: np.ndarray, equal: bool
+) -> np.ndarray:
+    """How many groups lie above each of `at`; a group counts with the share of its images."""
+    _, inverse, counts = np.unique(np.asarray(groups, str), return_inverse=True, return_counts=True)
+    order = np.argsort(scores, kind="stable")
+    weights = (1 / counts[inverse])[order]
+    above = np.concatenate([np.cumsum(weights[::-1])[::-1], [0.0]])
+    return above[np.searchsorted(scores[order], at, side="left" if equal else "right")]
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.3g} %"

@@ -1,0 +1,298 @@
+"""A trained model over a test set: maps and scores in one jitted program, and what is kept of them.
+
+Of small test sets everything is kept and the pixels are ranked exactly (`Predictions`). Of large
+ones only histograms are kept, and the few maps that are shown are computed once more
+(`Histograms`). Both answer the same questions. Called by evaluate.py.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mmrjax import metrics
+from mmrjax.data import geometry
+from mmrjax.data.records import ANOMALY, Records
+from mmrjax.evaluate import calibrate
+from mmrjax.metrics import streaming
+from mmrjax.metrics.domain import Measured
+from mmrjax.report import pictures
+from mmrjax.runtime import logs, placement, processes
+from mmrjax.runtime import mesh as mesh_lib
+from mmrjax.train import loop
+
+# On NVIDIA cuBLAS adds bias and residual within its products, where a Triton kernel of XLA leaves
+# them to others: 1.8 instead of 2.4 ms in 32 images of the full model (H200, the latter beside
+# programs that were compiling), and compiled in 66 instead of 106 s.
+SCORED_BY = {"xla_gpu_enable_triton_gemm": False}
+EXACT_PIXELS = 200_000_000  # eval.pixel_metrics=auto is exact up to here: about 3 GB
+
+
+@dataclasses.dataclass
+class Predictions:
+    """What the model says of the test images, beside the truth.
+
+    Attributes:
+      images: uint8 [n, h, w, 3], as the model saw them.
+      maps: float32 [n, h, w].
+      scores: float32 [n].
+      masks: bool [n, h, w], truth in the same view.
+      table: columns id, domain, defect, group, label, has_mask of the n records.
+    """
+
+    images: np.ndarray
+    maps: np.ndarray
+    scores: np.ndarray
+    masks: np.ndarray
+    table: dict[str, np.ndarray]
+
+    @property
+    def empty_view(self) -> np.ndarray:
+        """[n] bool: no defect pixel in view."""
+        return ~self.masks.any(axis=(1, 2))
+
+    def measure(
+        self, rows: np.ndarray, is_anomaly: np.ndarray, resamples: int, tiny_side: int
+    ) -> Measured:
+        """All metrics of the images where `rows` [n] is true, exact."""
+        chosen = slice(None) if rows.all() else rows  # a slice copies nothing
+        return metrics.measure(
+            self.scores[chosen],
+            self.maps[chosen],
+            self.masks[chosen],
+            is_anomaly[chosen],
+            self.table["has_mask"][chosen],
+            self.table["group"][chosen],
+            bootstrap=resamples,
+            tiny_side=tiny_side,
+        )
+
+    def scale(self) -> tuple[float, float]:
+        """Colour scale of the whole set."""
+        return pictures.fixed_scale(self.maps)
+
+    def shown(self, rows: Sequence[int]) -> tuple[Mapping | np.ndarray, ...]:
+        """Images, maps and masks, indexable by each of `rows`."""
+        return self.images, self.maps, self.masks
+
+
+@dataclasses.dataclass
+class Histograms:
+    """What is kept of a test set whose maps are not; answers what `Predictions` answers.
+
+    Attributes:
+      counted: histograms of the n maps, by image and by defect region.
+      scores: float32 [n].
+      table: as in `Predictions`.
+      again: predicts some of the images once more, given their rows.
+    """
+
+    counted: streaming.Counted
+    scores: np.ndarray
+    table: dict[str, np.ndarray]
+    again: Callable[[Sequence[int]], Predictions]
+
+    @property
+    def empty_view(self) -> np.ndarray:
+        """[n] bool: no defect pixel in view."""
+        return np.bincount(self.counted.image, minlength=len(self.scores)) == 0
+
+    def measure(
+        self, rows: np.ndarray, is_anomaly: np.ndarray, resamples: int, tiny_side: int
+    ) -> Measured:
+        """All metrics of the images where `rows` [n] is true; those from buckets with bounds."""
+        return streaming.measure(
+            self.scores[rows],
+            self.counted.select(rows),
+            is_anomaly[rows],
+            self.table["has_mask"][rows],
+            self.table["group"][rows],
+            bootstrap=resamples,
+            tiny_side=tiny_side,
+        )
+
+    def scale(self) -> tuple[float, float]:
+        """Colour scale of the whole set, to the width of a bucket."""
+        return pictures.fixed_scale(np.array(self.counted.quantiles(np.linspace(0, 1, 2001))))
+
+    def shown(self, rows: Sequence[int]) -> tuple[Mapping | np.ndarray, ...]:
+        """Images, maps and masks, indexable by each of `rows`."""
+        found = self.again(rows)
+        stacks = (found.images, found.maps, found.masks)
+        return tuple(dict(zip(rows, stack, strict=True)) for stack in stacks)
+
+
+def streams(config: ConfigDict, images: int) -> bool:
+    """Whether only histograms of this many images are kept, by eval.pixel_metrics."""
+    if config.eval.pixel_metrics != "auto":
+        return config.eval.pixel_metrics == "streaming"
+    height, width = geometry.View.of(config, evaluation=True).frame
+    return images * height * width > EXACT_PIXELS
+
+
+def make_predict(trained: loop.Trained, view: geometry.View):
+    """The compiled program: uint8 images [b, *frame, 3] -> (maps [b, *frame], scores [b]), float32.
+
+    A tiled view runs it window by window and needs the memory of one. Where windows overlap, the
+    map is their mean. The score is the maximum of that map, where a method's score is one: a single
+    window sees least at its border, and would be at its highest there. Else it is the largest score
+    of all windows.
+    """
+    predict = _window_program(trained)
+    if view.overlap is None:
+        return predict
+    corners, (h, w) = view.corners(), view.size
+    windows = np.zeros(view.frame, np.float32)
+    for top, left in corners:
+        windows[top : top + h, left : left + w] += 1
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(whole, part, top, left):
+        before = jax.lax.dynamic_slice(whole, (0, top, left), part.shape)
+        return jax.lax.dynamic_update_slice(whole, before + part, (0, top, left))
+
+    cut = jax.jit(
+        lambda images, top, left: jax.lax.dynamic_slice(
+            images, (0, top, left, 0), (len(images), h, w, 3)
+        ),
+        out_shardings=mesh_lib.batched(trained.mesh),
+    )
+
+    def tiled(variables, frozen, images):
+        whole = jnp.zeros(images.shape[:3], device=mesh_lib.replicated(trained.mesh))
+        score = None
+        for top, left in corners:
+            part, one = predict(variables, frozen, cut(images, top, left))
+            whole = add(whole, part, top, left)
+            score = one if score is None else jnp.maximum(score, one)
+        whole = whole / windows
+        return whole, whole.max(axis=(1, 2)) if trained.method.score_is_peak else score
+
+    return tiled
+
+
+def _window_program(trained: loop.Trained):
+    """The jitted program at the size that the networks see."""
+    replicated = mesh_lib.replicated(trained.mesh)
+
+    def predict(variables, frozen, images):
+        variables, frozen = placement.restore((variables, frozen))
+        result = trained.method.predict(variables, frozen, images / 255.0)
+        return result["map"], result["score"]
+
+    options = SCORED_BY if mesh_lib.on_nvidia() else None
+    return jax.jit(predict, out_shardings=replicated, compiler_options=options)
+
+
+def one_behind(trained: loop.Trained, predict: Callable, batches: Iterable) -> Iterator[tuple]:
+    """Yields (batch, (maps, scores) on device) of batches whose first item is the images.
+
+    One batch behind: the device works while the next images are decoded.
+    """
+    before = None
+    for batch in batches:
+        on_device = mesh_lib.put_batch(batch[0], trained.mesh)
+        result = predict(*trained.ready, on_device)
+        if before is not None:
+            yield before
+        before = batch, result
+    if before is not None:
+        yield before
+
+
+class Scorer:
+    """A trained model and the records it is to score; its program is compiled once."""
+
+    def __init__(self, trained: loop.Trained, records: Records, config: ConfigDict):
+        """Nothing is computed yet; ValueError when a batch cannot be split over the devices."""
+        mesh_lib.check_divisible("eval.batch_size", config.eval.batch_size, trained.mesh)
+        self._trained, self._records, self._config = trained, records, config
+        self._view = geometry.View.of(config, evaluation=True)
+        self._predict = make_predict(trained, self._view)
+
+    def everything(self, indices: np.ndarray, maps_file: pathlib.Path | None = None) -> Predictions:
+        """Scores the records `indices` and keeps all of it; writes the maps to `maps_file`.
+
+        With several processes, the first one keeps it; the others return zeros.
+        """
+        shape = len(indices), *self._view.frame
+        images, masks = np.zeros((*shape, 3), np.uint8), np.zeros(shape, bool)
+        maps, scores = np.zeros(shape, np.float32), np.zeros(len(indices), np.float32)
+        for rows, image, mask, result in self._batches(indices):
+            if processes.is_first():  # in the others, memory that is never touched costs nothing
+                images[rows], masks[rows] = image, mask
+                maps[rows], scores[rows] = (np.asarray(x)[: len(mask)] for x in result)
+        with _whole_file(maps_file, shape) as file:
+            if file is not None:
+                file[:] = maps
+        return Predictions(images, maps, scores, masks, self._table(indices))
+
+    def histograms(self, indices: np.ndarray, maps_file: pathlib.Path | None = None) -> Histograms:
+        """Scores the records `indices`, keeps histograms, and writes the maps to `maps_file`."""
+        table, scores = self._table(indices), np.zeros(len(indices), np.float32)
+        has_truth = (table["label"] == ANOMALY) & table["has_mask"]
+        counts = streaming.MapHistograms(self._trained.mesh)
+        with _whole_file(maps_file, (len(indices), *self._view.frame)) as file:
+            for rows, _, mask, (maps, score) in self._batches(indices):
+                counts.add(maps, mask & has_truth[rows, None, None])
+                scores[rows] = np.asarray(score)[: len(mask)]
+                if file is not None:
+                    file[rows] = np.asarray(maps)[: len(mask)]
+
+        def again(rows: Sequence[int]) -> Predictions:
+            return self.everything(indices[np.asarray(rows, int)])
+
+        return Histograms(counts.counted(), scores, table, again)
+
+    def calibration(self, indices: np.ndarray) -> calibrate.Calibration | None:
+        """Scores held-out good images; None without any."""
+        if not len(indices):
+            return None
+        scores, peaks, medians = (np.zeros(len(indices)) for _ in range(3))
+        view = dataclasses.replace(self._view, stress="none")  # as a threshold is made in practice
+        for rows, image, _, (maps, score) in self._batches(indices, view):
+            maps, scores[rows] = np.asarray(maps)[: len(image)], np.asarray(score)[: len(image)]
+            peaks[rows], medians[rows] = maps.max(axis=(1, 2)), np.median(maps, axis=(1, 2))
+        table = self._table(indices)
+        return calibrate.Calibration.of(table["id"], table["group"], scores, peaks, medians)
+
+    def _batches(self, indices: np.ndarray, view: geometry.View | None = None) -> Iterator[tuple]:
+        """(rows, images, masks, result) per batch: only real rows, but of the result on device.
+
+        Every batch has one shape there, the last is filled up.
+        """
+        size, trained = self._config.eval.batch_size, self._trained
+        own = mesh_lib.own_rows(size, trained.mesh)
+        batches = geometry.batches(self._records, indices, view or self._view, size, own)
+        total = -(-len(indices) // size)
+        batches = logs.progress(batches, "scoring", total)
+        for i, (batch, result) in enumerate(one_behind(trained, self._predict, batches)):
+            image, mask = mesh_lib.whole(batch[:2], trained.mesh)
+            n = batch[2]
+            yield slice(i * size, i * size + n), image[:n], mask[:n], result
+
+    def _table(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: column[indices] for name, column in self._records.table.items()}
+
+
+@contextlib.contextmanager
+def _whole_file(path: pathlib.Path | None, shape: tuple[int, ...]) -> Iterator[np.ndarray | None]:
+    """An array on disk to fill, which gets its name when it is complete; None without a path."""
+    if path is None:
+        yield None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    array = np.lib.format.open_memmap(part, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):  # else a disk that fills up kills the process by SIGBUS
+        with part.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+    yield array
+    os.replace(part, path)

@@ -1,0 +1,1 @@
+"""One file to deploy: python -m mmrjax.export."""

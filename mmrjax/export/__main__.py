@@ -1,0 +1,197 @@
+"""The scorer of a run as one file: python -m mmrjax.export --workdir=<run> --output=scorer.jax.
+
+The file holds the weights, the normalisation, the map, the score and the threshold; what goes in is
+uint8 RGB [b, h, w, 3] at the model's input size, for any b. It is a serialised JAX program
+(jax.export) for cpu, cuda and tpu. JAX alone runs it, without this package:
+
+    scorer = jax.export.deserialize(open("scorer.jax", "rb").read())
+    found = scorer.call(images)   # {"map": [b, h, w], "score": [b], "is_anomaly": [b]}
+
+A name that ends in .onnx makes it an ONNX file (see onnx_export.py) for onnxruntime; there the
+input is called "images", and the outputs have the same names.
+
+<output>.json beside it says how an image becomes that input, and what the threshold promises. The
+file is loaded again and compared with the model before the command succeeds.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax import export
+
+from data_builders import files as image_folders
+from mmrjax import methods
+from mmrjax.data import geometry
+from mmrjax.models import winograd
+from mmrjax.runs import detector as detector_lib
+from mmrjax.runtime import command_line, files, staging
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+TOLERANCE = 1e-5  # of scores and maps; relative where the map exceeds 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = parse(argv)
+    return command_line.run(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    detector = detector_lib.load(arguments.workdir, arguments.target_fpr)
+    images = inputs(detector, arguments.images)
+    is_onnx = arguments.output.suffix == ".onnx"
+    form = _onnx() if is_onnx else sys.modules[__name__]
+    files.write_bytes(arguments.output, form.serialise(detector))
+    found = form.run(arguments.output, images)
+    difference = compare(detector, arguments.output, found, images, is_onnx)
+    text = json.dumps(description(detector, is_onnx), indent=1)
+    files.write_text(arguments.output.with_name(f"{arguments.output.name}.json"), text)
+    size = arguments.output.stat().st_size / 2**20
+    print(f"loaded again: differs by {difference:.1e} on {len(images)} images")
+    print(f"wrote {arguments.output} ({size:.1f} MiB)")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line; argparse ends the program when it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmrjax.export",
+        description="Writes the scorer of a run as a serialised JAX program or as ONNX.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, type=staging.place, help="of a run")
+    parser.add_argument(
+        "--output", required=True, type=files.local_path, help="scorer.jax or scorer.onnx"
+    )
+    parser.add_argument("--images", help="folder of images to compare on; otherwise noise")
+    parser.add_argument("--target_fpr", type=float, help="false-positive rate of the threshold")
+    return parser.parse_args(argv)
+
+
+def serialise(detector: detector_lib.Detector) -> bytes:
+    """The program with its weights, polymorphic in the batch, for all PLATFORMS."""
+    trained = detector.trained
+    variables, frozen = jax.device_get((trained.variables, trained.frozen))
+    threshold = detector.thresholds[0]
+    method = _portable(trained.method)
+
+    def score(images):
+        found = method.predict(variables, frozen, images / 255.0)
+        out = {"map": found["map"], "score": found["score"]}
+        return out if threshold is None else out | {"is_anomaly": found["score"] > threshold}
+
+    (b,) = export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((b, *detector.view.size, 3), np.uint8)
+    return bytes(export.export(jax.jit(score), platforms=PLATFORMS)(images).serialize())
+
+
+def _portable(method: methods.base.Method, dtype: str = "") -> methods.base.Method:
+    """The method without cuDNN's attention, which is of one platform and may change its form."""
+    config = method.config.copy_and_resolve_references()
+    config.student.attention = "xla"
+    config.train.compute_dtype = dtype or config.train.compute_dtype
+    return methods.create(method.name, config)
+
+
+def inputs(detector: detector_lib.Detector, folder: str | None) -> np.ndarray:
+    """Images to compare on, uint8 [n, h, w, 3]: up to one batch of a folder, or noise.
+
+    Raises:
+      FileNotFoundError: there is no image in the folder.
+    """
+    view = detector.view
+    if folder is None:
+        return np.random.default_rng(0).integers(0, 256, (3, *view.size, 3), dtype=np.uint8)
+    paths = image_folders.list_images(folder)[: detector.config.eval.batch_size]
+    if not paths:
+        raise FileNotFoundError(f"--images={folder}: no image there")
+    frames = [
+        geometry.view_image(
+            detector_lib.read_image(path), view.resize, view.size, view.interpolation
+        )
+        for path in paths
+    ]
+    return np.stack(frames)
+
+
+def run(path: pathlib.Path, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What an exported program says of uint8 images [b, h, w, 3]."""
+    return jax.device_get(export.deserialize(path.read_bytes()).call(images))
+
+
+def compare(
+    detector: detector_lib.Detector,
+    path: pathlib.Path,
+    found: dict[str, np.ndarray],
+    images: np.ndarray,
+    in_float32: bool,
+) -> float:
+    """The largest difference of a file's maps and scores from the model's (see TOLERANCE).
+
+    Args:
+      detector: the model.
+      path: the file.
+      found: what it says of `images`.
+      images: uint8 [b, h, w, 3].
+      in_float32: whether the file computes so, where the model may compute in bfloat16.
+
+    Raises:
+      RuntimeError: it exceeds TOLERANCE.
+    """
+    trained, precision = detector.trained, jax.config.jax_default_matmul_precision
+    method = _portable(trained.method, "float32" if in_float32 else "")
+    if in_float32:
+        precision = "highest"
+    # The file convolves directly, as a batch of any size has to.
+    with jax.default_matmul_precision(precision), winograd.direct_alone():
+        want = jax.jit(method.predict)(
+            *jax.device_get((trained.variables, trained.frozen)), images / np.float32(255)
+        )
+    scale = max(1.0, float(np.abs(want["map"]).max()))
+    difference = max(
+        float(np.abs(found[name] - np.asarray(want[name])).max()) / scale
+        for name in ("map", "score")
+    )
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"{path} differs from the model by {difference:.1e}; do not use it")
+    return difference
+
+
+def description(detector: detector_lib.Detector, is_onnx: bool) -> dict:
+    """How an image becomes the input, and what the threshold promises."""
+    view, (threshold, _, reason) = detector.view, detector.thresholds
+    calibration = detector.calibration
+    return {
+        "method": detector.trained.method.name,
+        "input": f"uint8 RGB [b, {view.size[0]}, {view.size[1]}, 3]",
+        "size": list(view.size),
+        "resize": list(view.resize),
+        "interpolation": view.interpolation,
+        "as": "Pillow before 13: antialiased, columns first",
+        "then": "centre crop" if view.overlap is None else f"windows, {view.overlap} px overlap",
+        "overlap": view.overlap,
+        "score_is_peak": detector.trained.method.score_is_peak,
+        "threshold": threshold,
+        "no_threshold_because": reason or None,
+        "calibration": calibration and calibration.report(detector.target_fpr),
+        "scale": detector.scale,
+        "platforms": ["onnxruntime"] if is_onnx else list(PLATFORMS),
+    }
+
+
+def _onnx():
+    """The module that writes ONNX; ValueError without the packages that it needs."""
+    packages = ("torch", "onnx", "onnxscript", "onnxruntime")
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"ONNX needs {', '.join(missing)}: pip install 'mmrjax[onnx]'")
+    return importlib.import_module("mmrjax.export.onnx")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Scores images and videos with a trained run: python -m mmrjax.predict."""

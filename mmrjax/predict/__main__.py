@@ -1,0 +1,290 @@
+"""Scores images or a video: python -m mmrjax.predict --workdir=<run> --input=… --output=<dir>.
+
+Reads an image, a folder (with all its sub-folders), a quoted glob or a video. Writes into --output
+
+    scores.csv, scores.jsonl   path, score, threshold, verdict, p-value, boxes (x y w h in px)
+    overlays/, heat/           pictures on one fixed colour scale, the same for every image
+    maps/                      with --raw_maps=npy|tiff: float32 at the image's own size; of a
+                               video maps/<video>/<frame>
+    <video>_overlay.mp4        of a video (see video.py); its scores have a row per frame
+
+A verdict needs a threshold (see calibrate.py). `--recalibrate=<folder>` takes it from other good
+images, such as of a new domain; `--target_fpr` chooses another false-positive rate. Files that
+cannot be read are listed and skipped; the exit status is then 3.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import glob
+import io
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from data_builders import files as image_folders
+from data_builders.folder import layout
+from mmrjax.evaluate import calibrate
+from mmrjax.predict import video
+from mmrjax.report import pictures as visualize
+from mmrjax.runs import detector as detector_lib
+from mmrjax.runtime import command_line, files, logs, staging
+
+SOME_UNREADABLE = 3  # exit status
+COLUMNS = ("path", "score", "threshold", "verdict", "p_value", "boxes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    logs.setup()
+    arguments = parse(argv)
+    return command_line.run(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    check_output(arguments.output)
+    command_line.keep_compiled()
+    detector = detector_lib.load(arguments.workdir, show_cores=True)
+    detector.full_scale = arguments.full_scale
+    detector = choose_threshold(detector, arguments)
+    if arguments.input is None:
+        return 0
+    score = score_video if video.is_video(arguments.input) else score_images
+    rows = []
+    try:
+        unreadable = score(detector, arguments, rows)
+    finally:  # an interrupted call keeps what it has scored
+        if rows:
+            write_scores(arguments.output, rows)
+    print(summary(detector, rows, arguments.output))
+    for line in unreadable:
+        print(f"skipped: {line}", file=sys.stderr)
+    return SOME_UNREADABLE if unreadable else 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line; argparse ends the program when it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmrjax.predict",
+        description="Scores images or a video with a trained run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, type=staging.place, help="of a run")
+    parser.add_argument("--input", help="an image, a folder, a quoted glob or a video")
+    parser.add_argument(
+        "--output", required=True, type=files.local_path, help="folder to write into"
+    )
+    parser.add_argument("--raw_maps", choices=("npy", "tiff"), help="also write float32 maps")
+    parser.add_argument("--no_pictures", action="store_true", help="only scores")
+    parser.add_argument("--target_fpr", type=float, help="false-positive rate of the threshold")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--recalibrate", help="good images that the threshold is taken from")
+    other.add_argument("--calibration", type=files.local_path, help="a calibration.json to use")
+    parser.add_argument("--full_scale", type=int, default=0, help="white of 16-bit images")
+    arguments = parser.parse_args(argv)
+    if arguments.input is None and arguments.recalibrate is None:
+        parser.error("--input is missing")
+    if arguments.full_scale < 0:
+        parser.error(f"--full_scale={arguments.full_scale}: a grey level such as 4095 or 65535")
+    return arguments
+
+
+def check_output(output: pathlib.Path) -> None:
+    """Makes the folder and tries to write there, before hours of scoring are spent.
+
+    Raises:
+      OSError: neither is possible.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as e:
+        raise OSError(f"--output={output}: no folder to write into ({e.strerror})") from e
+
+
+def choose_threshold(
+    detector: detector_lib.Detector, arguments: argparse.Namespace
+) -> detector_lib.Detector:
+    """The detector with the threshold that the command line asks for.
+
+    Raises:
+      ValueError: no threshold is possible that was asked for, with the reason.
+    """
+    if arguments.calibration is not None:
+        calibration = calibrate.read(arguments.calibration)
+        if calibration is None:
+            raise FileNotFoundError(f"--calibration={arguments.calibration}: no such file")
+        detector = detector.with_calibration(calibration)
+    if arguments.recalibrate is not None:
+        paths, _ = find_images(arguments.recalibrate, "--recalibrate")
+        detector = detector.recalibrated(paths, f"good images of {arguments.recalibrate}")
+        target = detector.target_fpr if arguments.target_fpr is None else arguments.target_fpr
+        detector = detector.with_target(target)  # refused before an older file is replaced
+        detector.calibration.write(arguments.output / "calibration.json")
+        print(
+            f"threshold {detector.thresholds[0]:.6g} from {len(paths)} good images\n"
+            f"wrote {arguments.output / 'calibration.json'}"
+        )
+        return detector
+    if arguments.target_fpr is not None:
+        return detector.with_target(arguments.target_fpr)
+    if arguments.calibration is not None:
+        return detector.with_target(detector.target_fpr)  # raises where that is not possible
+    if detector.thresholds[2]:
+        logging.warning("scores only, no verdicts: %s", detector.thresholds[2])
+    return detector
+
+
+def find_images(given: str, flag: str = "--input") -> tuple[list[pathlib.Path], pathlib.Path]:
+    """The image files that an argument means, sorted, and the folder their names begin at.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    path = pathlib.Path(given)
+    if path.is_dir():
+        pictures, masks = layout.tell_masks_apart(path)
+        found, root = list(pictures), path
+        if masks:
+            logging.info("%d masks in %s are left out", len(masks), path)
+    elif path.is_file():
+        found, root = [path], path.parent
+    else:
+        found = sorted(pathlib.Path(p) for p in glob.glob(given, recursive=True))
+        found = [p for p in found if p.is_file() and image_folders.is_image(p.name)]
+        root = pathlib.Path(os.path.commonpath([p.parent for p in found])) if found else path
+    if not found:
+        raise FileNotFoundError(
+            f"{flag}={given}: no image there; expected a file, a folder or a quoted glob of "
+            f"{', '.join(image_folders.images.SUFFIXES)}, or a video of {', '.join(video.SUFFIXES)}"
+        )
+    return found, root
+
+
+def readable(
+    paths: Sequence[pathlib.Path], full_scale: int, unreadable: list[str]
+) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
+    """Yields (path, image) of each file; what cannot be read is added to `unreadable`."""
+
+    def read(path: pathlib.Path):
+        try:
+            return path, detector_lib.read_image(path, full_scale)
+        except ValueError as e:
+            return path, e
+
+    with concurrent.futures.ThreadPoolExecutor(detector_lib.THREADS) as pool:
+        for path, image in detector_lib.ahead(read, paths, pool):
+            if isinstance(image, ValueError):
+                unreadable.append(str(image))
+            else:
+                yield path, image
+
+
+def score_images(
+    detector: detector_lib.Detector, arguments: argparse.Namespace, rows: list[dict]
+) -> list[str]:
+    """Adds a row per image to `rows` and writes its pictures; a line per unreadable one."""
+    paths, root = find_images(arguments.input)
+    unreadable = []
+    if detector.scale is None:
+        logging.warning("no pictures: the run was never evaluated, so it has no colour scale")
+    items = readable(logs.progress(paths, "scoring"), detector.full_scale, unreadable)
+    for path, image, found in detector.stream(items):
+        name = path.relative_to(root)
+        rows.append({"path": name.as_posix(), **facts(found)})
+        if detector.scale and not arguments.no_pictures:
+            write_pictures(arguments.output, name, image, found, detector.scale)
+        if arguments.raw_maps:
+            write_map(arguments.output / "maps" / name, found.map, arguments.raw_maps)
+    if not rows:
+        raise ValueError(f"none of {len(paths)} files could be read; the first: {unreadable[0]}")
+    return unreadable
+
+
+def score_video(
+    detector: detector_lib.Detector, arguments: argparse.Namespace, rows: list[dict]
+) -> list[str]:
+    """As `score_images`: a row per frame; raw maps as maps/<video>/<frame>."""
+    path = pathlib.Path(arguments.input)
+
+    def keep(number: int, found: detector_lib.Prediction) -> None:
+        write_map(arguments.output / "maps" / path.name / f"{number:06d}", found.map, kind)
+
+    kind, draws = arguments.raw_maps, not arguments.no_pictures
+    return video.run(detector, path, arguments.output, rows, draws, keep if kind else None)
+
+
+def facts(found: detector_lib.Prediction) -> dict:
+    """A prediction as a row of scores.jsonl."""
+    verdicts = {None: "", False: "good", True: "anomaly"}
+    boxes = found.boxes and [[box.x, box.y, box.width, box.height] for box in found.boxes]
+    return {
+        "score": found.score,
+        "threshold": found.threshold,
+        "verdict": verdicts[found.is_anomaly],
+        "p_value": found.p_value,
+        "boxes": boxes,
+    }
+
+
+def write_pictures(
+    output: pathlib.Path,
+    name: pathlib.PurePath,
+    image: np.ndarray,
+    found: detector_lib.Prediction,
+    scale: tuple[float, float],
+) -> None:
+    """The overlay with its boxes, and the bare heat map."""
+    own = np.nan_to_num(found.map, nan=-np.inf)
+    overlay = visualize.draw_boxes(visualize.heat_overlay(image, own, scale), found.boxes or ())
+    colour, _ = visualize.colour_and_opacity(visualize.scale_position(own, scale))
+    for folder, picture in (("overlays", overlay), ("heat", colour)):
+        visualize.write_png((output / folder / name).with_name(f"{name.name}.png"), picture)
+
+
+def write_map(path: pathlib.Path, anomaly_map: np.ndarray, kind: str) -> None:
+    """A float32 map [h, w] as .npy or as a one-channel TIFF."""
+    buffer = io.BytesIO()
+    if kind == "npy":
+        np.save(buffer, anomaly_map)
+    else:
+        Image.fromarray(anomaly_map).save(buffer, "TIFF")
+    files.write_bytes(path.with_name(f"{path.name}.{kind}"), buffer.getvalue())
+
+
+def write_scores(output: pathlib.Path, rows: Sequence[dict]) -> None:
+    """scores.csv and scores.jsonl; the columns of a row are those of the first."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(rows[0])
+    for row in rows:
+        cells = dict(row)
+        cells["boxes"] = "; ".join(" ".join(map(str, box)) for box in row["boxes"] or ())
+        writer.writerow(["" if cell is None else cell for cell in cells.values()])
+    files.write_text(output / "scores.csv", out.getvalue())
+    files.write_text(output / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def summary(detector: detector_lib.Detector, rows: Sequence[dict], output: pathlib.Path) -> str:
+    """What was done, in a line or two."""
+    line = f"{len(rows)} scored"
+    if detector.thresholds[0] is not None:
+        flagged = sum(row["verdict"] == "anomaly" for row in rows)
+        line += (
+            f", {flagged} anomalous (score above {detector.thresholds[0]:.6g}, which good parts "
+            f"like the {len(detector.calibration.ids)} held-out ones exceed at a rate of at most "
+            f"{100 * detector.target_fpr:.3g} %)"
+        )
+    return f"{line}\nwrote {output}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The page of a work directory: python -m mmrjax.report."""

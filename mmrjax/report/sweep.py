@@ -1,0 +1,124 @@
+"""The comparison table of a sweep: ours beside the paper's, for the page and for the terminal.
+
+Reads results.json as sweep.py writes it. Called by report.py, which renders the page, and by
+main.py, which prints the table.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from mmrjax.report import charts, tables
+
+AVERAGES = {
+    "domains": "mean over domains, then over categories",
+    "images": "all images of a category pooled",
+}
+
+
+def page(content: Mapping) -> dict:
+    """Everything the templates of a sweep show."""
+    rows = _rows(content)
+    titles = [tables.metric(name).title for name in content["metrics"]]
+    return {
+        "title": content["title"],
+        "source": content["source"],
+        "average": AVERAGES[content["average"]],
+        "columns": titles,
+        "with_paper": _with_paper(content),
+        "rows": rows,
+        "protocol": _common(row["protocol"] for row in rows if row["protocol"]),
+        "departures": _departures(rows),
+        "chart": _chart(content, titles[0]),
+    }
+
+
+def text_table(content: Mapping) -> str:
+    """The table as plain text, in percent."""
+    with_paper = _with_paper(content)
+    head = ["row"]
+    for name in content["metrics"]:
+        head += [name, "paper"] if with_paper else [name]
+    lines = [head]
+    for row in _rows(content):
+        cells = [(ours, paper) if with_paper else (ours,) for ours, paper in row["cells"]]
+        lines.append([row["label"], *(text for pair in cells for text in pair)])
+    return tables.aligned(lines)
+
+
+def _with_paper(content: Mapping) -> bool:
+    return any(row["paper"] for row in content["rows"])
+
+
+def _rows(content: Mapping) -> list[dict]:
+    """One line per row and method; a row that has not run yet has one line."""
+    lines = []
+    several = any(len(row["methods"]) > 1 for row in content["rows"])
+    for row in content["rows"]:
+        for method, measured in row["methods"].items() or [("", {})]:
+            name = tables.method_title(method)
+            values = measured.get("metrics", {})
+            lines.append(
+                {
+                    "label": f"{row['label']}, {name}" if several and name else row["label"],
+                    "overrides": row["overrides"],
+                    "report": row["report"],
+                    "cells": [
+                        (_ours(values.get(metric)), _paper(row["paper"], metric))
+                        for metric in content["metrics"]
+                    ],
+                    "seeds": measured.get("seeds", []),
+                    "protocol": measured.get("protocol", {}),
+                    "departures": measured.get("departures", []),
+                }
+            )
+    return lines
+
+
+def _common(protocols: Iterable[Mapping]) -> dict[str, str]:
+    """The terms of a protocol, each with its one text or what it is in the different rows."""
+    texts: dict[str, dict[str, None]] = {}
+    for protocol in protocols:
+        for term, text in protocol.items():
+            texts.setdefault(term, {})[text] = None
+    return {term: "; or ".join(found) for term, found in texts.items()}
+
+
+def _departures(rows: Iterable[Mapping]) -> list[tuple[str, str]]:
+    """(what is not the paper's, the rows of which that is true) once each."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        for text in row["departures"]:
+            labels.setdefault(text, []).append(row["label"])
+    return [(text, "; ".join(some)) for text, some in labels.items()]
+
+
+def _ours(value: Mapping | None) -> str:
+    """`84.7 ± 0.5`; ± is the standard deviation over seeds."""
+    if value is None:
+        return "not run yet"
+    text = tables.percent(value["mean"])
+    spread = tables.is_number(value["std"])
+    return f"{text} ± {report_tables.percent(value['std'])}" if spread else text
+
+
+def _paper(paper: Mapping | str, metric: str) -> str:
+    return paper if isinstance(paper, str) else tables.percent(paper[metric])
+
+
+def _chart(content: Mapping, title: str) -> str | None:
+    """The first metric per row: ours with its standard deviation, the paper's below it."""
+    metric, rows = content["metrics"][0], []
+    for row in content["rows"]:
+        dots = []
+        for measured in row["methods"].values():
+            mean, std = (measured["metrics"][metric][part] for part in ("mean", "std"))
+            if tables.is_number(mean):
+                ends = (None, None) if std is None else (100 * (mean - std), 100 * (mean + std))
+                dots.append(charts.Interval(100 * mean, *ends, charts.method_class(0)))
+        if dots and not isinstance(row["paper"], str):
+            value = 100 * row["paper"][metric]
+            dots.append(charts.Interval(value, None, None, charts.method_class(1)))
+        if dots:
+            rows.append((row["label"], dots))
+    if len(rows) < 2:
+        return None
+    return charts.interval_chart(rows, f"{title} per row", f"{title} in %, ± std over seeds")

@@ -1,0 +1,1 @@
+"""Runs on disk: where they lie, what they hold, how they are restored and compared."""

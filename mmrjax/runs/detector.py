@@ -1,0 +1,318 @@
+"""A trained model for images from anywhere: scores, verdicts, p-values, maps, boxes.
+
+    detector = mmrjax.load("runs/mine/patchcore/parts/seed54")
+    for found in detector.predict(["a.png", "b.png"]):
+        print(found.score, found.is_anomaly, found.p_value, found.boxes)
+
+The images go through the same functions as those of an evaluation (geometry.view_image,
+scoring.make_predict), so the scores are the same. Nothing is written; predict.py does that.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import cv2
+import numpy as np
+from ml_collections import ConfigDict
+
+from data_builders import images as image_files
+from mmrjax.data import geometry
+from mmrjax.evaluate import calibrate, scoring
+from mmrjax.runs import restore
+from mmrjax.runtime import files, staging
+from mmrjax.runtime import mesh as mesh_lib
+from mmrjax.train import loop
+
+FULL_SCALE = 65535  # of 16-bit images, where nothing else is said
+THREADS = 4  # that decode and resize
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """A region whose map exceeds the threshold, in pixels of the image; `peak` is its maximum."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    peak: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image.
+
+    Attributes:
+      score: the higher, the more anomalous.
+      threshold: scores above it are anomalous; None for a model without calibration.
+      p_value: how often a good part scores as high; None without calibration.
+      boxes: anomalous regions, the most anomalous first; None without threshold.
+      view_map: float32 [h, w], the map as the model made it.
+      view: how the model looked at the image.
+      size: (height, width) of the image in px.
+    """
+
+    score: float
+    threshold: float | None
+    p_value: float | None
+    boxes: list[Box] | None
+    view_map: np.ndarray
+    view: geometry.View
+    size: tuple[int, int]
+
+    @property
+    def is_anomaly(self) -> bool | None:
+        """The verdict; None without threshold."""
+        return None if self.threshold is None else self.score > self.threshold
+
+    @functools.cached_property
+    def map(self) -> np.ndarray:
+        """The map in the image's own pixels, float32; NaN where the model did not look."""
+        return geometry.unview_map(self.view_map, self.view, self.size)
+
+
+class Detector:
+    """A trained run with its threshold; see `load`."""
+
+    def __init__(
+        self,
+        trained: loop.Trained,
+        config: ConfigDict,
+        calibration: calibrate.Calibration | None = None,
+        scale: tuple[float, float] | None = None,
+    ):
+        """Takes a model; nothing is compiled yet.
+
+        Args:
+          trained: the model.
+          config: of its run; view, batch size and target rate are used.
+          calibration: None for a model that only scores.
+          scale: colour scale of a model without calibration.
+        """
+        self.trained, self.config, self.calibration = trained, config, calibration
+        self.view = geometry.View.of(config, evaluation=True)
+        self.target_fpr = config.calibration.target_fpr
+        self.full_scale = 0  # the value of 16-bit images that is white; 0 refuses such images
+        self._scale = scale
+        self._predict = scoring.make_predict(trained, self.view)
+
+    @property
+    def scale(self) -> tuple[float, float] | None:
+        """The one colour scale of all pictures: (no colour, strongest colour) in map values."""
+        return self.calibration.scale(self.target_fpr) if self.calibration else self._scale
+
+    @functools.cached_property
+    def thresholds(self) -> tuple[float | None, float | None, str]:
+        """(of scores, of pixels, why there is none)."""
+        if self.calibration is None:
+            return None, None, "the run held no good images out (calibration.fraction)"
+        try:
+            target = self.target_fpr
+            score = self.calibration.threshold(target)
+            return score, self.calibration.pixel_threshold(target), ""
+        except calibrate.TooFew as e:
+            return None, None, str(e)
+
+    def with_target(self, target_fpr: float) -> "Detector":
+        """The same with another false-positive rate.
+
+        Raises:
+          ValueError: there is no calibration, or too small a one for this rate.
+        """
+        if self.calibration is None:
+            raise ValueError(f"no rate can be set: {self.thresholds[2]}")
+        self.calibration.threshold(target_fpr)
+        return self._replaced(self.calibration, target_fpr)
+
+    def with_calibration(self, calibration: calibrate.Calibration) -> "Detector":
+        """The same with the threshold of another calibration."""
+        return self._replaced(calibration, self.target_fpr)
+
+    def recalibrated(
+        self, images: Iterable, source: str = "given good images", groups: Sequence[str] = ()
+    ) -> "Detector":
+        """The same with a threshold from other good images, such as of a new domain.
+
+        Args:
+          images: as `predict`; good ones that were not trained on.
+          source: where they come from, for people.
+          groups: which of them show one part; () = each another.
+        """
+        images = list(images)
+        found = self.predict(images)
+        names = [
+            str(image) if isinstance(image, str | os.PathLike) else f"image {i}"
+            for i, image in enumerate(images)
+        ]
+        calibration = calibrate.Calibration.of(
+            names,
+            groups or names,
+            [one.score for one in found],
+            [one.view_map.max() for one in found],
+            [np.median(one.view_map) for one in found],
+            source,
+        )
+        return self.with_calibration(calibration)
+
+    def _replaced(self, calibration: calibrate.Calibration, target_fpr: float) -> "Detector":
+        config = self.config.copy_and_resolve_references()
+        config.calibration.target_fpr = target_fpr
+        other = Detector(self.trained, config, calibration, self._scale)
+        other.full_scale, other._predict = self.full_scale, self._predict  # compiled already
+        return other
+
+    def predict(self, images: Iterable) -> list[Prediction]:
+        """Scores images, in their order.
+
+        Args:
+          images: paths, or RGB pixels uint8 [h, w, 3] of any sizes.
+
+        Raises:
+          ValueError: an image cannot be read, or is no RGB uint8; or a path stands alone.
+        """
+        if isinstance(images, str | os.PathLike):  # whose letters would be taken for paths
+            raise ValueError(f"expected a list of images, found one path; give [{str(images)!r}]")
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            loaded = ahead(self._loaded, images, pool)
+            return [found for _, _, found in self.stream(enumerate(loaded))]
+
+    def stream(self, items: Iterable[tuple]) -> Iterator[tuple[object, np.ndarray, Prediction]]:
+        """Yields (key, image, prediction) for each (key, RGB uint8 [h, w, 3]); memory is constant.
+
+        All batches have the shape of the evaluation's; the last is filled up. A score depends on
+        its image alone.
+        """
+        size, view = self.config.eval.batch_size, self.view
+
+        def batches() -> Iterator[tuple]:
+            rest = iter(items)
+            while chunk := list(itertools.islice(rest, size)):
+                frames = np.zeros((size, *view.frame, 3), np.uint8)
+                for row, (_, image) in enumerate(chunk):
+                    frames[row] = geometry.view_image(
+                        image, view.resize, view.frame, view.interpolation
+                    )
+                yield frames, chunk
+
+        for (_, chunk), (maps, scores) in scoring.one_behind(
+            self.trained, self._predict, batches()
+        ):
+            maps, scores = np.asarray(maps), np.asarray(scores)
+            for row, (key, image) in enumerate(chunk):
+                yield key, image, self._prediction(scores[row], maps[row], image.shape[:2])
+
+    def _loaded(self, image) -> np.ndarray:
+        """Pixels of a path or an array."""
+        if isinstance(image, str | os.PathLike):
+            return read_image(image, self.full_scale)
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(
+                f"expected paths or RGB pixels uint8 [h, w, 3], found {image.dtype} {image.shape}"
+            )
+        return image
+
+    def _prediction(self, score, view_map: np.ndarray, size: tuple[int, int]) -> Prediction:
+        threshold, pixel_threshold, _ = self.thresholds
+        calibration = self.calibration
+        return Prediction(
+            score=float(score),
+            threshold=threshold,
+            p_value=None if calibration is None else float(calibration.p_values(score)),
+            boxes=None
+            if pixel_threshold is None
+            else boxes(view_map, pixel_threshold, self.view, size),
+            view_map=view_map,
+            view=self.view,
+            size=size,
+        )
+
+
+def load(
+    workdir: str | os.PathLike, target_fpr: float | None = None, show_cores: bool = False
+) -> Detector:
+    """A trained run, ready to predict.
+
+    Args:
+      workdir: <workdir>/<method>/<category>/seed<k>, or a work directory with one run; a folder or
+        an address in a bucket, gs://….
+      target_fpr: false-positive rate of the threshold; None = the run's calibration.target_fpr.
+      show_cores: makes each core of a CPU a device, for the whole process, where JAX has not begun.
+
+    Raises:
+      FileNotFoundError, ValueError: no run, several, or one that cannot be read, saying what to do.
+    """
+    with staging.opened(workdir, ".json") as folder:
+        run = restore.find_run(folder)
+        if show_cores:
+            mesh_lib.show_cores([restore.read_config(run).eval.batch_size])
+        trained, config = restore.trained(run)
+        calibration = calibrate.read(run / "calibration.json")
+        gallery = files.read_json(run / "maps" / "gallery.json") or {}
+    scale = tuple(gallery["scale"]) if "scale" in gallery else None
+    detector = Detector(trained, config, calibration, scale)
+    return detector if target_fpr is None else detector.with_target(target_fpr)
+
+
+def read_image(path: str | os.PathLike, full_scale: int = 0) -> np.ndarray:
+    """An image file as RGB uint8 [h, w, 3], with the pixels that its record would have.
+
+    Args:
+      path: png, jpg, bmp, tif or webp.
+      full_scale: the value of a 16-bit image that becomes 255; 0 = such images are refused.
+
+    Raises:
+      ValueError: the file is absent, damaged or not supported, naming it.
+    """
+    path = pathlib.Path(path)
+    try:
+        if not full_scale and image_files.largest_value(path):
+            raise ValueError(
+                f"{path}: 16 bits a pixel; say which value is white, as in --full_scale=4095"
+            )
+        data, _ = image_files.encode_image(path, str(path), full_scale or FULL_SCALE)
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror or e}") from e
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+
+
+def boxes(
+    view_map: np.ndarray, threshold: float, view: geometry.View, size: tuple[int, int]
+) -> list[Box]:
+    """Bounding boxes of the connected regions above a threshold, in pixels of the image.
+
+    Args:
+      view_map: float32 [h, w], as the model made it.
+      threshold: of its values.
+      view: how the model looked at the image.
+      size: (height, width) of the image.
+    """
+    is_above = (view_map > threshold).astype(np.uint8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(is_above, connectivity=8)
+    found = []
+    for label in range(1, count):
+        left, top, width, height = (int(n) for n in stats[label, :4])
+        y0, x0 = view.to_image((top, left), size)
+        y1, x1 = view.to_image((top + height, left + width), size)
+        x, y = max(0, int(np.floor(x0))), max(0, int(np.floor(y0)))
+        right, bottom = min(size[1], int(np.ceil(x1))), min(size[0], int(np.ceil(y1)))
+        peak = float(view_map[labels == label].max())
+        found.append(Box(x, y, right - x, bottom - y, peak))
+    return sorted(found, key=lambda box: -box.peak)
+
+
+def ahead(work, items: Iterable, pool: concurrent.futures.Executor) -> Iterator:
+    """map(work, items) by threads, never more than a few items ahead: memory is constant."""
+    items, waiting = iter(items), []
+    while True:
+        for item in itertools.islice(items, 2 * THREADS - len(waiting)):
+            waiting.append(pool.submit(work, item))
+        if not waiting:
+            return
+        yield waiting.pop(0).result()

@@ -1,0 +1,181 @@
+"""A trained run read again from its folder, without its data: configuration, student, teacher.
+
+Nothing in the folder is touched, not even while the run is still training. Called by convert.py,
+and by detector.py and export.py for the whole of it.
+"""
+
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from ml_collections import ConfigDict
+
+from mmrjax import methods, weights
+from mmrjax.methods import mmr
+from mmrjax.runtime import checkpoint, files
+from mmrjax.runtime import config as config_lib
+from mmrjax.runtime import mesh as mesh_lib
+from mmrjax.train import loop
+from mmrjax.train import step as state_lib
+from mmrjax.weights import layouts, source
+
+
+def find_run(workdir: pathlib.Path) -> pathlib.Path:
+    """The run folder that is meant: `workdir` itself, or the only run in it.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: there are several, naming them.
+    """
+    if (workdir / "config.json").is_file():
+        return workdir
+    runs = sorted(path.parent for path in workdir.glob("*/*/seed*/config.json"))
+    if not runs:
+        raise FileNotFoundError(f"{workdir} holds no run; give the --workdir of mmrjax.main")
+    if len(runs) > 1:
+        names = ", ".join(str(run) for run in runs[:6])
+        raise ValueError(f"{workdir} holds {len(runs)} runs; name one of them: {names}")
+    return runs[0]
+
+
+def trained(folder: pathlib.Path) -> tuple[loop.Trained, ConfigDict]:
+    """A run ready to score images, and its configuration; on as many devices as share a batch.
+
+    Args:
+      folder: <workdir>/<method>/<category>/seed<k>.
+
+    Raises:
+      FileNotFoundError: no run, no weights of the teacher, or nothing trained yet.
+      ValueError, RuntimeError: what is there is damaged or does not fit.
+    """
+    folder = folder.resolve()
+    config, name = read_config(folder), folder.parent.parent.name
+    config.student.init = "scratch"  # what it began with is no longer needed
+    method = methods.create(name, config)
+    if method.dtype == jnp.float32:  # as in training
+        jax.config.update("jax_default_matmul_precision", "highest")
+    devices = math.gcd(config.eval.batch_size, len(mesh_lib.devices()))
+    mesh = mesh_lib.make_mesh(devices)
+    frozen, facts = method.load_frozen()
+    _check_teacher(config, folder, facts.get("teacher", {}))
+    frozen = mesh_lib.replicate(frozen, mesh)
+    variables, _ = method.init(jax.random.key(0), frozen)
+    if method.trains:
+        state, step = _last_state(method, variables, folder, mesh)
+        variables = state.variables
+        if not (folder / "results.json").exists():
+            logging.warning("%s: not trained to the end, this is step %d", folder, step)
+    if method.fits:
+        variables |= _fitted(folder, mesh)
+    return loop.Trained(method, variables, frozen, facts, mesh), config
+
+
+def _fitted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict:
+    directory = folder / "fitted"
+    if checkpoint.present(directory):
+        with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
+            restored = checkpoints.restore(mesh_lib.replicated(mesh))
+        if restored is not None:
+            return restored[1]
+    raise FileNotFoundError(f"{folder} is not fitted yet; run python -m mmrjax.main to the end")
+
+
+def _last_state(method, variables: dict, folder: pathlib.Path, mesh: jax.sharding.Mesh):
+    """(state, step) of the newest intact checkpoint."""
+    directory = folder / "checkpoints"
+    if not checkpoint.present(directory):
+        raise FileNotFoundError(f"{folder} has no checkpoints of a trained student")
+    tx = method.optimiser(steps_per_epoch=1)  # the state's structure does not depend on it
+    target = jax.eval_shape(lambda variables: state_lib.create(variables, tx), variables)
+    whole = mesh_lib.replicated(mesh)
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), target
+    )
+    with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
+        restored = checkpoints.restore(target)
+    if restored is None:
+        raise FileNotFoundError(f"{directory} holds no finished checkpoint")
+    step, state = restored
+    return state, step
+
+
+def read_config(folder: pathlib.Path) -> ConfigDict:
+    """The configuration of a run; fields that are younger than the run have today's defaults.
+
+    Args:
+      folder: <workdir>/<method>/<category>/seed<k>.
+
+    Raises:
+      FileNotFoundError: that is no run, naming those that are below it.
+    """
+    stored = files.read_json(folder / "config.json")
+    if stored is None:
+        runs = [str(path.parent) for path in sorted(folder.glob("**/seed*/config.json"))]
+        hint = f"; runs in it: {', '.join(runs[:6])}" if runs else ""
+        raise FileNotFoundError(f"{folder} is no run folder: it has no readable config.json{hint}")
+    config = config_lib.load(str(config_lib.PACKAGED / "common.py"))
+    before = config_lib.flatten_stored(stored)
+    for field, value in config_lib.flatten(config).items():
+        if field in before and not field.startswith("sweep."):
+            old = before[field]
+            config.update_from_flattened_dict(
+                {field: tuple(old) if isinstance(value, tuple) else old}
+            )
+    return config
+
+
+def student(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, int]:
+    """The student of an MMR or MMR+ run's newest intact checkpoint, on the host, and its step.
+
+    Raises:
+      FileNotFoundError: the run has no checkpoint of a student.
+      ValueError, RuntimeError: the checkpoints are of another model, or damaged.
+    """
+    kind = methods.METHODS.get(folder.resolve().parent.parent.name)
+    config = config.copy_and_resolve_references()
+    config.student.init = "scratch"  # what it began with is no longer needed
+    method = (kind if kind and issubclass(kind, mmr.MMR) else mmr.MMR)(config)
+    variables = layouts.hollow(lambda key: method.init(key, {})[0])
+    state, step = _last_state(method, variables, folder, mesh_lib.make_mesh(1))
+    return jax.device_get(state.variables), step
+
+
+def teacher(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, dict]:
+    """The frozen teacher that a run was trained with, as `weights.load_teacher` gives it.
+
+    Raises:
+      FileNotFoundError, ValueError: its file is missing, damaged, or not the one of the training.
+    """
+    fields = config.teacher
+    variables, facts = weights.load_teacher(fields.name, fields.weights, fields.seed)
+    _check_teacher(config, folder, facts)
+    return variables, facts
+
+
+def _check_teacher(config: ConfigDict, folder: pathlib.Path, facts: dict) -> None:
+    noted = files.read_json(folder / loop.TEACHER) or results_facts(folder).get("teacher", {})
+    used = noted.get("sha256")
+    if used and used != facts.get("sha256"):
+        raise ValueError(
+            f"the run was trained with teacher weights of sha256 {used[:8]}…, "
+            f"{config.teacher.weights} has {str(facts.get('sha256'))[:8]}… now"
+        )
+
+
+def student_licence(config: ConfigDict, folder: pathlib.Path) -> str | None:
+    """The licence of the weights that a run's student started from; None where they were drawn.
+
+    As the training found it; while it has no results, as the configuration tells.
+    """
+    if facts := results_facts(folder).get("student"):
+        return facts["licence"]
+    if config.student.init in ("scratch", "mae"):
+        return {"scratch": None, "mae": source.MAE_LICENCE}[config.student.init]
+    return source.header(pathlib.Path(config.student.init)).get("licence", source.LOCAL)
+
+
+def results_facts(folder: pathlib.Path) -> dict:
+    """The facts in a run's results.json; {} while it has none."""
+    return (files.read_json(folder / "results.json") or {}).get("facts", {})

@@ -1,0 +1,161 @@
+"""One table of runs: in each row some fields differ, and ours stands beside the paper's numbers.
+
+A configuration declares it as `config.sweep`, see configs/aebad_ablation.py. A row is an ordinary
+run in <workdir>/<row>/ and is resumed, repeated and reported there as one started by hand; the row
+that changes no value is <workdir>/default/, so several sweeps in one work directory share it. The
+comparison lies on top of them and is written again after every row. Called by main.py.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from mmrjax import metrics, weights
+from mmrjax.report import page as report
+from mmrjax.report import words
+from mmrjax.runs import workdir as workdir_lib
+from mmrjax.runtime import config as config_lib
+from mmrjax.runtime import files, processes
+
+RunAll = Callable[[ConfigDict, pathlib.Path], tuple[dict, pathlib.Path]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A planned row.
+
+    Attributes:
+      label: what the table calls it.
+      overrides: "group.field=value" each.
+      paper: percent, one per metric of `config.sweep.metrics`; or a text in their place.
+      config: of the run.
+      folder: its name in the work directory.
+    """
+
+    label: str
+    overrides: tuple[str, ...]
+    paper: tuple[float, ...] | str
+    config: ConfigDict
+    folder: str
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, run_all: RunAll) -> tuple[dict, pathlib.Path]:
+    """Runs every row in turn and compares them.
+
+    Args:
+      config: with `sweep.rows`.
+      workdir: of the sweep.
+      run_all: (config, workdir of a row) -> (aggregate, path of its report.html).
+
+    Returns:
+      (content of <workdir>/results.json, path of report.html).
+
+    Raises:
+      ValueError, FileNotFoundError: a row that cannot work, before any row is run; a work directory
+        with other runs.
+    """
+    if workdir_lib.runs_with(workdir, "config.json"):
+        raise ValueError(f"{workdir} holds runs of one configuration; use another --workdir")
+    rows = plan(config)
+    for row in rows:
+        _find_weights(row.config)
+    finished: dict[str, dict] = {}
+
+    def compare(row: Row, aggregate: dict, page: pathlib.Path) -> tuple[dict, str]:
+        finished[row.label] = {
+            "report": page.relative_to(workdir).as_posix(),
+            "methods": _measured(aggregate, page.parent, config),
+        }
+        content = _content(config, rows, finished)
+        files.write_text(workdir / "results.json", json.dumps(content, indent=1))
+        return content, str(report.write_report(workdir))
+
+    for i, row in enumerate(rows):
+        logging.info("row %d of %d: %s", i + 1, len(rows), row.label)
+        done = run_all(row.config, workdir / row.folder)
+        # After every row: a stopped sweep shows what it has.
+        content, path = processes.first(functools.partial(compare, row, *done))
+    return content, pathlib.Path(path)
+
+
+def plan(config: ConfigDict) -> list[Row]:
+    """The rows of `config.sweep`, each with its own validated configuration.
+
+    Raises:
+      ValueError: an override that names no field or an impossible value, or two rows in one folder.
+    """
+    rows = []
+    for label, overrides, paper in config.sweep.rows:
+        if not isinstance(paper, str) and len(paper) != len(config.sweep.metrics):
+            names = ", ".join(config.sweep.metrics)
+            raise ValueError(f"sweep row {label!r}: give a number of the paper for each of {names}")
+        own = config.copy_and_resolve_references()
+        config_lib.override(own, overrides)
+        unchanged = config_lib.flatten(own) == config_lib.flatten(config)
+        own.sweep.rows = ()  # an ordinary run, as by hand
+        own.title = f"{config.title}: {label}"
+        config_lib.validate(own)
+        folder = "default" if unchanged else re.sub(r"[^\w.]+", "_", label).strip("_")
+        rows.append(Row(label, tuple(overrides), paper, own, folder))
+    folders = [row.folder for row in rows]
+    if twice := sorted({name for name in folders if folders.count(name) > 1}):
+        raise ValueError(f"sweep rows share a folder: {', '.join(twice)}; give them other labels")
+    return rows
+
+
+def _find_weights(config: ConfigDict) -> None:
+    """Fetches what a row needs: the last one must not fail for it after days of training."""
+    weights.teacher_file(config.teacher.name, config.teacher.weights)
+    if {"mmr", "mmr_plus"} & {*config.method.names}:
+        weights.student_file(config.student.init, config.student.size)
+
+
+def _measured(aggregate: dict, root: pathlib.Path, config: ConfigDict) -> dict:
+    """{method: metrics with mean and std over seeds, the seeds, and what the runs say of them}."""
+    measured = {}
+    for method, content in aggregate["methods"].items():
+        table = content["metrics"]
+        if config.sweep.average == "images":
+            table = {key: {"all": domains["all"]} for key, domains in table.items()}
+        summary = metrics.summarise(table)
+        facts = files.read_json(root / content["runs"][0]["path"] / "results.json")["facts"]
+        measured[method] = {
+            "metrics": {
+                name: {part: summary.get(name, {}).get(part) for part in ("mean", "std")}
+                for name in config.sweep.metrics
+            },
+            "seeds": sorted({one["seed"] for one in content["runs"]}),
+            "protocol": words.protocol(facts),
+            "departures": words.departures(facts),
+        }
+    return measured
+
+
+def _content(config: ConfigDict, rows: Sequence[Row], finished: dict[str, dict]) -> dict:
+    """results.json: fractions 0-1; a row that has not run yet has no methods."""
+    names = tuple(config.sweep.metrics)
+    entries = [
+        {
+            "label": row.label,
+            "overrides": list(row.overrides),
+            "paper": row.paper
+            if isinstance(row.paper, str)
+            else {name: round(n / 100, 6) for name, n in zip(names, row.paper, strict=True)},
+            **finished.get(row.label, {"report": None, "methods": {}}),
+        }
+        for row in rows
+    ]
+    return {
+        "schema": 1,
+        "title": config.title,
+        "source": config.sweep.source,
+        "metrics": list(names),
+        "average": config.sweep.average,
+        "rows": entries,
+    }

@@ -1,0 +1,1 @@
+"""Everything that knows no picture: configuration, files, devices, checkpoints, logs."""

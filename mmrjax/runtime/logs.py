@@ -1,0 +1,218 @@
+"""What a person sees while a run works: a bar on a terminal or plain lines, and metrics.jsonl."""
+
+import json
+import logging as std_logging
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+
+import jax
+import tqdm
+from absl import flags, logging
+
+from mmrjax.runtime import files, processes, staging
+from mmrjax.runtime import trackers as trackers_lib
+
+LINE_SECONDS = 15.0  # between plain lines when there is no terminal
+FLUSH_SECONDS = 1.0  # between fetches of the losses from the device
+# By whole folders: an environment may lie in a clone that is called mmrjax.
+_ROOT = pathlib.Path(__file__).parents[2]
+OURS = tuple(str(_ROOT / name) + os.sep for name in ("mmrjax", "data_builders", "scripts"))
+
+
+def setup() -> None:
+    """Shows our own log lines, and of the libraries' only warnings.
+
+    Of Orbax none: it writes 40 lines per save, and of a failure the stack of every thread and task,
+    beside the error that it raises.
+    """
+    flags.FLAGS.mark_as_parsed()  # nothing here has absl flags, but absl and Grain look for them
+    logging.set_verbosity(logging.INFO)
+    logging.use_absl_handler()
+    handler = logging.get_absl_handler()
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(_is_for_people)
+    if sys.unraisablehook is not _on_unraisable:
+        _other_hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _on_unraisable
+
+
+_other_hooks: list[Callable] = []
+
+
+class _Formatter(std_logging.Formatter):
+    """Names a bucket where the folder stands for it that a command works in."""
+
+    def format(self, record: std_logging.LogRecord) -> str:
+        """The line."""
+        return staging.named(super().format(record))
+
+
+def _is_for_people(record: std_logging.LogRecord) -> bool:
+    if record.pathname.startswith(OURS):
+        return True
+    is_orbax = any(name in record.pathname for name in ("orbax", "asyncio"))
+    return record.levelno >= logging.converter.STANDARD_WARNING and not is_orbax
+
+
+def _on_unraisable(unraisable) -> None:
+    """Drops what a failed save of Orbax leaves behind: dozens of writers whose loop has gone."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _other_hooks[-1](unraisable)
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches: standard error is a terminal and this is process 0."""
+    return sys.stderr.isatty() and processes.is_first()
+
+
+def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
+    """Iterates with a bar on a terminal; elsewhere a plain line now and then says how far it is."""
+    total = len(items) if total is None and isinstance(items, Sized) else total
+    if on_terminal():
+        yield from tqdm.tqdm(items, desc=label, total=total, leave=False)
+        return
+    started = last_line = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - last_line >= LINE_SECONDS:
+            last_line = time.monotonic()
+            left = (last_line - started) / done * (total - done) if done and total else None
+            rest = "" if left is None else f", {tqdm.tqdm.format_interval(left)} left"
+            logging.info("%s %d/%s%s", label, done, total or "?", rest)
+        yield item
+
+
+def remedy(rate_field: str) -> str:
+    """What to do about a loss or a parameter that is not finite."""
+    return f"lower {rate_field} or use train.compute_dtype=float32, in another --workdir"
+
+
+class TrainLog:
+    """Losses of a training run: fetched in groups, written to metrics.jsonl, shown as progress.
+
+    Every process fetches them, and so notices a loss that is not finite; the first one writes.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        start: int,
+        stop: int,
+        steps_per_epoch: int,
+        batch: int,
+        rate_field: str = "optim.learning_rate",
+        trackers: Sequence[trackers_lib.Tracker] = (),
+    ):
+        """Opens `path`, drops what it holds from step `start` on, and starts the clock."""
+        self._remedy, self._trackers = remedy(rate_field), trackers
+        processes.first(lambda: self._begin(path, start))
+        self._file = (path if processes.is_first() else pathlib.Path(os.devnull)).open("a")
+        self._stop, self._steps_per_epoch, self._batch = stop, steps_per_epoch, batch
+        self._pending: list[tuple[int, dict]] = []
+        self._step, self._last_flush, self._last_line = start, time.monotonic(), time.monotonic()
+        self._bar = tqdm.tqdm(
+            total=stop, initial=start, unit="step", desc="training", disable=not on_terminal()
+        )
+
+    def _begin(self, path: pathlib.Path, start: int) -> None:
+        kept = _keep_until(path, start)
+        for tracker in self._trackers:
+            tracker.replay(kept)
+
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Takes the logs of steps [step, step + k), device arrays [k]."""
+        self._pending.append((step, values))
+        if len(self._pending) > 1:
+            # Dispatch is asynchronous: without this the loop would run hundreds of steps ahead,
+            # deaf to SIGTERM and to the clock of checkpoints.
+            jax.block_until_ready(self._pending[-2])
+
+    def is_due(self) -> bool:
+        """Whether it is time to `flush`."""
+        return time.monotonic() - self._last_flush >= FLUSH_SECONDS
+
+    def flush(self) -> None:
+        """Fetches and writes what is pending.
+
+        Raises:
+          FloatingPointError: a loss is not finite, naming the first such step.
+        """
+        if not self._pending:
+            return
+        first, pending, self._pending = self._step, jax.device_get(self._pending), []
+        now = time.monotonic()
+        done = sum(len(values["loss"]) for _, values in pending)
+        rate = done * self._batch / max(now - self._last_flush, 1e-9)
+        self._last_flush = now
+        for step, values in pending:
+            for i in range(len(values["loss"])):
+                line = {"step": step + i, "epoch": (step + i) // self._steps_per_epoch}
+                line |= {name: float(value[i]) for name, value in values.items()}
+                line |= {"images_per_second": round(rate, 2), "time": round(time.time(), 2)}
+                self._file.write(json.dumps(line) + "\n")
+                for tracker in self._trackers:
+                    tracker.add(line)
+                if not abs(line["loss"]) < float("inf"):
+                    self._file.flush()
+                    raise FloatingPointError(
+                        f"the loss is {line['loss']} at step {line['step']} (steps {first} to "
+                        f"{first + done - 1} were checked together); {self._remedy}"
+                    )
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.flush()
+        self._step = first + done
+        self._show(line["loss"], rate, done, now)
+
+    def _show(self, loss: float, rate: float, done: int, now: float) -> None:
+        self._bar.update(done)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} img/s")
+        due = now - self._last_line >= LINE_SECONDS or self._step >= self._stop
+        if self._bar.disable and due:
+            self._last_line = now
+            left = (self._stop - self._step) * self._batch / max(rate, 1e-9)
+            logging.info(
+                "step %d/%d, epoch %d, loss %.4f, %.1f img/s, %s left",
+                self._step,
+                self._stop,
+                (self._step - 1) // self._steps_per_epoch,
+                loss,
+                rate,
+                tqdm.tqdm.format_interval(left),
+            )
+
+    def __enter__(self):
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exception):
+        """Closes bar and file."""
+        self._bar.close()
+        self._file.close()
+
+
+def seconds(path: pathlib.Path, batch: int) -> float | None:
+    """Time spent in the steps that `path` holds, over all calls of a run; None if it is lost."""
+    if not path.is_file():
+        return None
+    lines = [_parse(line) or {} for line in path.read_text().splitlines()]
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    return round(sum(batch / rate for rate in rates), 1)
+
+
+def _keep_until(path: pathlib.Path, step: int) -> list[dict]:
+    """Drops the lines from `step` on; the file is replaced whole: a kill keeps the history."""
+    lines = map(_parse, path.read_text().splitlines()) if path.exists() else ()
+    kept = [line for line in lines if line and line["step"] < step]
+    files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
+
+
+def _parse(line: str) -> dict | None:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError:
+        return None  # the last line of a killed run may be cut short
+    return content if isinstance(content, dict) and "step" in content else None

@@ -1,0 +1,60 @@
+"""The contact sheet shows every kind that was asked for, outlined, above real defects."""
+
+import cv2
+import numpy as np
+import pytest
+
+from mmrjax.data.defects import __main__ as preview
+from mmrjax.data.defects import synthesise
+
+SIZE, COLUMNS = 64, 3
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Good pictures, and others with a dark rectangle and its mask."""
+    rng = np.random.default_rng(0)
+    for name in ("good/0.png", "good/1.png", "bad/0.jpg", "bad/1.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image, mask = rng.integers(140, 160, (80, 80, 3), np.uint8), np.zeros((80, 80), np.uint8)
+        if name.startswith("bad"):
+            image[30:42, 20:50], mask[30:42, 20:50] = 20, 255
+            cv2.imwrite(str((tmp_path / name).with_suffix(".png")), mask)
+        cv2.imwrite(str(tmp_path / name), image)
+    return tmp_path
+
+
+def test_a_sheet_has_a_row_for_each_kind_its_outlines_and_the_real_ones(folders):
+    sheet = folders / "sheet.png"
+    given = [f"--good={folders / 'good'}", f"--real={folders / 'bad'}", f"--bank={folders / 'bad'}"]
+    sizes = [f"--size={SIZE}", f"--columns={COLUMNS}", f"--output={sheet}"]
+    assert synthesise.main(["--preview", *given, *sizes, "--kinds=spot,real"]) == 0
+    image, step = cv2.imread(str(sheet), cv2.IMREAD_COLOR_RGB), SIZE + preview.GAP
+    assert image.shape == (
+        7 * step,
+        preview.LABEL + COLUMNS * step,
+        3,
+    )  # 2 x 2 rows, 3 of real ones
+    rows = [image[i * step :][:SIZE, preview.LABEL :] for i in range(7)]
+    is_red = [((row == (255, 0, 0)).all(-1)).any() for row in rows]
+    assert is_red == [False, True, False, True, False, False, False]
+    cells = [[row[:, i * step :][:, :SIZE] for i in range(COLUMNS)] for row in rows]
+    for cell in cells[0]:  # a spot is small, a real defect is not
+        assert 0 < (np.abs(cell.mean(-1) - 150) > 15).sum() < 3 * 81
+    for cell in cells[2]:
+        assert (cell.mean(-1) < 90).sum() > 100
+    for row in cells[4:]:
+        assert all((cell.mean(-1) < 60).sum() > 150 for cell in row[:2])
+        assert not row[2].any()  # there are two real ones
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("--good=nowhere", "no pictures in 'nowhere'"),
+    ("--kinds=spot,dent", "unknown kinds of defects ['dent']"),
+    ("--bank=nowhere", "no pairs of picture and mask in nowhere"),
+])  # fmt: skip
+def test_what_is_missing_is_one_line(folders, capsys, change, message):
+    with pytest.raises(SystemExit) as stopped:
+        synthesise.main(["--preview", f"--good={folders / 'good'}", f"--size={SIZE}", change])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
