@@ -421,7 +421,7 @@ def _look(arguments: argparse.Namespace, fields: list[str], start: Callable[...,
         *(arguments.candidate, fields, arguments.seed, arguments.workdir, arguments.looks),
         *(arguments.why, start),
     )
-    print(", ".join(f"{name} {report_tables.percent(metrics[name])}" for name in METRICS))
+    print(", ".join(f"{name} {tables.percent(metrics[name])}" for name in METRICS))
     return 0
 
 

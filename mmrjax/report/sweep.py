@@ -97,7 +97,7 @@ def _ours(value: Mapping | None) -> str:
         return "not run yet"
     text = tables.percent(value["mean"])
     spread = tables.is_number(value["std"])
-    return f"{text} ± {report_tables.percent(value['std'])}" if spread else text
+    return f"{text} ± {tables.percent(value['std'])}" if spread else text
 
 
 def _paper(paper: Mapping | str, metric: str) -> str:

@@ -79,9 +79,9 @@ def _sentence(calibration: Mapping) -> str:
         return (
             f"Set by {count} good images{of_groups} that were held out of training: a good part "
             "under the conditions of the training is flagged with a probability of at most "
-            f"{report_tables.percent(calibration['promised_fpr'])} % (asked for: "
-            f"{report_tables.percent(calibration['target_fpr'])} %). Possible are multiples of "
-            f"{report_tables.percent(calibration['smallest_fpr'])} %. Under other conditions "
+            f"{tables.percent(calibration['promised_fpr'])} % (asked for: "
+            f"{tables.percent(calibration['target_fpr'])} %). Possible are multiples of "
+            f"{tables.percent(calibration['smallest_fpr'])} %. Under other conditions "
             "nothing is promised: read off below what they do to it."
         )
     why = calibration.get("reason") or "no good images were held out (calibration.fraction is 0)"

@@ -56,7 +56,7 @@ def answer(aggregate: Mapping, method: str, found: float | None) -> list[str]:
     sentences = []
     if found is not None:
         sentences.append(
-            f"{title} finds {report_tables.percent(found)} % of the defective images when "
+            f"{title} finds {tables.percent(found)} % of the defective images when "
             f"{100 * FALSE_ALARMS:.0f} % of the good ones may be rejected by mistake."
         )
     if tables.is_number(main.get("mean")):
@@ -66,7 +66,7 @@ def answer(aggregate: Mapping, method: str, found: float | None) -> list[str]:
         details += [f"mean over {len(keys)} categories"] if several else []
         details += [f"mean ± std over {seeds} seeds"] if seeds > 1 else []
         details += (
-            [f"95 % interval {report_tables.interval(main['ci95'])} %"]
+            [f"95 % interval {tables.interval(main['ci95'])} %"]
             if tables.interval(main.get("ci95"))
             else []
         )
@@ -188,23 +188,19 @@ def _weakest(metrics: Mapping, summary: Mapping, reference: str | None) -> list[
     if len(means) < 2:
         return []
     low = min(means, key=means.get)
-    text = f"It is weakest in the domain “{low}” ({report_tables.percent(means[low])} % image AUROC"
+    text = f"It is weakest in the domain “{low}” ({tables.percent(means[low])} % image AUROC"
     if reference in means and low != reference:
-        text += (
-            f", {report_tables.percent(means[reference] - means[low])} points below “{reference}”"
-        )
+        text += f", {tables.percent(means[reference] - means[low])} points below “{reference}”"
     return [text + ")."]
 
 
 def _with_std(one: Mapping) -> str:
     """`82.1` or, over several seeds, `82.1 ± 0.6`."""
     several = len(one.get("seeds") or {}) > 1 and tables.is_number(one.get("std"))
-    return tables.percent(one["mean"]) + (
-        f" ± {report_tables.percent(one['std'])}" if several else ""
-    )
+    return tables.percent(one["mean"]) + (f" ± {tables.percent(one['std'])}" if several else "")
 
 
 def _points(value: float, short: bool = False) -> str:
     """`5.1 points above` or `below`; short form `5.1 above`."""
     unit = "" if short else " points"
-    return f"{report_tables.percent(abs(value))}{unit} {'below' if value < 0 else 'above'}"
+    return f"{tables.percent(abs(value))}{unit} {'below' if value < 0 else 'above'}"
