@@ -7,6 +7,7 @@ map's values lie in the image.
 import dataclasses
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
@@ -97,6 +98,19 @@ def batches(
             images[row] = view_image(image, view.resize, view.frame, view.interpolation)
             masks[row] = view_mask(records.mask(i), view.resize, view.frame, view.mask_mode)
         yield images, masks, len(rows)
+
+
+def to_unit(pixels: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Grey levels as the networks take them: the same numbers in [0, 1].
+
+    Args:
+      pixels: uint8 or float of any shape, in [0, 255]; NumPy's or, also inside jit, JAX's.
+
+    Returns:
+      float32 of the same shape and library. XLA multiplies by 1 / 255, so that its result differs
+      from NumPy's in the last bit.
+    """
+    return pixels.astype(np.float32) / np.float32(255)
 
 
 def view_image(image: np.ndarray, resize: Size, size: Size, interpolation: str) -> np.ndarray:

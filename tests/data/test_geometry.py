@@ -4,6 +4,8 @@ import io
 import itertools
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -275,3 +277,16 @@ def test_a_map_returns_to_the_pixels_it_was_made_from(shape, size):
             np.abs(np.arange(shape[1]) + 0.5 - shape[1] / 2) <= shape[1] * size[1] / 48 / 2 + 1e-9
         )
         np.testing.assert_array_equal(inside, rows[:, None] & columns)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_grey_levels_become_unit_values_bit_for_bit_as_by_division(dtype):
+    pixels = np.arange(256).astype(dtype)
+    on_device = jnp.asarray(pixels)
+    for got, want in (
+        (geometry.to_unit(pixels), pixels.astype(np.float32) / np.float32(255)),
+        (geometry.to_unit(on_device), on_device / 255.0),
+        (jax.jit(geometry.to_unit)(pixels), jax.jit(lambda x: x / 255.0)(pixels)),
+    ):
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
