@@ -66,7 +66,7 @@ def _run(argv: Sequence[str]) -> int:
             else:
                 results, report_path = run_all(config, workdir, arguments.mode)
                 table = results_table(results)
-    except loop.Interrupted as e:
+    except processes.Interrupted as e:
         message, number = e.args
         _complain(f"{message}; the same command continues")
         return 128 + number

@@ -9,7 +9,9 @@ of this costs anything. Called wherever the program touches files, clocks or sig
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import TypeVar
@@ -30,6 +32,37 @@ ERRORS = (FileNotFoundError, OSError, FloatingPointError, ValueError, RuntimeErr
 _barriers = itertools.count()
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop, and its state is saved. `args`: message, signal number."""
+
+
+class StopRequest:
+    """Notes SIGTERM and Ctrl-C inside a `with` block, so that the loop can save before it leaves.
+
+    The first signal is noted in `signal`; the second has its usual effect.
+    """
+
+    signal = 0  # the number of the noted signal, 0 before
+
+    def __enter__(self):
+        """Installs the handlers, in the main thread only: Python forbids it in another thread."""
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame):
+        self.signal = number
+        logging.warning("stopping after this step; a second signal stops at once")
+        self.__exit__()
+
+    def __exit__(self, *exception):
+        """Restores the previous handlers."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+
 def initialize(coordinator: str | None, processes: int | None, index: int | None) -> None:
     """Joins the processes; before anything else uses JAX.
 
@@ -43,7 +76,7 @@ def initialize(coordinator: str | None, processes: int | None, index: int | None
     Raises:
       ValueError: too little is known, or the processes do not find each other.
     """
-    # Its handler would swallow SIGTERM; train.StopRequest and `agree` do more.
+    # Its handler would swallow SIGTERM; `StopRequest` and `agree` do more.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

@@ -9,8 +9,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -118,10 +116,6 @@ class Views:
         return self.run.views(self.run.indices, self.label)
 
 
-class Interrupted(Exception):
-    """The run was asked to stop by a signal; its state is saved. `args`: message, signal."""
-
-
 def train(
     config: ConfigDict,
     name: str,
@@ -147,7 +141,7 @@ def train(
     Raises:
       ValueError: bad configuration or weights, too few images for statistics by place, or an
         unfinished run with `evaluate_only`.
-      Interrupted: after SIGTERM or SIGINT, once the state is saved.
+      processes.Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     method = methods.create(name, config)
     config = method.config
@@ -280,7 +274,7 @@ def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.Trai
     with (
         trackers.opened(config, run.folder, "train") as told,
         logs.TrainLog(run.folder / LOG, *sizes, rate_field, told) as log,
-        StopRequest() as stop,
+        processes.StopRequest() as stop,
     ):
         frozen = placement.place(run.frozen, run.method.dtype)
         for chunk in data.chunks(start, total):
@@ -304,7 +298,7 @@ def _loop(run, step_fn, state, start, total, key, checkpoints) -> state_lib.Trai
                 last_save = time.monotonic()
             if stopped:
                 checkpoints.wait()
-                raise Interrupted(f"stopped at step {step} of {total}, saved", stopped)
+                raise processes.Interrupted(f"stopped at step {step} of {total}, saved", stopped)
     return state
 
 
@@ -345,30 +339,6 @@ def make_augment(config: ConfigDict) -> state_lib.Augment:
         return augment.augment(key, image, window, size_hw, scale, ratio, flip)
 
     return apply
-
-
-class StopRequest:
-    """Notices SIGTERM and Ctrl-C in a `with` block, so that the loop can save before it leaves."""
-
-    signal = 0  # the number of the signal, once there was one
-
-    def __enter__(self):
-        """Takes over the signals (in the main thread only: elsewhere Python does not allow it)."""
-        self._previous = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number, frame):
-        self.signal = number
-        logging.warning("stopping after this step; a second signal stops at once")
-        self.__exit__()
-
-    def __exit__(self, *exception):
-        """Gives the signals back."""
-        while self._previous:
-            signal.signal(*self._previous.popitem())
 
 
 def _count(tree) -> int:

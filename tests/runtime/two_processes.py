@@ -134,7 +134,7 @@ def stop_and_resume(directory: str, folder: pathlib.Path, signalled: bool) -> di
     stopped = None
     try:
         loop.train(config, "toy", records, rows, 1, folder)
-    except loop.Interrupted as e:
+    except processes.Interrupted as e:
         stopped = e.args
     logs.TrainLog.add = add
     trained = loop.train(config, "toy", records, rows, 1, folder)
