@@ -34,9 +34,8 @@ from mmrjax.report import page, tables
 from mmrjax.report import sweep as report_sweep
 from mmrjax.runs import aggregate, sweep
 from mmrjax.runs import workdir as workdir_lib
-from mmrjax.runtime import command_line, files, logs, memory, processes, staging, trackers
+from mmrjax.runtime import command_line, devices, files, logs, processes, staging, trackers
 from mmrjax.runtime import config as config_lib
-from mmrjax.runtime import mesh as mesh_lib
 from mmrjax.train import loop
 
 
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     started = time.monotonic()
     logs.setup()
-    memory.keep_freed()
+    devices.keep_freed()
     try:
         config, arguments = parse(argv)
         config_lib.validate(config)
@@ -59,7 +58,7 @@ def _run(argv: Sequence[str]) -> int:
                 arguments.coordinator, arguments.num_processes, arguments.process_id
             )
         else:
-            mesh_lib.show_cores(batch_sizes(config))
+            devices.show_cores(batch_sizes(config))
         with staging.opened(arguments.workdir) as workdir:
             if config.sweep.rows:
                 table, report_path = run_sweep(config, workdir, arguments.mode)
@@ -144,7 +143,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
 
 def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict, pathlib.Path]:
     """Every method, category and seed in turn; then the aggregate and the report."""
-    logging.info("jax %s on %s", jax.__version__, mesh_lib.devices())
+    logging.info("jax %s on %s", jax.__version__, devices.available())
     for name in config.method.names:
         if name not in methods.METHODS:
             known = sorted(methods.METHODS)

@@ -21,10 +21,13 @@ from absl import flags
 from mmrjax import main
 from mmrjax.runtime import config as config_lib
 
-# Before any device is used: tests of sharding need several devices, and Grain reads absl flags.
+# Tests of sharding need several devices. XLA reads the flag as JAX begins, here and not in children
+# of this process; jax_num_cpu_devices would look as if devices.show_cores had chosen the number.
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
-flags.FLAGS.mark_as_parsed()
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    jax.devices()
+flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -26,8 +26,7 @@ import numpy as np
 from mmrjax import methods
 from mmrjax.bench import model, tables
 from mmrjax.runtime import config as config_lib
-from mmrjax.runtime import files, memory
-from mmrjax.runtime import mesh as mesh_lib
+from mmrjax.runtime import devices, files
 
 # Largest differences from the twin in float32 that are allowed, by the dtype of ours.
 PARITY = {
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parse(argv)
     if arguments.worker:
-        memory.keep_freed()
+        devices.keep_freed()
         print(json.dumps(work(arguments.worker, arguments, _tell)))
         return 0
     result: dict = {"facts": _facts(arguments)}
@@ -192,7 +191,7 @@ def _torch(flags: Sequence[str], arguments: argparse.Namespace) -> dict:
     if side != other:
         raise ValueError(f"data.image_size={side},{other}: the twin is timed on squares")
     sizes = {"width": width, "depth": depth, "heads": heads, "image_size": side}
-    sizes |= {"arch": config.teacher.name, "threads": mesh_lib.cores()}
+    sizes |= {"arch": config.teacher.name, "threads": devices.cores()}
     sizes |= {"mask_ratio": config.student.mask_ratio}
     named = [f"--{name}={value}" for name, value in sizes.items()]
     *_, found = _lines(["-m", "mmrjax.bench.torch_side", *named, *flags])
@@ -360,7 +359,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     several = [
         size for size in arguments.eval_batches if size > 1
     ]  # one image is scored on one device
-    mesh_lib.show_cores([*arguments.train_batches, *several])
+    devices.show_cores([*arguments.train_batches, *several])
     if arguments.vs and not arguments.worker:
         arguments.variants = _variants(arguments.variants, parser)
     return arguments

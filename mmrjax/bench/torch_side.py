@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mmrjax.runtime import memory
+from mmrjax.runtime import devices
 from mmrjax.weights import torch_twin as twin
 
 
@@ -55,7 +55,7 @@ class Twin:
         if self.device.type == "cpu":
             torch.set_num_threads(args.threads)
         if self.variant.tuned:
-            memory.keep_freed()
+            devices.keep_freed()
             torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = self.variant.bfloat16
         torch.manual_seed(0)

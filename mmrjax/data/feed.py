@@ -18,7 +18,7 @@ from absl import logging
 
 from mmrjax.data import epochs, foreground
 from mmrjax.data.records import Records
-from mmrjax.runtime import logs, mesh
+from mmrjax.runtime import devices, logs, mesh
 
 STREAM_CHUNK_BYTES = 2**28
 
@@ -53,7 +53,7 @@ class Feed:
         """
         self._records, self._indices, self._max_side = records, indices, max_side
         self._plan, self._mesh = plan, device_mesh
-        self._threads = mesh.cores()
+        self._threads = devices.cores()
         # Every step of an epoch reads the same table.
         self._table = functools.lru_cache(2)(lambda epoch: plan.table(len(indices), seed, epoch))
         self.steps_per_epoch = plan.steps_per_epoch(len(indices))

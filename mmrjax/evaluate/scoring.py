@@ -24,7 +24,7 @@ from mmrjax.evaluate import calibrate
 from mmrjax.metrics import streaming
 from mmrjax.metrics.domain import Measured
 from mmrjax.report import pictures
-from mmrjax.runtime import logs, placement, processes
+from mmrjax.runtime import devices, logs, placement, processes
 from mmrjax.runtime import mesh as mesh_lib
 from mmrjax.train import loop
 
@@ -187,7 +187,7 @@ def _window_program(trained: loop.Trained):
         result = trained.method.predict(variables, frozen, images / 255.0)
         return result["map"], result["score"]
 
-    options = SCORED_BY if mesh_lib.on_nvidia() else None
+    options = SCORED_BY if devices.on_nvidia() else None
     return jax.jit(predict, out_shardings=replicated, compiler_options=options)
 
 

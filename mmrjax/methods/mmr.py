@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mmrjax import weights
 from mmrjax.methods import anomaly_map, base, losses
 from mmrjax.models import masking, resnet, student
-from mmrjax.runtime import mesh as mesh_lib
+from mmrjax.runtime import devices
 
 # ViT sizes: width, depth, heads (Dosovitskiy et al. 2021, Touvron et al. 2021).
 SIZES = {
@@ -105,7 +105,7 @@ class MMR(base.Method):
 
 def _has_flash_attention() -> bool:
     """Whether cuDNN's flash attention runs here: on NVIDIA from Ampere on."""
-    return mesh_lib.on_nvidia() and float(jax.devices()[0].compute_capability) >= 8.0
+    return devices.on_nvidia() and float(jax.devices()[0].compute_capability) >= 8.0
 
 
 def attention_kernel(name: str, dtype: jnp.dtype, head_width: int) -> str:

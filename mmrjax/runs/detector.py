@@ -24,8 +24,7 @@ from data_builders import images as image_files
 from mmrjax.data import geometry
 from mmrjax.evaluate import calibrate, scoring
 from mmrjax.runs import restore
-from mmrjax.runtime import files, staging
-from mmrjax.runtime import mesh as mesh_lib
+from mmrjax.runtime import devices, files, staging
 from mmrjax.train import loop
 
 FULL_SCALE = 65535  # of 16-bit images, where nothing else is said
@@ -250,7 +249,7 @@ def load(
     with staging.opened(workdir, ".json") as folder:
         run = restore.find_run(folder)
         if show_cores:
-            mesh_lib.show_cores([restore.read_config(run).eval.batch_size])
+            devices.show_cores([restore.read_config(run).eval.batch_size])
         trained, config = restore.trained(run)
         calibration = calibrate.read(run / "calibration.json")
         gallery = files.read_json(run / "maps" / "gallery.json") or {}

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from mmrjax import methods, weights
 from mmrjax.methods import mmr
-from mmrjax.runtime import checkpoint, files
+from mmrjax.runtime import checkpoint, devices, files
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import mesh as mesh_lib
 from mmrjax.train import loop
@@ -56,8 +56,8 @@ def trained(folder: pathlib.Path) -> tuple[loop.Trained, ConfigDict]:
     method = methods.create(name, config)
     if method.dtype == jnp.float32:  # as in training
         jax.config.update("jax_default_matmul_precision", "highest")
-    devices = math.gcd(config.eval.batch_size, len(mesh_lib.devices()))
-    mesh = mesh_lib.make_mesh(devices)
+    count = math.gcd(config.eval.batch_size, len(devices.available()))
+    mesh = mesh_lib.make_mesh(count)
     frozen, facts = method.load_frozen()
     _check_teacher(config, folder, facts.get("teacher", {}))
     frozen = mesh_lib.replicate(frozen, mesh)

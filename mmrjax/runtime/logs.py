@@ -34,12 +34,8 @@ def setup() -> None:
     handler = logging.get_absl_handler()
     handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(_is_for_people)
-    if sys.unraisablehook is not _on_unraisable:
-        _other_hooks.append(sys.unraisablehook)
-        sys.unraisablehook = _on_unraisable
-
-
-_other_hooks: list[Callable] = []
+    if not isinstance(sys.unraisablehook, _QuietOrbax):
+        sys.unraisablehook = _QuietOrbax(sys.unraisablehook)
 
 
 class _Formatter(std_logging.Formatter):
@@ -57,10 +53,17 @@ def _is_for_people(record: std_logging.LogRecord) -> bool:
     return record.levelno >= logging.converter.STANDARD_WARNING and not is_orbax
 
 
-def _on_unraisable(unraisable) -> None:
-    """Drops what a failed save of Orbax leaves behind: dozens of writers whose loop has gone."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        _other_hooks[-1](unraisable)
+class _QuietOrbax:
+    """Drops what a failed save of Orbax leaves behind: dozens of writers without an event loop."""
+
+    def __init__(self, other: Callable):
+        """`other` is the hook for the errors of everybody else."""
+        self._other = other
+
+    def __call__(self, unraisable) -> None:
+        """A hook as `sys.unraisablehook` wants it."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._other(unraisable)
 
 
 def on_terminal() -> bool:

@@ -7,123 +7,41 @@ the full shape everywhere, but only `own_rows` need to be filled.
 """
 
 import math
-import os
-import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mmrjax.runtime import processes
+from mmrjax.runtime import devices, processes
 
 AXES = ("data", "fsdp")
-GIB_OF_A_CORE = 4  # of the machine's memory, for the weights, moments and images of a device
-# Of control groups, versions 2 and 1.
-CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
-CPU_QUOTA_1 = ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us")
-MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_cores_shown = False
 FSDP_ELEMENTS = 1 << 16  # smaller arrays stay whole: they cost more to gather than they save
 
 
-def devices() -> list[jax.Device]:
-    """All devices of all processes.
+def make_mesh(count: int | None = None, fsdp: int = 1, batch_sizes: Sequence[int] = ()) -> Mesh:
+    """A mesh ("data", "fsdp") over all devices of all processes, or over the first `count`.
 
-    Raises:
-      RuntimeError: JAX cannot use the kind of device that is asked for.
-    """
-    try:
-        return jax.devices()
-    except (RuntimeError, AssertionError) as e:  # the latter where no plugin is installed
-        asked = jax.config.jax_platforms
-        reason = " ".join(str(e).partition(" (set JAX_PLATFORMS")[0].split())
-        reason = reason or "no such backend is installed"
-        raise RuntimeError(
-            f"JAX_PLATFORMS={asked}: no such device can be used here ({reason}); unset it to take "
-            "what there is, or install the driver and mmrjax with the extra cuda12, cuda13 or tpu"
-        ) from e
-
-
-def on_nvidia() -> bool:
-    """Whether the devices are NVIDIA's GPUs."""
-    device = jax.devices()[0]
-    return device.platform == "gpu" and "cuda" in device.client.platform_version
-
-
-def show_cores(batch_sizes: Iterable[int] = ()) -> None:
-    """Lets JAX take each core of a CPU as a device: as many as divide every batch size.
-
-    XLA:CPU splits most operations badly over the threads of one device (docs/performance.md); as
-    devices, each core computes its own images. One for every GIB_OF_A_CORE of memory at most: the
-    full student with its moments is 1.6 GiB on each. Does nothing where JAX runs already, or where
-    its number of CPU devices is set by JAX_NUM_CPU_DEVICES or XLA_FLAGS.
-    """
-    global _cores_shown
-    by_flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if by_flag or jax.config.jax_num_cpu_devices >= 0:
-        return
-    most = max(1, int(min(cores(), _memory_gib() / GIB_OF_A_CORE)))
-    shared = math.gcd(*batch_sizes)  # 0, which all divide, of none
-    count = max(n for n in range(1, most + 1) if shared % n == 0)
-    try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # JAX runs already
-        return
-    _cores_shown = True
-
-
-def cores() -> int:
-    """Cores that this process may use: its affinity and quota, threads of one core counted once."""
-    try:
-        threads = os.sched_getaffinity(0)
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
-    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    count = len({_read(siblings.format(n)) or str(n) for n in threads})
-    quota, period = (_read(CPU_QUOTA) or " ".join(f"{_read(path)}" for path in CPU_QUOTA_1)).split()
-    if quota.isdecimal() and period.isdecimal():
-        count = min(count, math.ceil(int(quota) / int(period)))
-    return max(1, count)
-
-
-def _memory_gib() -> float:
-    """What the machine has, or this process's control group is allowed."""
-    limits = (_read(path) or "" for path in MEMORY_LIMITS)
-    sizes = [int(limit) for limit in limits if limit.isdecimal()]
-    try:
-        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):  # no POSIX, or it does not say
-        pass
-    return min(sizes, default=math.inf) / 2**30
-
-
-def _read(path: str) -> str | None:
-    try:
-        return pathlib.Path(path).read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        return None
-
-
-def make_mesh(devices: int | None = None, fsdp: int = 1, batch_sizes: Sequence[int] = ()) -> Mesh:
-    """A mesh ("data", "fsdp") over all devices of all processes, or over the first `devices`.
-
-    Of the cores that `show_cores` showed, over as many as divide `batch_sizes`: a later run in the
-    same process may have others. Of other devices over all: whoever has eight GPUs is to be told
-    that a batch of 12 leaves some idle.
+    Args:
+      count: of devices; None takes all.
+      fsdp: devices that share a large parameter.
+      batch_sizes: of the run. If the devices are cores that `devices.show_cores` chose, the mesh
+        takes as many as divide these sizes: the process may have chosen for an earlier run with
+        others. Other devices are all taken, and `check_divisible` reports a batch that leaves some
+        of them idle.
 
     Raises:
       ValueError: `fsdp` does not divide the devices.
     """
     available = jax.devices()
-    n = devices or len(available)
-    if _cores_shown:
+    n = count or len(available)
+    if devices.are_shown_cores():
         n = math.gcd(n, *batch_sizes)
     if n % fsdp:
         valid = ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
         raise ValueError(f"train.fsdp={fsdp} must divide the {n} devices; try one of {valid}")
-    # Auto axes: Explicit ones, jax.make_mesh's default, would put the mesh into model code.
+    # Auto axes: Explicit axes, jax.make_mesh's default, would put the mesh into model code.
     return jax.make_mesh(
         (n // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=available[:n]
     )

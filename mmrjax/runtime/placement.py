@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mmrjax.runtime import mesh as mesh_lib
+from mmrjax.runtime import devices
 
 BLOCKS = "['blocks']"  # of an encoder, whose leaves are stacked: [depth, ...]
 
@@ -34,7 +34,7 @@ class OutputsFirst:
 
 def place(tree: dict, dtype: jnp.dtype, unroll: int = 1) -> dict:
     """`lay_out` for the devices at hand."""
-    return lay_out(tree, dtype, mesh_lib.on_nvidia() and dtype == jnp.bfloat16, unroll)
+    return lay_out(tree, dtype, devices.on_nvidia() and dtype == jnp.bfloat16, unroll)
 
 
 def lay_out(tree: dict, dtype: jnp.dtype, on_gpu: bool, unroll: int = 1) -> dict:

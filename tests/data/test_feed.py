@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmrjax.data import epochs, feed
+from mmrjax.runtime import devices as device_lib
 from mmrjax.runtime import mesh as mesh_lib
 
 TWO_DEVICES = 2
@@ -280,7 +281,7 @@ def test_the_next_chunk_is_decoded_while_the_consumer_has_one(records, stream, m
 @pytest.mark.parametrize("mode", ["resident", "stream"])
 def test_the_images_of_a_chunk_are_decoded_at_once(make, resident, records, monkeypatch, mode):
     """Each of two waits for the other; there is one chunk, so no other chunk's image helps."""
-    monkeypatch.setattr(mesh_lib, "cores", lambda: BATCH)
+    monkeypatch.setattr(device_lib, "cores", lambda: BATCH)
     barrier, image = threading.Barrier(BATCH, timeout=PATIENCE), records.image
 
     def decode(i, max_side):
