@@ -47,8 +47,8 @@ def note(config, run, start, stop, fail_at=None):
     """Trains steps [start, stop) as far as the log can tell; ends without closing at `fail_at`."""
     run.mkdir(parents=True, exist_ok=True)
     opened = trackers.opened(config, run, "train")
-    told = opened.__enter__()
-    log = logs.TrainLog(run / "metrics.jsonl", start, stop, 5, 4, trackers=told)
+    opened_trackers = opened.__enter__()
+    log = logs.TrainLog(run / "metrics.jsonl", start, stop, 5, 4, trackers=opened_trackers)
     for step in range(start, stop):
         log.add(step, {"loss": np.array([1 / (step + 1)]), "lr": np.array([0.1])})
         log.flush()
@@ -217,7 +217,7 @@ def test_what_is_unknown_or_not_installed_is_refused_before_anything(
 def test_only_the_first_process_tells(tmp_path, monkeypatch):
     module = fake_module(WANDB, monkeypatch)
     monkeypatch.setattr(processes, "is_first", lambda: False)
-    with trackers.opened(config_with(WANDB), tmp_path, "train") as told:
-        assert told == []
+    with trackers.opened(config_with(WANDB), tmp_path, "train") as none:
+        assert none == []
     assert module.runs == {}
     assert list(tmp_path.iterdir()) == []
