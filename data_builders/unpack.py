@@ -2,10 +2,9 @@
 
 Refused, with nothing left behind: absolute names and `..`, links, devices and pipes, entries that
 overwrite one another, encryption, and more bytes than a limit, to which a small file counts as a
-disk block. Python's own extraction is not used: what it lets through has changed with its versions.
+disk block. `tarfile`'s own extraction has its safe filter since Python 3.11.4 only.
 """
 
-import dataclasses
 import lzma
 import pathlib
 import shutil
@@ -18,10 +17,7 @@ from typing import IO
 
 from data_builders import limits
 
-_BLOCK = 1 << 20  # bytes
 _LEAST = 4096  # bytes that a file takes on a disk, and so counts for
-_GIB = 1 << 30
-
 _DAMAGE = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -30,13 +26,6 @@ _DAMAGE = (
     EOFError,
     NotImplementedError,  # an unknown kind of compression
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    name: str
-    kind: str  # "file", "folder", or what it is instead
-    open: Callable[[], IO[bytes]]
 
 
 def unpack(path: pathlib.Path, target: pathlib.Path) -> None:
@@ -54,15 +43,17 @@ def unpack(path: pathlib.Path, target: pathlib.Path) -> None:
     shutil.rmtree(workplace, ignore_errors=True)  # of a killed attempt
     workplace.mkdir()
     limit = limits.max_unpacked_gib()
-    left = int(limit * _GIB)
+    left = limit * 2**30
     try:
-        for entry in _entries(path):
-            left -= max(_write(entry, workplace, left, path), _LEAST)
+        for name, size, kind, read in _entries(path):
+            left -= max(size, _LEAST)
             if left < 0:
                 raise ValueError(
                     f"{path}: unpacks to more than {limit:g} GiB; if it is meant to be so large, "
                     f"set MMRJAX_MAX_UNPACKED_GIB={2 * limit:g}"
                 )
+            if reason := _write(workplace, name, kind, read):
+                raise ValueError(f"{path}: {name!r} {reason}; the archive is refused")
         workplace.rename(target)
     except _DAMAGE as e:
         raise ValueError(f"{path}: the archive is damaged ({e}); delete it and run again") from e
@@ -70,51 +61,40 @@ def unpack(path: pathlib.Path, target: pathlib.Path) -> None:
         shutil.rmtree(workplace, ignore_errors=True)
 
 
-def _write(entry: _Entry, folder: pathlib.Path, left: int, path: pathlib.Path) -> int:
-    """Writes one entry below `folder`; returns its bytes, of which it stops after `left`."""
-    name = pathlib.PurePosixPath(entry.name)
-    if name.is_absolute() or ".." in name.parts or "\0" in entry.name:
-        raise ValueError(f"{path}: {entry.name!r} lies outside the folder; the archive is refused")
-    if entry.kind not in ("file", "folder"):
-        raise ValueError(f"{path}: {entry.name!r} is {entry.kind}; the archive is refused")
-    place = folder / name
+def _write(folder: pathlib.Path, name: str, kind: str, read: Callable[[], IO[bytes]]) -> str:
+    """Writes an entry below `folder`; returns why it is refused, "" if it is not."""
+    place = pathlib.PurePosixPath(name)
+    if place.is_absolute() or ".." in place.parts or "\0" in name:
+        return "lies outside the folder"
+    if kind not in ("file", "folder"):
+        return f"is {kind}"
     try:
-        if entry.kind == "folder":
-            place.mkdir(parents=True, exist_ok=True)
-            return 0
-        place.parent.mkdir(parents=True, exist_ok=True)
-        size = 0
-        with entry.open() as source, place.open("xb") as out:
-            while size <= left and (block := source.read(_BLOCK)):
-                size += out.write(block)
-        return size
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as e:
-        raise ValueError(f"{path}: {entry.name!r} occurs twice; the archive is refused") from e
+        if kind == "folder":
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            return ""
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        with read() as source, (folder / place).open("xb") as out:
+            shutil.copyfileobj(source, out)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError):
+        return "occurs twice"
+    return ""
 
 
-def _entries(path: pathlib.Path) -> Iterator[_Entry]:
+def _entries(path: pathlib.Path) -> Iterator[tuple[str, int, str, Callable[[], IO[bytes]]]]:
+    """Yields (name, most bytes to be read of it, "file", "folder" or another kind, its opener)."""
     if zipfile.is_zipfile(path) and not tarfile.is_tarfile(path):
-        yield from _zip_entries(path)
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                mode = stat.S_IFMT(info.external_attr >> 16)
+                kind = "folder" if info.is_dir() else "file"
+                if mode not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    kind = "a link, a device or a pipe"
+                if info.flag_bits & 1:
+                    kind = "encrypted"
+                yield info.filename, info.file_size, kind, lambda info=info: archive.open(info)
         return
     with tarfile.open(path) as archive:
         for member in archive:
-            kinds = {
-                "file": member.isreg(),
-                "folder": member.isdir(),
-                "a symbolic link": member.issym(),
-                "a hard link": member.islnk(),
-            }
-            kind = next((name for name, is_it in kinds.items() if is_it), "a device or a pipe")
-            yield _Entry(member.name, kind, lambda member=member: archive.extractfile(member))
-
-
-def _zip_entries(path: pathlib.Path) -> Iterator[_Entry]:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            mode = stat.S_IFMT(info.external_attr >> 16)
-            kind = "folder" if info.is_dir() else "file"
-            if mode not in (0, stat.S_IFREG, stat.S_IFDIR):
-                kind = "a link, a device or a pipe"
-            if info.flag_bits & 1:
-                kind = "encrypted"
-            yield _Entry(info.filename, kind, lambda info=info: archive.open(info))
+            kind = "file" if member.isreg() else "a link, a device or a pipe"
+            kind = "folder" if member.isdir() else kind
+            yield member.name, member.size, kind, lambda member=member: archive.extractfile(member)
