@@ -64,19 +64,11 @@ def build(
     builder_cls = load_builder(name)
     address = f"{buckets.check(str(data_dir))}/{name}" if buckets.is_remote(data_dir) else ""
     data_dir = remote.local_dir(str(data_dir)) if address else pathlib.Path(data_dir).expanduser()
-    for place in (data_dir, *data_dir.parents):
-        if place.is_file():
-            raise ValueError(f"data_dir={data_dir}: {place} is a file; name another folder")
-    raw_dir = pathlib.Path(raw_dir).expanduser() if raw_dir else None
-    root = find_root(builder_cls, raw_dir)
-    if builder_cls.PROCEDURAL:
-        in_raw = set(builder_cls.CATEGORIES)
-    else:
-        in_raw = set(builder_cls.category_folders(root)) if root else set()
     if address:
         fetch(name, address.rpartition("/")[0], categories, log)
+    root, in_raw, wanted = at_hand(name, raw_dir, data_dir, categories)
     record_dirs = {}
-    for category in _wanted(builder_cls, raw_dir, data_dir / name, in_raw, categories):
+    for category in wanted:
         records = store.CategoryRecords(builder_cls, category, root, data_dir / name, log)
         if category in in_raw:
             records.make_fresh()
@@ -87,6 +79,34 @@ def build(
             remote.send(records, address)
         record_dirs[category] = records.path
     return record_dirs
+
+
+def at_hand(
+    name: str,
+    raw_dir: str | pathlib.Path | None,
+    data_dir: str | pathlib.Path,
+    categories: Sequence[str] | None = None,
+) -> tuple[pathlib.Path | None, set[str], list[str]]:
+    """What `build` would deliver, found without building anything.
+
+    Returns:
+      (folder of the published layout, or None; categories in it; categories to deliver).
+
+    Raises:
+      ValueError, FileNotFoundError: as `build`.
+    """
+    builder_cls = load_builder(name)
+    data_dir = pathlib.Path(data_dir).expanduser()
+    for place in (data_dir, *data_dir.parents):
+        if place.is_file():
+            raise ValueError(f"data_dir={data_dir}: {place} is a file; name another folder")
+    raw_dir = pathlib.Path(raw_dir).expanduser() if raw_dir else None
+    root = find_root(builder_cls, raw_dir)
+    if builder_cls.PROCEDURAL:
+        in_raw = set(builder_cls.CATEGORIES)
+    else:
+        in_raw = set(builder_cls.category_folders(root)) if root else set()
+    return root, in_raw, _wanted(builder_cls, raw_dir, data_dir / name, in_raw, categories)
 
 
 def fetch(

@@ -3,13 +3,20 @@
 The crop box is drawn as torchvision draws it, and pixels are within one grey level of Pillow's
 antialiased bicubic resize: two small matrix products per image whose weights are clipped to the
 crop box. Spec: arXiv 2304.02216's official code; torchvision's RandomResizedCrop. For methods that
-train without augmentation, `view` gives the pixels that evaluation sees.
+train without augmentation, `evaluation_view` gives the pixels that evaluation sees.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mmrjax.data import geometry
+
+# (key, uint8 [h, w, c] on the canvas, int [2] size of the image) -> float32 [*size_hw, c] in [0, 1]
+Augment = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 TRIES = 10  # torchvision draws at most ten boxes before it falls back to a centred one
 BICUBIC_A = -0.5  # Pillow's kernel
@@ -136,7 +143,7 @@ def crop_resize(image: jax.Array, box: jax.Array, size_hw: tuple[int, int]) -> j
     return image
 
 
-def view(
+def evaluation_view(
     image: jax.Array,
     size: jax.Array,
     resize: tuple[int, int],
@@ -242,4 +249,31 @@ def augment(
     out = crop_resize(image, box, size_hw)
     if flip:
         out = jnp.where(jax.random.bernoulli(key_flip), out[:, ::-1], out)
-    return out / 255.0
+    return geometry.to_unit(out)
+
+
+def make_augment(config: ConfigDict, kind: str) -> Augment:
+    """The training view of an image: a crop, flipped or not, or what evaluation sees.
+
+    Args:
+      config: whose `data` and `train` give sizes and ranges.
+      kind: rrc_flip, rrc or none (the evaluation's view; of tiled images, a window anywhere).
+    """
+    view = geometry.View.of(config)
+    scale, ratio = tuple(config.train.crop_scale), tuple(config.train.crop_ratio)
+    resize = tuple(config.data.resize) if config.data.tiling else None
+
+    def apply(key: jax.Array, image: jax.Array, size: jax.Array) -> jax.Array:
+        window = jnp.concatenate([jnp.zeros(2, jnp.int32), size])
+        if resize:  # a window as large as those of the evaluation, anywhere
+            key, key_window = jax.random.split(key)
+            window = random_window(key_window, size, view.size, resize)
+        if kind == "none":
+            if resize:
+                return geometry.to_unit(crop_resize(image, window, view.size))
+            return geometry.to_unit(
+                evaluation_view(image, size, view.resize, view.size, view.interpolation)
+            )
+        return augment(key, image, window, view.size, scale, ratio, kind == "rrc_flip")
+
+    return apply

@@ -9,16 +9,24 @@ import math
 
 import numpy as np
 
+from mmrjax.data.defects.rows import Recipe
+
+CATEGORY, SECOND = 0xCA7, 0x2ED  # draws apart from the shuffling of an epoch
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a method wants its batches filled.
+    """How a stage wants its batches filled.
 
     Attributes:
       batch_size: rows of a batch.
-      synthetic_every: every so-many-th row, from the first, is to become a synthetic defect (4:
-        one to three real ones); 0: none. An epoch shows every example once as a real one, a batch
-        holds no example twice, and all batches are full.
+      last_batch: what becomes of an epoch's last batch if too few examples are left: "pad" (rows of
+        weight 0 fill it) or "drop" (it is left out; BatchNorm must never see padding rows).
+      per_category: images of each category in an epoch, drawn anew in every epoch; 0: all of them.
+      category: int32 [n], of the examples; None: all are of one category.
+      defects: how some rows get a defect, see data/defects/rows.py; None: no row does. If every
+        4th row gets one, there are one to three real ones: an epoch shows every example once as a
+        real one, a batch holds no example twice, and all batches are full.
       domain: int32 [n], of the examples; given, every batch holds as many of each domain as can be,
         and a domain with fewer examples is shown more often.
       foreground: whether a fourth channel tells where the part is, see foreground.py.
@@ -26,28 +34,53 @@ class Plan:
     """
 
     batch_size: int
-    synthetic_every: int = 0
+    last_batch: str = "pad"
+    per_category: int = 0
+    category: np.ndarray | None = None
+    defects: Recipe | None = None
     domain: np.ndarray | None = None
     foreground: bool = False
     fills: np.ndarray | None = None
 
     def __post_init__(self):
-        """Raises ValueError for a batch that cannot be cut into equal shares."""
-        every = self.synthetic_every
-        if every and (every == 1 or self.batch_size % every):
+        """Raises ValueError for a batch that cannot be cut into equal shares, or fields at odds."""
+        every = self.defects.every if self.defects else 1
+        if every > 1 and self.batch_size % every:
             raise ValueError(
                 f"every {every}th row of train.batch_size={self.batch_size} cannot be synthetic; "
-                f"give a multiple of it, such as {max(every, 2) * 4}"
+                f"give a multiple of it, such as {every * 4}"
             )
+        if self.last_batch not in ("pad", "drop"):
+            raise ValueError(f"last_batch={self.last_batch!r}: choose one of pad, drop")
+        if self.per_category and (self.synthetic or self.domain is not None):
+            raise ValueError("per_category goes neither with balanced domains nor with real rows")
 
     @property
     def synthetic(self) -> int:
-        """Synthetic rows of a batch."""
-        return self.batch_size // self.synthetic_every if self.synthetic_every else 0
+        """Rows of a batch that show no example as it is; 0 if all rows may get a defect."""
+        every = self.defects.every if self.defects else 1
+        return self.batch_size // every if every > 1 else 0
+
+    def shown(self, examples: int) -> int:
+        """Examples that an epoch shows."""
+        if not self.per_category:
+            return examples
+        counts = np.bincount(self._category(examples))
+        return int(np.minimum(counts, self.per_category).sum())
 
     def steps_per_epoch(self, examples: int) -> int:
         """Steps of an epoch, in which every example is real once (of balanced domains: about)."""
-        return steps_per_epoch(examples, self.batch_size - self.synthetic)
+        shown, real = self.shown(examples), self.batch_size - self.synthetic
+        return shown // real if self.last_batch == "drop" else steps_per_epoch(shown, real)
+
+    def check(self, examples: int) -> None:
+        """Raises ValueError if so many examples do not fill a batch as planned."""
+        if not self.steps_per_epoch(examples):
+            raise ValueError(
+                f"{self.shown(examples)} training images fill no batch of {self.batch_size}, and "
+                "this method trains on full batches only; lower its batch_size"
+            )
+        self.table(examples, 0, 0)
 
     def table(self, examples: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """As `epoch_table`, over the positions 0 to `examples`.
@@ -55,9 +88,43 @@ class Plan:
         Raises:
           ValueError: a domain has too few examples for a batch without repetition.
         """
-        if not self.synthetic and self.domain is None:
-            return epoch_table(np.arange(examples), self.batch_size, seed, epoch)
-        return _planned_table(self, examples, seed, epoch)
+        if self.synthetic or self.domain is not None:
+            return _planned_table(self, examples, seed, epoch)
+        order = self._order(examples, seed, epoch)
+        if self.last_batch == "drop":
+            order = order[: len(order) // self.batch_size * self.batch_size]
+        return _batches(order, self.batch_size)
+
+    def seconds(self, table: np.ndarray, examples: int, seed: int, epoch: int) -> np.ndarray:
+        """For each entry of a table another example of its category, int32 of the same shape.
+
+        The only example of a category stands in for itself.
+        """
+        category = self._category(examples)
+        others = [np.flatnonzero(category == c) for c in range(category.max() + 1)]
+        place = np.zeros(examples, int)
+        for members in others:
+            place[members] = np.arange(len(members))
+        rng = np.random.default_rng((seed, epoch, SECOND))
+        size = np.array([len(members) for members in others])[category[table]]
+        step = 1 + (rng.random(table.shape) * np.maximum(size - 1, 1)).astype(int)
+        at = (place[table] + np.where(size > 1, step, 0)) % size
+        flat = [others[c][i] for c, i in zip(category[table].flat, at.flat, strict=True)]
+        return np.array(flat, np.int32).reshape(table.shape)
+
+    def _category(self, examples: int) -> np.ndarray:
+        return np.zeros(examples, int) if self.category is None else self.category
+
+    def _order(self, examples: int, seed: int, epoch: int) -> np.ndarray:
+        """The examples of an epoch, shuffled."""
+        if not self.per_category:
+            return np.random.default_rng((seed, epoch)).permutation(examples)
+        rng, category = np.random.default_rng((seed, epoch, CATEGORY)), self._category(examples)
+        drawn = [
+            rng.permutation(np.flatnonzero(category == c))[: self.per_category]
+            for c in np.unique(category)
+        ]
+        return rng.permutation(np.concatenate(drawn))
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
@@ -66,25 +133,30 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 
 def epoch_table(
-    indices: np.ndarray, batch_size: int, seed: int, epoch: int
+    positions: np.ndarray, batch_size: int, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Shuffles the training examples of one epoch into batches.
 
     Args:
-      indices: positions of the examples, [n].
+      positions: of the examples, [n].
       batch_size: global batch.
       seed: of the run.
       epoch: 0-based.
 
     Returns:
-      (int32 [steps, batch] entries of `indices`, float32 [steps, batch] weights): rows that fill
+      (int32 [steps, batch] entries of `positions`, float32 [steps, batch] weights): rows that fill
       the last batch repeat the first example with weight 0.
     """
-    steps = steps_per_epoch(len(indices), batch_size)
-    order = np.random.default_rng((seed, epoch)).permutation(len(indices))
-    padding = steps * batch_size - len(indices)
-    table = np.concatenate([indices[order], np.full(padding, indices[order[0]])])
-    weight = np.concatenate([np.ones(len(indices)), np.zeros(padding)])
+    order = np.random.default_rng((seed, epoch)).permutation(len(positions))
+    return _batches(positions[order], batch_size)
+
+
+def _batches(order: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Examples in their order as (int32 [steps, batch], weights float32 [steps, batch])."""
+    steps = steps_per_epoch(len(order), batch_size)
+    padding = steps * batch_size - len(order)
+    table = np.concatenate([order, np.full(padding, order[0])])
+    weight = np.concatenate([np.ones(len(order)), np.zeros(padding)])
     shape = steps, batch_size
     return table.reshape(shape).astype(np.int32), weight.reshape(shape).astype(np.float32)
 
@@ -105,7 +177,7 @@ def _planned_table(
     table = np.zeros((steps, plan.batch_size), np.int32)
     is_synthetic = np.zeros(plan.batch_size, bool)
     if plan.synthetic:
-        is_synthetic[:: plan.synthetic_every] = True
+        is_synthetic[:: plan.defects.every] = True
     first = np.zeros(len(circles), int)
     turn = {False: 0, True: 0}
     for row in table:

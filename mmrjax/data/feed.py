@@ -36,7 +36,6 @@ class Feed:
     def __init__(
         self,
         records: Records,
-        indices: np.ndarray,
         *,
         mode: str,
         resident_gib: float,
@@ -51,18 +50,18 @@ class Feed:
         `plan` says how batches are filled. `mode` is resident, stream or auto (resident if it
         fits). `steps_per_call` is the most steps of a chunk: see `_cuts`.
         """
-        self._records, self._indices, self._max_side = records, indices, max_side
-        self._plan, self._mesh = plan, device_mesh
+        self._records, self._max_side = records, max_side
+        self._plan, self._mesh, self._seed = plan, device_mesh, seed
+        count = len(records)
         self._threads = devices.cores()
         # Every step of an epoch reads the same table.
-        self._table = functools.lru_cache(2)(lambda epoch: plan.table(len(indices), seed, epoch))
-        self.steps_per_epoch = plan.steps_per_epoch(len(indices))
-        count = len(indices)
+        self._table = functools.lru_cache(2)(self._planned)
+        self.steps_per_epoch = plan.steps_per_epoch(count)
         shared = -(-count // device_mesh.size) * device_mesh.size  # rows that the devices can share
         own = np.flatnonzero(mesh.own_rows(shared, device_mesh)[:count])
         sizes = np.zeros((shared, 2), np.int32)
         for position in own:
-            sizes[position] = records.size(indices[position], max_side)
+            sizes[position] = records.size(position, max_side)
         sizes = mesh.whole(sizes, device_mesh)[:count]
         self.canvas = tuple(int(n) for n in sizes.max(axis=0))
         self._channels = 3 + plan.foreground
@@ -91,7 +90,8 @@ class Feed:
         """Yields the batches of steps [start, stop), k at a time, on device.
 
         Each chunk holds "index" int32 and "weight" float32 [k, b], and when streamed also "image"
-        uint8 [k, b, h, w, 3], "size" int32 [k, b, 2] and, where known, "domain" int32 [k, b].
+        uint8 [k, b, h, w, 3], "size" int32 [k, b, 2] and, if known, "domain" int32 [k, b]. If the
+        plan pairs examples, "second" int32 [k, b] and, streamed, "second_image", "second_size".
         Chunks end where those of a run from step 0 end: a resumed run makes the same calls.
         """
         spans = list(self._spans(start, stop))
@@ -117,22 +117,40 @@ class Feed:
 
     def _rows(self, first: int, end: int) -> dict[str, np.ndarray]:
         epoch, row = divmod(first, self.steps_per_epoch)
-        index, weight = self._table(epoch)
         rows = slice(row, row + end - first)
-        return {"index": index[rows], "weight": weight[rows]}
+        return {name: column[rows] for name, column in self._table(epoch).items()}
+
+    def _planned(self, epoch: int) -> dict[str, np.ndarray]:
+        """The columns of an epoch, [steps, batch] each."""
+        count = len(self._records)
+        index, weight = self._plan.table(count, self._seed, epoch)
+        columns = {"index": index, "weight": weight}
+        if self._plan.defects is not None and self._plan.defects.second:
+            columns["second"] = self._plan.seconds(index, count, self._seed, epoch)
+        return columns
 
     def _decoded(self, first: int, end: int) -> dict[str, np.ndarray]:
         chunk = self._rows(first, end)
-        shape = chunk["index"].shape
-        images = np.zeros((*shape, *self.canvas, self._channels), np.uint8)
-        sizes = np.zeros((*shape, 2), np.int32)
-        own = np.flatnonzero(mesh.own_rows(self._plan.batch_size, self._mesh))
-        rows = list(itertools.product(range(shape[0]), own))
-        pasted = self._pasted([images[row] for row in rows], [chunk["index"][row] for row in rows])
+        chunk["image"], chunk["size"] = self._canvases(chunk["index"])
+        if "second" in chunk:
+            chunk["second_image"], chunk["second_size"] = self._canvases(chunk["second"])
+        if self._plan.domain is not None:
+            chunk["domain"] = self._plan.domain[chunk["index"]]
+        return chunk
+
+    def _canvases(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Decoded images uint8 [k, b, *canvas, c] and sizes int32 [k, b, 2] at `positions` [k, b].
+
+        Rows of other processes stay empty.
+        """
+        images = np.zeros((*positions.shape, *self.canvas, self._channels), np.uint8)
+        sizes = np.zeros((*positions.shape, 2), np.int32)
+        own = np.flatnonzero(mesh.own_rows(positions.shape[1], self._mesh))
+        rows = list(itertools.product(range(len(positions)), own))
+        pasted = self._pasted([images[row] for row in rows], [positions[row] for row in rows])
         for row, size in zip(rows, pasted, strict=True):
             sizes[row] = size
-        domain = {} if self._plan.domain is None else {"domain": self._plan.domain[chunk["index"]]}
-        return {**chunk, **domain, "image": images, "size": sizes}
+        return images, sizes
 
     def _pasted(
         self, canvases: Sequence[np.ndarray], positions: Sequence[int]
@@ -142,7 +160,7 @@ class Feed:
             yield from pool.map(self._paste, canvases, positions)
 
     def _paste(self, canvas: np.ndarray, position: int) -> tuple[int, int]:
-        image = self._records.image(self._indices[position], self._max_side)
+        image = self._records.image(position, self._max_side)
         h, w = image.shape[:2]
         canvas[:h, :w, :3] = image
         if self._plan.foreground:

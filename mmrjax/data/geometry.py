@@ -76,7 +76,6 @@ class View:
 
 def batches(
     records: Records,
-    indices: np.ndarray,
     view: View,
     batch_size: int,
     own: np.ndarray | None = None,
@@ -85,8 +84,8 @@ def batches(
 
     The last batch is filled with zeros; so are, with `own` bool [b], the rows where it is false.
     """
-    for start in range(0, len(indices), batch_size):
-        rows = indices[start : start + batch_size]
+    for start in range(0, len(records), batch_size):
+        rows = range(start, min(start + batch_size, len(records)))
         images = np.zeros((batch_size, *view.frame, 3), np.uint8)
         masks = np.zeros((batch_size, *view.frame), bool)
         for row, i in enumerate(rows):

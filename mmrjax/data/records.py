@@ -39,6 +39,12 @@ class Records:
         """Number of records."""
         return len(self._rows)
 
+    def take(self, rows: Sequence[int]) -> "Records":
+        """A view of some records, in the order of `rows`; images stay where they are."""
+        rows = np.asarray(rows, int)
+        table = {name: column[rows] for name, column in self.table.items()}
+        return dataclasses.replace(self, table=table, _rows=[self._rows[i] for i in rows])
+
     def image(self, i: int, max_side: int = 0) -> np.ndarray:
         """RGB uint8 [h, w, 3] at native size; shrunk when a side exceeds `max_side` > 0."""
         image = self._decode(i, "image", cv2.IMREAD_COLOR_RGB)

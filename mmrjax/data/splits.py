@@ -59,44 +59,36 @@ def select(
     return train, test
 
 
-def hold_out(
-    records: Records, train: np.ndarray, fraction: float, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(train: Records, fraction: float, seed: int = 0) -> tuple[Records, Records]:
     """Keeps good images from training, to calibrate a threshold with.
 
     Args:
-      records: of a category.
-      train: indices of the training images, all good.
+      train: the training images, all good.
       fraction: share of their groups; 0 holds nothing out.
       seed: of the draw.
 
     Returns:
-      (train, held out), each sorted. Groups stay together. Fewer than MIN_HELD_OUT groups promise
-      nothing that is of use: then none is held out.
+      (train, held out), in their order. Groups stay together. Fewer than MIN_HELD_OUT groups
+      promise nothing that is of use: then none is held out.
     """
-    groups = np.unique(records.table["group"][train])
+    groups = np.unique(train.table["group"])
     count = int(fraction * len(groups))
     if count < MIN_HELD_OUT:
-        return train, train[:0]
+        return train, train.take([])
     drawn = np.random.default_rng((seed, HOLD_OUT)).permutation(groups)[:count]
-    is_held_out = np.isin(records.table["group"][train], drawn)
-    return train[~is_held_out], train[is_held_out]
+    is_held_out = np.isin(train.table["group"], drawn)
+    return train.take(np.flatnonzero(~is_held_out)), train.take(np.flatnonzero(is_held_out))
 
 
-def apart(records: Records, rows: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """Those of the indices `rows` whose group has no image among `held_out`."""
-    group = records.table["group"]
-    return rows[~np.isin(group[rows], group[held_out])]
+def apart(records: Records, held_out: Records) -> Records:
+    """The records whose group has no image among those held out."""
+    shared = np.isin(records.table["group"], held_out.table["group"])
+    return records.take(np.flatnonzero(~shared))
 
 
-def few(records: Records, train: np.ndarray) -> str:
-    """What to expect of few training images, in words; "" for enough of them.
-
-    Args:
-      records: of a category.
-      train: indices of the training images, all good.
-    """
-    parts = len(np.unique(records.table["group"][train]))
+def few(train: Records) -> str:
+    """What to expect of few training images, all good, in words; "" for enough of them."""
+    parts = len(np.unique(train.table["group"]))
     if parts >= FEW:
         return ""
     images = "1 good image" if len(train) == 1 else f"{len(train)} good images"

@@ -186,6 +186,20 @@ def part_of(records: Records) -> np.ndarray:
     return np.full(len(records), f"{records.dataset}/{records.category}")
 
 
+def turns(records: Records, by_part: bool, by_domain: bool) -> np.ndarray | None:
+    """What each image shares its turn in a batch with, str [n]; None: no turns.
+
+    Args:
+      records: training images.
+      by_part: whether the data sets of joined records take turns.
+      by_domain: whether the domains of a single data set take turns.
+    """
+    parts = part_of(records)
+    if len(np.unique(parts)) > 1 and (by_part or by_domain):
+        return parts
+    return records.table["domain"] if by_domain else None
+
+
 def condition_of(records: Records) -> np.ndarray:
     """The shooting condition of each record, str [n]: its domain before several were joined."""
     return records.table.get("condition", records.table["domain"])

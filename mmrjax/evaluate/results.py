@@ -13,7 +13,6 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -24,10 +23,10 @@ from mmrjax import metrics
 from mmrjax.data import geometry
 from mmrjax.data.records import ANOMALY, Records
 from mmrjax.evaluate import calibrate, scoring
+from mmrjax.methods import base
 from mmrjax.metrics import misses
 from mmrjax.report import pictures
 from mmrjax.runtime import files, processes
-from mmrjax.train import loop
 
 SCHEMA = 1
 CALIBRATION = "calibration.json"
@@ -49,31 +48,29 @@ GROUND_TRUTH = {
 
 
 def evaluate(
-    trained: loop.Trained,
+    trained: base.Trained,
     records: Records,
-    indices: np.ndarray,
+    held_out: Records,
     config: ConfigDict,
     seed: int,
     folder: pathlib.Path,
-    held_out: Sequence[int] = (),
-    unseen: Sequence[int] = (),
 ) -> dict:
     """Evaluates a run and writes its files into `folder`; returns results.json's content.
 
     All processes score; the first one measures and writes. From the good images `held_out`, which
-    were not trained on, comes a threshold (see calibrate.py). `unseen` are those of `indices` whose
-    combination of defect and condition was kept from training (see data/tracks.py).
+    were not trained on, comes a threshold (see calibrate.py). The column "unseen" of the test
+    images' table tells whose combination of defect and condition was kept from training (see
+    data/tracks.py).
     """
     started = time.monotonic()
-    scorer = scoring.Scorer(trained, records, config)
+    scorer = scoring.Scorer(trained, config)
     keep_maps = config.eval.save_maps and processes.is_first()
     maps_file = folder / "maps" / "maps.npy" if keep_maps else None
-    calibration = scorer.calibration(np.asarray(held_out, int))
-    streaming = scoring.streams(config, len(indices))
-    found = (scorer.histograms if streaming else scorer.everything)(indices, maps_file)
+    calibration = scorer.calibration(held_out)
+    streaming = scoring.streams(config, len(records))
+    found = (scorer.histograms if streaming else scorer.everything)(records, maps_file)
     gallery = processes.first(lambda: _gallery_rows(found, config))
     shown = found.shown(gallery)  # may score these once more
-    found.table["unseen"] = np.isin(indices, unseen)
     seconds = time.monotonic() - started
     return processes.first(
         lambda: _write(trained, records, config, seed, folder, found, shown, calibration, seconds)
@@ -87,7 +84,7 @@ def _gallery_rows(found: scoring.Predictions | scoring.Histograms, config: Confi
 
 
 def _write(
-    trained: loop.Trained,
+    trained: base.Trained,
     records: Records,
     config: ConfigDict,
     seed: int,
@@ -265,7 +262,7 @@ def _scores_csv(table: dict[str, np.ndarray]) -> str:
     return out.getvalue()
 
 
-def _facts(trained: loop.Trained, seconds: dict[str, float]) -> dict:
+def _facts(trained: base.Trained, seconds: dict[str, float]) -> dict:
     device = jax.devices()[0]
     rounded = {phase: round(duration, 1) for phase, duration in seconds.items()}
     return {

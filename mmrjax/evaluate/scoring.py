@@ -21,12 +21,12 @@ from mmrjax import metrics
 from mmrjax.data import geometry
 from mmrjax.data.records import ANOMALY, Records
 from mmrjax.evaluate import calibrate
+from mmrjax.methods import base
 from mmrjax.metrics import streaming
 from mmrjax.metrics.domain import Measured
 from mmrjax.report import pictures
 from mmrjax.runtime import devices, logs, placement, processes
 from mmrjax.runtime import mesh as mesh_lib
-from mmrjax.train import loop
 
 # On NVIDIA cuBLAS adds bias and residual within its products, where a Triton kernel of XLA leaves
 # them to others: 1.8 instead of 2.4 ms in 32 images of the full model (H200, the latter beside
@@ -137,26 +137,31 @@ def streams(config: ConfigDict, images: int) -> bool:
     return images * height * width > EXACT_PIXELS
 
 
-def make_predict(trained: loop.Trained, view: geometry.View):
+def make_predict(trained: base.Trained, view: geometry.View):
     """The compiled program: uint8 images [b, *frame, 3] -> (maps [b, *frame], scores [b]), float32.
 
-    A tiled view runs it window by window and needs the memory of one. Where windows overlap, the
-    map is their mean. The score is the maximum of that map, where a method's score is one: a single
-    window sees least at its border, and would be at its highest there. Else it is the largest score
-    of all windows.
+    A tiled view runs window by window and needs the memory of one window. Where windows overlap,
+    the map is their mean. The score is the method's score of the map that is put together: a single
+    window sees least at its border, and would be at its highest there.
     """
     predict = _window_program(trained)
+    replicated = mesh_lib.replicated(trained.mesh)
+    score = jax.jit(trained.method.score, out_shardings=replicated)
+
+    def result(maps: dict) -> tuple[jax.Array, jax.Array]:
+        return maps["map"], score(maps.get("scored", maps["map"]))
+
     if view.overlap is None:
-        return predict
+        return lambda variables, frozen, images: result(predict(variables, frozen, images))
     corners, (h, w) = view.corners(), view.size
     windows = np.zeros(view.frame, np.float32)
     for top, left in corners:
         windows[top : top + h, left : left + w] += 1
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def add(whole, part, top, left):
-        before = jax.lax.dynamic_slice(whole, (0, top, left), part.shape)
-        return jax.lax.dynamic_update_slice(whole, before + part, (0, top, left))
+    def add(total, part, top, left):
+        before = jax.lax.dynamic_slice(total, (0, top, left), part.shape)
+        return jax.lax.dynamic_update_slice(total, before + part, (0, top, left))
 
     cut = jax.jit(
         lambda images, top, left: jax.lax.dynamic_slice(
@@ -166,32 +171,33 @@ def make_predict(trained: loop.Trained, view: geometry.View):
     )
 
     def tiled(variables, frozen, images):
-        whole = jnp.zeros(images.shape[:3], device=mesh_lib.replicated(trained.mesh))
-        score = None
+        totals: dict[str, jax.Array] = {}
         for top, left in corners:
-            part, one = predict(variables, frozen, cut(images, top, left))
-            whole = add(whole, part, top, left)
-            score = one if score is None else jnp.maximum(score, one)
-        whole = whole / windows
-        return whole, whole.max(axis=(1, 2)) if trained.method.score_is_peak else score
+            parts = predict(variables, frozen, cut(images, top, left))
+            for name, part in parts.items():
+                if name not in totals:
+                    totals[name] = jnp.zeros(images.shape[:3], device=replicated)
+                totals[name] = add(totals[name], part, top, left)
+        return result({name: total / windows for name, total in totals.items()})
 
     return tiled
 
 
-def _window_program(trained: loop.Trained):
-    """The jitted program at the size that the networks see."""
-    replicated = mesh_lib.replicated(trained.mesh)
+def _window_program(trained: base.Trained):
+    """The jitted program at the size that the networks see: {"map"} and, of some, {"scored"}."""
 
     def predict(variables, frozen, images):
         variables, frozen = placement.restore((variables, frozen))
-        result = trained.method.predict(variables, frozen, images / 255.0)
-        return result["map"], result["score"]
+        with trained.method.precision():
+            result = trained.method.predict(variables, frozen, geometry.to_unit(images))
+        return {name: result[name] for name in ("map", "scored") if name in result}
 
     options = SCORED_BY if devices.on_nvidia() else None
+    replicated = mesh_lib.replicated(trained.mesh)
     return jax.jit(predict, out_shardings=replicated, compiler_options=options)
 
 
-def one_behind(trained: loop.Trained, predict: Callable, batches: Iterable) -> Iterator[tuple]:
+def one_behind(trained: base.Trained, predict: Callable, batches: Iterable) -> Iterator[tuple]:
     """Yields (batch, (maps, scores) on device) of batches whose first item is the images.
 
     One batch behind: the device works while the next images are decoded.
@@ -208,82 +214,78 @@ def one_behind(trained: loop.Trained, predict: Callable, batches: Iterable) -> I
 
 
 class Scorer:
-    """A trained model and the records it is to score; its program is compiled once."""
+    """A trained model over records; its program is compiled once."""
 
-    def __init__(self, trained: loop.Trained, records: Records, config: ConfigDict):
+    def __init__(self, trained: base.Trained, config: ConfigDict):
         """Nothing is computed yet; ValueError when a batch cannot be split over the devices."""
         mesh_lib.check_divisible("eval.batch_size", config.eval.batch_size, trained.mesh)
-        self._trained, self._records, self._config = trained, records, config
+        self._trained, self._config = trained, config
         self._view = geometry.View.of(config, evaluation=True)
         self._predict = make_predict(trained, self._view)
 
-    def everything(self, indices: np.ndarray, maps_file: pathlib.Path | None = None) -> Predictions:
-        """Scores the records `indices` and keeps all of it; writes the maps to `maps_file`.
+    def everything(self, records: Records, maps_file: pathlib.Path | None = None) -> Predictions:
+        """Scores records and keeps all of it; writes the maps to `maps_file`.
 
         With several processes, the first one keeps it; the others return zeros.
         """
-        shape = len(indices), *self._view.frame
+        shape = len(records), *self._view.frame
         images, masks = np.zeros((*shape, 3), np.uint8), np.zeros(shape, bool)
-        maps, scores = np.zeros(shape, np.float32), np.zeros(len(indices), np.float32)
-        for rows, image, mask, result in self._batches(indices):
+        maps, scores = np.zeros(shape, np.float32), np.zeros(len(records), np.float32)
+        for rows, image, mask, result in self._batches(records):
             if processes.is_first():  # in the others, memory that is never touched costs nothing
                 images[rows], masks[rows] = image, mask
                 maps[rows], scores[rows] = (np.asarray(x)[: len(mask)] for x in result)
-        with _whole_file(maps_file, shape) as file:
+        with _array_file(maps_file, shape) as file:
             if file is not None:
                 file[:] = maps
-        return Predictions(images, maps, scores, masks, self._table(indices))
+        return Predictions(images, maps, scores, masks, dict(records.table))
 
-    def histograms(self, indices: np.ndarray, maps_file: pathlib.Path | None = None) -> Histograms:
-        """Scores the records `indices`, keeps histograms, and writes the maps to `maps_file`."""
-        table, scores = self._table(indices), np.zeros(len(indices), np.float32)
+    def histograms(self, records: Records, maps_file: pathlib.Path | None = None) -> Histograms:
+        """Scores records, keeps histograms, and writes the maps to `maps_file`."""
+        table, scores = dict(records.table), np.zeros(len(records), np.float32)
         has_truth = (table["label"] == ANOMALY) & table["has_mask"]
         counts = streaming.MapHistograms(self._trained.mesh)
-        with _whole_file(maps_file, (len(indices), *self._view.frame)) as file:
-            for rows, _, mask, (maps, score) in self._batches(indices):
+        with _array_file(maps_file, (len(records), *self._view.frame)) as file:
+            for rows, _, mask, (maps, score) in self._batches(records):
                 counts.add(maps, mask & has_truth[rows, None, None])
                 scores[rows] = np.asarray(score)[: len(mask)]
                 if file is not None:
                     file[rows] = np.asarray(maps)[: len(mask)]
 
         def again(rows: Sequence[int]) -> Predictions:
-            return self.everything(indices[np.asarray(rows, int)])
+            return self.everything(records.take(rows))
 
         return Histograms(counts.counted(), scores, table, again)
 
-    def calibration(self, indices: np.ndarray) -> calibrate.Calibration | None:
+    def calibration(self, records: Records) -> calibrate.Calibration | None:
         """Scores held-out good images; None without any."""
-        if not len(indices):
+        if not len(records):
             return None
-        scores, peaks, medians = (np.zeros(len(indices)) for _ in range(3))
+        scores, peaks, medians = (np.zeros(len(records)) for _ in range(3))
         view = dataclasses.replace(self._view, stress="none")  # as a threshold is made in practice
-        for rows, image, _, (maps, score) in self._batches(indices, view):
+        for rows, image, _, (maps, score) in self._batches(records, view):
             maps, scores[rows] = np.asarray(maps)[: len(image)], np.asarray(score)[: len(image)]
             peaks[rows], medians[rows] = maps.max(axis=(1, 2)), np.median(maps, axis=(1, 2))
-        table = self._table(indices)
+        table = records.table
         return calibrate.Calibration.of(table["id"], table["group"], scores, peaks, medians)
 
-    def _batches(self, indices: np.ndarray, view: geometry.View | None = None) -> Iterator[tuple]:
+    def _batches(self, records: Records, view: geometry.View | None = None) -> Iterator[tuple]:
         """(rows, images, masks, result) per batch: only real rows, but of the result on device.
 
         Every batch has one shape there, the last is filled up.
         """
         size, trained = self._config.eval.batch_size, self._trained
         own = mesh_lib.own_rows(size, trained.mesh)
-        batches = geometry.batches(self._records, indices, view or self._view, size, own)
-        total = -(-len(indices) // size)
-        batches = logs.progress(batches, "scoring", total)
+        batches = geometry.batches(records, view or self._view, size, own)
+        batches = logs.progress(batches, "scoring", -(-len(records) // size))
         for i, (batch, result) in enumerate(one_behind(trained, self._predict, batches)):
             image, mask = mesh_lib.whole(batch[:2], trained.mesh)
             n = batch[2]
             yield slice(i * size, i * size + n), image[:n], mask[:n], result
 
-    def _table(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: column[indices] for name, column in self._records.table.items()}
-
 
 @contextlib.contextmanager
-def _whole_file(path: pathlib.Path | None, shape: tuple[int, ...]) -> Iterator[np.ndarray | None]:
+def _array_file(path: pathlib.Path | None, shape: tuple[int, ...]) -> Iterator[np.ndarray | None]:
     """An array on disk to fill, which gets its name when it is complete; None without a path."""
     if path is None:
         yield None

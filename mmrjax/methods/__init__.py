@@ -5,10 +5,7 @@ from ml_collections import ConfigDict
 from mmrjax.methods import aminet, base, by_place, mmr, mmr_plus, patchcore
 
 METHODS: dict[str, type[base.Method]] = {
-    "aminet": aminet.AMINet,
-    "mmr": mmr.MMR,
-    "mmr_plus": mmr_plus.MMRPlus,
-    "patchcore": patchcore.PatchCore,
+    kind.name: kind for kind in (aminet.AMINet, mmr.MMR, mmr_plus.MMRPlus, patchcore.PatchCore)
 }
 
 
@@ -18,3 +15,11 @@ def create(name: str, config: ConfigDict) -> base.Method:
         raise ValueError(f"unknown method {name!r}; available: {sorted(METHODS)}")
     kind = METHODS[name]
     return (by_place.of(kind) if config.score.by_place else kind)(config)
+
+
+def defaults() -> ConfigDict:
+    """The configuration groups of all methods, {group: fields with their defaults}."""
+    groups = ConfigDict()
+    for kind in METHODS.values():
+        groups.update(kind.defaults())
+    return groups

@@ -13,14 +13,15 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from mmrjax.methods import anomaly_map, base, losses, optim
+from mmrjax.data import epochs
+from mmrjax.methods import anomaly_map, base, clustering, losses, optim
 from mmrjax.models import aminet, masking, resnet
 from mmrjax.models.patches import patchify, unpatchify
+from mmrjax.runtime import config as config_lib
 
 STRIDE = 4  # px of an image per cell of the feature map: the stride of the teacher's layer 1
-# Eqs. 9 and 15: cosine and squared error (the code's 5 and 1), and the spread of the centres.
-WEIGHT_COSINE, WEIGHT_SQUARED, WEIGHT_SPREAD = 5.0, 1.0, 0.1
 EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -28,15 +29,74 @@ class AMINet(base.Method):
     """Frozen backbone, adaptive mask generator, inpainting network, product of two error maps."""
 
     name = "aminet"
-    fields = ("aminet.", "optim.", "train.crop_")
-    own: ClassVar = {
-        f"{group}.{field}": f"aminet.{field}"
-        for group, fields in (
-            ("train", ("epochs", "batch_size", "augment")),
-            ("optim", ("learning_rate", "weight_decay", "warmup", "drops")),
+    title = "AMI-Net"
+    paper_weights: ClassVar = {"teacher": "wide_resnet50_2-95faca4d"}
+    published: ClassVar = {"mvtec_ad": {"image_auroc": 99.0}}
+    stage_names = ("train",)
+    free = (
+        *("optim.learning_rate", "optim.weight_decay", "optim.warmup", "optim.drops"),
+        *("train.epochs", "train.batch_size", "train.augment"),
+    )
+
+    @classmethod
+    def defaults(cls):
+        """The group `aminet`, with the values of the official code; the paper's are noted."""
+        own = ConfigDict()
+        own.layers = (1, 2, 3)
+        own.pool = 3  # cells averaged in each direction; 1 = none, as in the paper
+        own.patch = 4  # side of a token in cells of 4 px (K)
+        own.width = 768
+        own.heads = 12
+        own.depth = 8  # blocks of the inpainting network (N_i)
+        own.cluster_depth = 1  # blocks that make the cluster centres (N_s)
+        own.clusters = 8  # P
+        own.boundary = 0.5  # deviations beyond a cluster's mean that hide a token (lambda)
+        own.squared = False  # True: the length in the distance squared, as Eq. 12 prints
+        own.jitter = 20.0  # noise on tokens in training, the paper's AMI-Net with ‡; 0 = without
+        own.train_mask_token = True  # paper: stays 0
+        own.score = "std"  # of an image: std | max of its map
+        # AMI-Net reads these in place of the fields of the same name in the groups train and optim.
+        own.epochs = 300  # paper: 200
+        own.batch_size = 8  # one model on all categories: 16; few shots: 1
+        own.augment = "none"
+        own.learning_rate = 1e-4  # paper: 1e-3
+        own.weight_decay = 0.01  # torch's default, on every parameter
+        own.warmup = 0.0
+        own.drops = ()
+        return ConfigDict({"aminet": own})
+
+    @classmethod
+    def check(cls, config):
+        """Refuses networks that cannot be built."""
+        config_lib.check_choices(
+            config,
+            {"aminet.augment": ("rrc_flip", "rrc", "none"), "aminet.score": ("std", "max")},
         )
-        for field in fields
-    }
+        config_lib.check_ranges(
+            config,
+            ("aminet.layers", 1, 3),
+            ("aminet.pool", 1, 1 << 10),
+            ("aminet.patch", 1, 1 << 10),
+            ("aminet.width", 4, 1 << 20),
+            ("aminet.heads", 1, 1 << 10),
+            ("aminet.depth", 1, 1 << 10),
+            ("aminet.cluster_depth", 1, 1 << 10),
+            ("aminet.clusters", 2, 1 << 20),  # the spread of a single centre is 0 / 0
+            ("aminet.boundary", -1e9, 1e9),  # a large one hides nothing
+            ("aminet.jitter", 0.0, 1e6),
+            ("aminet.epochs", 1, 1 << 40),
+            ("aminet.batch_size", 1, 1 << 40),
+            ("aminet.learning_rate", 0.0, 10.0),
+            ("aminet.warmup", 0.0, 1.0),
+            ("aminet.drops", 0.0, 1.0),
+        )
+        config_lib.check_different(config, "aminet.layers")
+        config_lib.check_odd(config, "aminet.pool")
+
+    @classmethod
+    def batch_sizes(cls, config):
+        """One stage, of its own group."""
+        return {config.aminet.batch_size}
 
     def __init__(self, config):
         """Builds the backbone tapped at `aminet.layers`, and the networks over its features."""
@@ -66,21 +126,30 @@ class AMINet(base.Method):
             dtype=self.dtype,
         )
 
-    @property
-    def score_is_peak(self) -> bool:
-        """Not for the deviation, which is the code's."""
-        return self.config.aminet.score == "max"
-
     def init(self, key, frozen):
         """Fresh networks."""
         grid, entries = self.model.grid, self.model.patch_entries
         patches = jnp.zeros((1, grid[0] * grid[1], entries))
         return jax.jit(self.model.init)(key, patches, jnp.ones(patches.shape[:2], bool)), {}
 
-    def optimiser(self, steps_per_epoch):
-        """AdamW that decays every parameter, biases and tokens too, as torch does by default."""
-        config = self.config
-        return optim.optimiser(config.optim, config.train.epochs, steps_per_epoch, decayed=None)
+    def stages(self, records):
+        """One stage: AdamW that decays every parameter, biases and tokens too, as torch does."""
+        own, plan = self.config.aminet, epochs.Plan(self.config.aminet.batch_size)
+        schedule = {k: own[k] for k in ("learning_rate", "weight_decay", "warmup", "drops")}
+        fields = ConfigDict({**self.config.optim, **schedule})
+        steps = plan.steps_per_epoch(len(records))
+        return [
+            base.Stage(
+                name="train",
+                epochs=own.epochs,
+                plan=plan,
+                tx=optim.optimiser(fields, own.epochs, steps, decayed=None),
+                augment=own.augment,
+                rates=optim.learning_rates(fields, own.epochs),
+                batch_field="aminet.batch_size",
+                rate_field="aminet.learning_rate",
+            )
+        ]
 
     def features(self, frozen: dict, images: jax.Array) -> jax.Array:
         """The feature map of images, float32 [b, h / 4, w / 4, c] (Eq. 1).
@@ -102,19 +171,19 @@ class AMINet(base.Method):
             pooled.append(jnp.einsum("yr,xc,brcd->byxd", rows, columns, x, precision=EXACT))
         return jax.lax.stop_gradient(jnp.concatenate(pooled, axis=-1))
 
-    def loss(self, variables, frozen, batch, key, progress):
+    def loss(self, stage, variables, frozen, batch, key, progress):
         """Reconstruction of all patches, hidden or not, and clustering (Eq. 17)."""
         options = self.config.aminet
         patches = patchify(self.features(frozen, batch["image"]), options.patch)
         n, keys = patches.shape[1], jax.vmap(lambda key: jax.random.split(key, 4))(batch["keys"])
         share = jax.vmap(jax.random.uniform)(keys[:, 0])
-        visible = random_visible(share, masking.random_noise(keys[:, 1], n))
+        visible = clustering.random_visible(share, masking.random_noise(keys[:, 1], n))
         noise = None
         if options.jitter:
             normal = jax.vmap(lambda key: jax.random.normal(key, (n, options.width)))
             noise = normal(keys[:, 2]), normal(keys[:, 3])
         found = self.model.apply(variables, patches, visible, noise)
-        loss, logs = total_loss(patches, *found, batch["weight"], options.squared)
+        loss, logs = clustering.total_loss(patches, *found, batch["weight"], options.squared)
         return loss, ({}, logs)
 
     def predict(self, variables, frozen, images):
@@ -123,14 +192,21 @@ class AMINet(base.Method):
         features = self.features(frozen, images)
         patches = patchify(features, options.patch)
         tokens, centres = self.model.apply(variables, patches, method="cluster")
-        visible = adaptive_visible(distances(tokens, centres, options.squared), options.boundary)
+        visible = clustering.adaptive_visible(
+            clustering.distances(tokens, centres, options.squared), options.boundary
+        )
         predicted = self.model.apply(variables, patches, visible, method="inpaint")
         parts = error_maps(
             unpatchify(predicted, self.model.grid, options.patch), features, images.shape[1:3]
         )
         total = parts["length"] * parts["direction"]
-        score = anomaly_map.max_score if options.score == "max" else deviation_score
-        return {"map": total, "score": score(total), "parts": parts}
+        return {"map": total, "parts": parts}
+
+    def score(self, maps):
+        """The map's standard deviation, as in the official code; its maximum by aminet.score."""
+        if self.config.aminet.score == "max":
+            return super().score(maps)
+        return maps.std(axis=(1, 2))
 
 
 @functools.lru_cache(maxsize=64)
@@ -142,95 +218,6 @@ def resize_and_pool(n_in: int, n_out: int, pool: int) -> np.ndarray:
     resized = anomaly_map.upsample_matrix(n_in, n_out, align_corners=True)
     near = np.abs(np.subtract.outer(np.arange(n_out), np.arange(n_out))) <= pool // 2
     return (near / pool @ resized).astype(np.float32)
-
-
-def distances(tokens: jax.Array, centres: jax.Array, squared: bool) -> jax.Array:
-    """Length times cosine distance between all pairs (Eq. 12); float32 [b, n, p].
-
-    Args:
-      tokens: float32 [b, n, d].
-      centres: float32 [b, p, d].
-      squared: square the length, as the paper prints; the official code does not.
-    """
-    u, v = tokens[:, :, None], centres[:, None]
-    length = aminet.safe_norm(u - v)  # of differences: |u|^2 - 2 u v + |v|^2 would cancel
-    return (length**2 if squared else length) * losses.cosine_distance(u, v)
-
-
-def cluster_loss(tokens: jax.Array, centres: jax.Array, squared: bool) -> jax.Array:
-    """Tokens close to their centres, centres far from each other (Eqs. 13 to 15); float32 [b].
-
-    Means, as in the official code, where the paper prints sums. Arguments as in `distances`.
-    """
-    p = centres.shape[1]
-    within = distances(tokens, centres, squared).min(axis=2).mean(axis=1)
-    between = distances(centres, centres, squared).sum(axis=(1, 2)) / (p * p - p)
-    return within - WEIGHT_SPREAD * between
-
-
-def total_loss(
-    patches: jax.Array,
-    tokens: jax.Array,
-    centres: jax.Array,
-    predicted: jax.Array,
-    weight: jax.Array,
-    squared: bool,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The training loss (Eqs. 7 to 9, 15 and 17).
-
-    Args:
-      patches: float32 [b, n, k], what is to be predicted.
-      tokens: float32 [b, n, d], as in `distances`.
-      centres: float32 [b, p, d].
-      predicted: float32 [b, n, k].
-      weight: [b], 0 for padding rows; means run over rows of weight 1.
-      squared: as in `distances`.
-
-    Returns:
-      (scalar float32, {"loss_cosine", of whole patches; "loss_squared"; "loss_cluster"}).
-    """
-    parts = {  # [b]
-        "cosine": losses.cosine_distance(predicted, patches).mean(axis=1),
-        "squared": jnp.mean((predicted - patches) ** 2, axis=(1, 2)),
-        "cluster": cluster_loss(tokens, centres, squared),
-    }
-    total = jnp.maximum(weight.sum(), 1e-9)
-    logs = {f"loss_{name}": jnp.sum(x * weight) / total for name, x in parts.items()}
-    reconstruction = WEIGHT_COSINE * logs["loss_cosine"] + WEIGHT_SQUARED * logs["loss_squared"]
-    return reconstruction + logs["loss_cluster"], logs
-
-
-def random_visible(share: jax.Array, noise: jax.Array) -> jax.Array:
-    """Hides int(n * share) tokens, those of the lowest noise (section III-C); bool [b, n].
-
-    Args:
-      share: [b], drawn uniformly from [0, 1) in training: how many is random as well as which.
-      noise: [b, n], uniform draws.
-    """
-    hidden = (noise.shape[1] * share).astype(jnp.int32)
-    _, rank = masking.shuffle(noise)
-    return rank >= hidden[:, None]
-
-
-def adaptive_visible(distance: jax.Array, scale: float) -> jax.Array:
-    """Hides the tokens that lie on or beyond the boundary of their cluster (Eq. 16); bool [b, n].
-
-    The boundary is the mean of a cluster's distances plus `scale` times their standard deviation
-    (divided by count - 1). A cluster of one member hides nothing; one whose members are all equally
-    far is hidden whole.
-
-    Args:
-      distance: [b, n, p] to every centre; a token belongs to the nearest.
-      scale: the paper's lambda.
-    """
-    cluster, nearest = distance.argmin(axis=2), distance.min(axis=2)  # [b, n]
-    member = jax.nn.one_hot(cluster, distance.shape[2])  # [b, n, p]
-    count = member.sum(axis=1)  # [b, p]
-    mean = jnp.sum(member * nearest[..., None], axis=1) / jnp.maximum(count, 1)
-    apart = member * (nearest[..., None] - mean[:, None])
-    variance = jnp.sum(apart**2, axis=1) / jnp.maximum(count - 1, 1)
-    boundary = jnp.where(count > 1, mean + scale * jnp.sqrt(variance), jnp.inf)  # [b, p]
-    return ~(nearest >= jnp.take_along_axis(boundary, cluster, axis=1))
 
 
 def error_maps(
@@ -256,8 +243,3 @@ def error_maps(
         name: anomaly_map.upsample_and_smooth(x, size_hw, align_corners=True)
         for name, x in cells.items()
     }
-
-
-def deviation_score(maps: jax.Array) -> jax.Array:
-    """The score of an image: the standard deviation of its map's pixels; [b, h, w] -> [b]."""
-    return maps.std(axis=(1, 2))

@@ -107,6 +107,10 @@ def cosine_maps(
     }
 
 
-def max_score(maps: jax.Array) -> jax.Array:
-    """The score of an image: the maximum of its (smoothed) map; [b, h, w] -> [b]."""
-    return maps.max(axis=(1, 2))
+def nearest(distance: jax.Array, size_hw: tuple[int, int]) -> jax.Array:
+    """Nearest-neighbour upsampling, [b, h_l, w_l] -> [b, *size_hw]; every cell keeps a pixel."""
+    rows, columns = (
+        np.arange(n_out) * n_in // n_out
+        for n_in, n_out in zip(distance.shape[1:], size_hw, strict=True)
+    )
+    return distance[:, rows][:, :, columns]

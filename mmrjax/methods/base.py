@@ -1,11 +1,15 @@
-"""The contract of a method: models, loss and anomaly score, and nothing else.
+"""The contract of a method: what the loop, the evaluation, the programs and the report ask of it.
 
-A new method is one file with a subclass of `Method`, one line in `METHODS`, one config and one row
-of the parametrised contract test. The loop, evaluation and report serve all methods alike.
+A new method is one file with a subclass of `Method` and, if it has a network of its own, one file
+in models/; one line in `METHODS` and one row of tests/methods/test_contract.py. Everything that
+belongs to a method stands in its class: title, fields, rules, stages, loss, map and score.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import ClassVar
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +20,7 @@ from ml_collections import ConfigDict
 from mmrjax import weights
 from mmrjax.data import epochs
 from mmrjax.data.records import Records
-from mmrjax.methods import optim
+from mmrjax.runtime import placement
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -26,44 +30,114 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-class Method:
-    """Base class; images reach a method as RGB float32 [b, h, w, 3] in [0, 1].
+def everything(path: str) -> bool:
+    """The default of `Stage.trained`: all parameters."""
+    return True
 
-    Variables are dicts of collections; "params" is what the gradient changes and may be empty.
-    A method whose training is not the gradient of one loss replaces `update`, and one with several
-    optimisers brings them as one `optax.partition` from `optimiser`.
+
+class Stage(NamedTuple):
+    """One gradient stage of a training.
+
+    Attributes:
+      name: of its checkpoints, checkpoints/<name>/, and of its lines in the log.
+      epochs: passes over the training images.
+      plan: how the batches are filled.
+      tx: turns gradients into updates. A dict names sub-trees of the parameters and gives each an
+        optimiser of its own; `opt_state` has the same keys.
+      augment: config.train.augment or its like: rrc_flip, rrc or none.
+      rates: float32 [epochs], the learning rate of each epoch, for the log.
+      trained: path of a parameter ("encoder/norm/scale") -> whether the stage trains it. The others
+        get no gradient and have no part in `opt_state`.
+      update: None for the gradient of `loss`. Otherwise (state, frozen, batch, key, progress, tx)
+        -> (state, logs), in which `state` has `params`, `collections`, `opt_state`, `variables` and
+        `replace`; the loop counts the step.
+      batch_field: the configuration field that sets the batch size, for error messages.
+      rate_field: the configuration field that sets the learning rate, for error messages.
     """
 
     name: str
+    epochs: int
+    plan: epochs.Plan
+    tx: optax.GradientTransformation | dict[str, optax.GradientTransformation]
+    augment: str = "rrc_flip"
+    rates: np.ndarray | None = None
+    trained: Callable[[str], bool] = everything
+    update: Callable | None = None
+    batch_field: str = "train.batch_size"
+    rate_field: str = "optim.learning_rate"
+
+
+class Method:
+    """Base class of all methods.
+
+    Images reach `loss`, `prepare`, `fit` and `predict` as RGB float32 [b, h, w, 3] in [0, 1].
+    Variables are a dict of collections; the gradient changes "params" alone, which may be empty.
+    """
+
+    name: str
+    title: str  # as papers write it
+    # What the published numbers were made with: {fact: start of the weights file's name}.
+    paper_weights: ClassVar[Mapping[str, str]] = {}
+    # {"<dataset>/<category>": {metric: percent}} of the method's paper.
+    published: ClassVar[Mapping[str, Mapping[str, float]]] = {}
+    # Fields, by prefix, that may change between two calls without touching what is trained: those
+    # of shared groups that the method does not read, and those that only choose a kernel.
+    free: ClassVar[tuple[str, ...]] = ()
+    stage_names: ClassVar[tuple[str, ...]] = ()  # of its `stages`, in order
     unroll = 1  # blocks of an encoder that are computed without a loop, see placement.py
-    fields: tuple[str, ...] = ()  # configuration that not every method reads, by prefix
-    # Shared fields in whose place the method has its own, such as {"train.epochs": "x.epochs"}.
-    own: ClassVar[Mapping[str, str]] = {}
-    trains = True  # has a gradient stage
-    prepares = False  # has a `prepare` before it
-    fits = False  # has a `fit` after it
-    update = None  # (state, frozen, batch, key, progress) -> (state, logs); None: see state.update
+
+    # Optional steps; a method that has one defines it.
+    # prepare(variables, frozen, batches) -> (variables of the same structure, facts): looks at up
+    #   to 64 training images before the first stage. `batches` yields (images, real rows).
+    # fit(variables, frozen, batches, count, key) -> variables with new collections: follows the
+    #   last stage. `batches` yields (images, real rows) of un-augmented training images, as often
+    #   as it is gone through; `count` is the number of images in all batches together.
+    prepare: Callable | None = None
+    fit: Callable | None = None
 
     def __init__(self, config: ConfigDict):
         """Builds modules; no arrays yet."""
-        self.config = self.configured(config)
+        self.config = config
         self.dtype = compute_dtype(config.train.compute_dtype)
 
-    @property
-    def score_is_peak(self) -> bool:
-        """Whether an image's score is the maximum of its map, also of one put together."""
-        return False
+    @classmethod
+    def defaults(cls) -> ConfigDict:
+        """The configuration groups that the method owns: {group: fields with their defaults}."""
+        return ConfigDict()
 
     @classmethod
-    def configured(cls, config: ConfigDict) -> ConfigDict:
-        """The configuration as this method trains by it: its `own` fields in the shared places."""
-        if not cls.own:
-            return config
-        config = config.copy_and_resolve_references()
-        for shared, own in cls.own.items():
-            group, field = own.split(".")
-            config.update_from_flattened_dict({shared: config[group][field]})
-        return config
+    def groups(cls) -> set[str]:
+        """The configuration groups that the method reads as its own, inherited ones included."""
+        kinds = [kind for kind in cls.__mro__ if issubclass(kind, Method)]
+        return {group for kind in kinds for group in kind.defaults()}
+
+    @classmethod
+    def check(cls, config: ConfigDict) -> None:
+        """Raises ValueError for values of the method's groups that cannot work."""
+
+    @classmethod
+    def check_run(cls, config: ConfigDict, images: int) -> None:
+        """Raises ValueError if the method cannot train on so many images as configured."""
+
+    @classmethod
+    def batch_sizes(cls, config: ConfigDict) -> set[int]:
+        """The batch sizes of the gradient stages; known before JAX starts."""
+        return set()
+
+    @classmethod
+    def weights_needed(cls, config: ConfigDict) -> dict[str, Callable[[], object]]:
+        """{what: a call that finds or fetches it}: the weight files that training reads."""
+        teacher = config.teacher
+        return {"teacher": lambda: weights.teacher_file(teacher.name, teacher.weights)}
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """The context in which the method's programs are traced: float32 means float32.
+
+        Accelerators multiply float32 in fewer bits unless told otherwise.
+        """
+        if self.dtype == jnp.float32:
+            return jax.default_matmul_precision("highest")
+        return contextlib.nullcontext()
 
     def load_frozen(self) -> tuple[dict, dict]:
         """Loads what is never trained: ({name: variables}, facts for results.json)."""
@@ -72,82 +146,79 @@ class Method:
         )
         return {"teacher": teacher}, {"teacher": facts}
 
-    def keep_labelled(
-        self, records: Records, labelled: np.ndarray, indices: np.ndarray
-    ) -> tuple[dict, dict]:
-        """What it keeps of labelled defective images for training; by default nothing.
+    def extras(self, records: Records, labelled: Records) -> tuple[dict, dict]:
+        """Arrays beside the pictures that training reads, such as banks of defects or textures.
 
         Args:
-          records: of the category.
-          labelled: indices of defective records; often none.
-          indices: of the good records that are trained on.
+          records: the good training images.
+          labelled: the defective images that training may learn from; often none.
 
         Returns:
-          ({name: arrays}, added to what is frozen while it trains; facts for results.json).
+          ({name: arrays}, added to what is frozen in training; facts for results.json).
         """
         return {}, {}
 
     def init(self, key: jax.Array, frozen: dict) -> tuple[dict, dict]:
-        """Draws or loads the variables: ({"params": …, …}, facts)."""
+        """Draws or loads the variables of all stages: ({"params": …, …}, facts)."""
         raise NotImplementedError
 
-    def optimiser(self, steps_per_epoch: int) -> optax.GradientTransformation:
-        """What turns gradients into updates; by default `config.optim`'s AdamW."""
-        return optim.optimiser(self.config.optim, self.config.train.epochs, steps_per_epoch)
+    def stages(self, records: Records) -> list[Stage]:
+        """The gradient stages, in order; none by default.
 
-    def plan(self, records: Records, indices: np.ndarray) -> epochs.Plan:
-        """How batches of the records `indices` are filled."""
-        return epochs.Plan(self.config.train.batch_size)
+        Raises:
+          ValueError: too few training images for a batch.
+        """
+        return []
 
     def loss(
-        self, variables: dict, frozen: dict, batch: dict, key: jax.Array, progress: dict
+        self, stage: str, variables: dict, frozen: dict, batch: dict, key: jax.Array, progress: dict
     ) -> tuple[jax.Array, tuple[dict, dict]]:
         """The training loss.
 
         Args:
+          stage: name of the stage.
           variables: all collections; the gradient is taken over "params" only.
-          frozen: from `load_frozen`.
+          frozen: from `load_frozen`, with `extras`.
           batch: "image" [b, h, w, 3], "weight" [b] (0 = padding row), "keys" [b] one per example;
-            "domain" int32 [b], "foreground" bool [b, h, w] where its plan has them.
+            if the plan asks for them "domain" int32 [b], "foreground" bool [b, h, w], "second"
+            [b, h, w, 3] (another picture of the category), and with a recipe for defects "normal"
+            [b, h, w, 3] (the image without its defect), "mask" and "tiny" bool [b, h, w] and
+            "kind" int32 [b], see data/defects/rows.py.
           key: of this step.
-          progress: "step" and "epoch", int32 scalars.
+          progress: "step" and "epoch" of the stage, int32 scalars.
 
         Returns:
           (scalar, (changed collections, logs)).
         """
         raise NotImplementedError
 
-    def prepare(self, variables: dict, frozen: dict, batches: Iterable) -> tuple[dict, dict]:
-        """Whatever is to be found out on training images before training, if `prepares`.
-
-        Args:
-          variables: as `init` gave them.
-          frozen: from `load_frozen`.
-          batches: as in `fit`, of up to PREPARED evenly spaced training images.
-
-        Returns:
-          (variables of the same structure, facts for results.json).
-        """
-        raise NotImplementedError
-
-    def fit(
-        self, variables: dict, frozen: dict, batches: Iterable, count: int, key: jax.Array
-    ) -> dict:
-        """Whatever follows the gradient stage, from un-augmented training images.
-
-        Args:
-          variables: all collections.
-          frozen: from `load_frozen`.
-          batches: of uint8 [b, h, w, 3] in evaluation geometry, with the number of real rows; may
-            be gone through more than once.
-          count: images in all batches together.
-          key: of the run.
-
-        Returns:
-          The new variables.
-        """
-        raise NotImplementedError
-
     def predict(self, variables: dict, frozen: dict, images: jax.Array) -> dict:
-        """Scores images: {"map": float32 [b, h, w], "score": float32 [b], "parts": {name: map}}."""
+        """Anomaly maps: {"map": float32 [b, h, w], "parts": {name: float32 [b, h, w]}}.
+
+        A method whose score is not a function of "map" adds "scored", float32 [b, h, w], the map
+        that its score is a function of.
+        """
         raise NotImplementedError
+
+    def score(self, maps: jax.Array) -> jax.Array:
+        """The score of each image from its map, float32 [b, h, w] -> [b]; the maximum by default.
+
+        The map of a tiled image is put together from its windows before.
+        """
+        return maps.max(axis=(1, 2))
+
+
+@dataclasses.dataclass
+class Trained:
+    """A finished run, ready for evaluation."""
+
+    method: Method
+    variables: dict
+    frozen: dict
+    facts: dict
+    mesh: jax.sharding.Mesh
+
+    @functools.cached_property
+    def ready(self) -> tuple[dict, dict]:
+        """(variables, frozen) as a scoring program takes them."""
+        return placement.place((self.variables, self.frozen), self.method.dtype, self.method.unroll)

@@ -15,53 +15,48 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mmrjax.methods import anomaly_map, base
+from mmrjax.methods import base
 from mmrjax.runtime import mesh
 
-LARGEST_BANK = 0.1  # share of the training patches: those in the bank are at no distance from it
 SMALLEST = 0.1  # deviation of a place, over the mean of all: quiet places must not outweigh others
 
 
 class ByPlace:
     """Mixed into a method: a fit that learns the statistics, a prediction that uses them."""
 
-    fits = True
-    score_is_peak = True
-
     def fit(
         self, variables: dict, frozen: dict, batches: Iterable, count: int, key: jax.Array
     ) -> dict:
         """The method's own fit, if it has one, then the statistics, as the collection "places"."""
-        if super().fits:
+        if super().fit is not None:
             variables = super().fit(variables, frozen, batches, count, key)
         plain = super().predict
-        predict = jax.jit(lambda *x: plain(*x[:2], x[2] / 255.0)["parts"])
+        predict = jax.jit(lambda *arguments: plain(*arguments)["parts"])
         found = ((mesh.gather(predict(variables, frozen, images)), n) for images, n in batches)
         places = statistics({name: x[:n] for name, x in maps.items()} for maps, n in found)
         return {**variables, "places": places}
 
     def predict(self, variables: dict, frozen: dict, images: jax.Array) -> dict:
-        """The method's parts, each in standard deviations, and their sum; score: its maximum."""
+        """The method's parts, each in standard deviations, and their sum."""
         found = super().predict(variables, frozen, images)
         places = variables["places"]
         parts = {k: (x - places[k]["mean"]) / places[k]["std"] for k, x in found["parts"].items()}
         total = sum(parts.values())
-        return {"map": total, "score": anomaly_map.max_score(total), "parts": parts}
+        return {"map": total, "parts": parts}
 
+    def score(self, maps: jax.Array) -> jax.Array:
+        """The maximum, for every method."""
+        return maps.max(axis=(1, 2))
 
-def check(name: str, config: ConfigDict, images: int) -> None:
-    """Raises ValueError where statistics of so many training images would mean nothing."""
-    if images < 2:
-        raise ValueError(
-            "--config.score.by_place compares training images with each other and needs two or "
-            f"more, not {images}; add images or give False"
-        )
-    if name == "patchcore" and config.patchcore.coreset > LARGEST_BANK:
-        raise ValueError(
-            f"--config.patchcore.coreset={config.patchcore.coreset:g} keeps so many training "
-            "patches that these are at no distance from the bank, and --config.score.by_place "
-            f"learns from their distances; give at most {LARGEST_BANK:g}, or score.by_place=False"
-        )
+    @classmethod
+    def check_run(cls, config: ConfigDict, images: int) -> None:
+        """Raises ValueError if statistics of so many training images would mean nothing."""
+        super().check_run(config, images)
+        if images < 2:
+            raise ValueError(
+                "--config.score.by_place compares training images with each other and needs two "
+                f"or more, not {images}; add images or give False"
+            )
 
 
 def statistics(batches: Iterable[dict[str, np.ndarray]]) -> dict[str, dict[str, jax.Array]]:

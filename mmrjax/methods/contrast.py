@@ -7,10 +7,52 @@ cells, anchors and pairs that do not count have weight 0.
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from mmrjax.methods import losses
+from mmrjax.models import projection
+from mmrjax.runtime import config as config_lib
 
 FAR = -1e9  # the logit of a pair that is left out
+
+
+def defaults() -> dict:
+    """The fields of `config.mmr_plus` that weigh and contrast."""
+    return {
+        "tiny_weight": 2.0,  # of cells with a defect under 10 px, in the reconstruction
+        "tiny_mode": "literal",  # literal (each weighs more) | balanced (their mean is added)
+        # Of normal and abnormal: features (InfoNCE in the teacher's space) | tokens (SupCon) | none
+        "contrast": "features",
+        "contrast_weight": 0.1,
+        "negatives": 32,  # other defect cells that each cell is held against
+        "alike": 0.9,  # cosine of the teacher's features above which it does not see a defect
+        "temperature": 0.1,
+        # Of domains: supcon | coral | none. Needs training images of two or more domains.
+        "domain": "none",
+        "domain_weight": 0.05,
+        "ramp": (20 / 200, 50 / 200),  # shares of the epochs between which both weights grow from 0
+    }
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for values of these fields that cannot work."""
+    choices = {
+        "mmr_plus.tiny_mode": ("literal", "balanced"),
+        "mmr_plus.contrast": ("features", "tokens", "none"),
+        "mmr_plus.domain": ("supcon", "coral", "none"),
+    }
+    config_lib.check_choices(config, choices)
+    config_lib.check_ranges(
+        config,
+        ("mmr_plus.tiny_weight", 1.0, 1e3),
+        ("mmr_plus.contrast_weight", 0.0, 1e3),
+        ("mmr_plus.negatives", 0, 1 << 10),
+        ("mmr_plus.alike", -1.0, 1.0),
+        ("mmr_plus.temperature", 1e-3, 1e3),
+        ("mmr_plus.domain_weight", 0.0, 1e3),
+        ("mmr_plus.ramp", 0.0, 1.0),
+    )
+    config_lib.check_interval(config, "mmr_plus.ramp")
 
 
 def cells(mask: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -154,13 +196,7 @@ def info_nce(
 
 def _flat_unit(maps: jax.Array) -> jax.Array:
     """[b, h, w, c] to unit vectors float32 [b * h * w, c]; zero ones stay zero, slopes finite."""
-    return unit(maps.astype(jnp.float32).reshape(-1, maps.shape[-1]))
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """Vectors [..., c] divided by their length."""
-    squared = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(squared, losses.EPSILON**2))
+    return projection.unit(maps.astype(jnp.float32).reshape(-1, maps.shape[-1]))
 
 
 def supervised_contrast(

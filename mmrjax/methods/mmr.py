@@ -4,12 +4,17 @@ A student that sees 60 % of the patches predicts the features of a frozen teache
 where the two disagree on a test image, there is a defect.
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from mmrjax import weights
-from mmrjax.methods import anomaly_map, base, losses
+from mmrjax.data import epochs
+from mmrjax.methods import anomaly_map, base, losses, optim
 from mmrjax.models import masking, resnet, student
+from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import devices
 
 # ViT sizes: width, depth, heads (Dosovitskiy et al. 2021, Touvron et al. 2021).
@@ -25,15 +30,60 @@ class MMR(base.Method):
     """Teacher, masked student, multi-scale cosine loss, summed cosine maps."""
 
     name = "mmr"
-    score_is_peak = True
-    fields = (
-        "student.",
-        "optim.",
-        "train.epochs",
-        "train.batch_size",
-        "train.augment",
-        "train.crop_",
-    )
+    title = "MMR"
+    paper_weights: ClassVar = {
+        "teacher": "wide_resnet50_2-95faca4d",
+        "student": "mae_visualize_vit_base",
+    }
+    published: ClassVar = {"aebad/s": {"image_auroc": 84.7, "pro_mmr": 89.1}}  # arXiv 2304.02216
+    stage_names = ("train",)
+    free = ("student.attention", "student.unroll")
+
+    @classmethod
+    def defaults(cls):
+        """The group `student`, with the values of the official code."""
+        student = ConfigDict()
+        student.size = "base"  # tiny | small | base | large, or "" with width, depth, heads given
+        student.width = 0  # 0 = from size
+        student.depth = 0
+        student.heads = 0
+        student.init = "mae"  # mae | scratch | a file
+        student.layers = (1, 2, 3)  # which teacher layers to reconstruct (paper, table 9)
+        student.mask_ratio = 0.4  # paper, figure 13
+        student.mask_form = "drop"  # drop (tokens never enter) | pixel (units set to mean colour)
+        student.mask_unit = 16  # side of such a unit in px: 1, 2, 4, … 112 (paper, figure 12)
+        # Kernel of plain attention: xla | cudnn (flash, NVIDIA in bfloat16) | auto (cudnn there)
+        student.attention = "auto"
+        student.unroll = 0  # transformer blocks per scan iteration; 0 = by platform
+        return ConfigDict({"student": student})
+
+    @classmethod
+    def check(cls, config):
+        """Refuses masks, layers and kernels that do not exist."""
+        config_lib.check_choices(
+            config,
+            {"student.mask_form": ("drop", "pixel"), "student.attention": ("auto", "xla", "cudnn")},
+        )
+        config_lib.check_ranges(
+            config,
+            ("student.mask_ratio", 0.0, 0.99),
+            ("student.mask_unit", 1, 1 << 20),
+            ("student.layers", 1, 3),
+        )
+        config_lib.check_different(config, "student.layers")
+
+    @classmethod
+    def batch_sizes(cls, config):
+        """One stage, of config.train."""
+        return {config.train.batch_size}
+
+    @classmethod
+    def weights_needed(cls, config):
+        """Teacher and student."""
+        student = config.student
+        return super().weights_needed(config) | {
+            "student": lambda: weights.student_file(student.init, student.size)
+        }
 
     def __init__(self, config):
         """Builds the student that `config.student` describes, with the teacher's channel widths."""
@@ -66,7 +116,27 @@ class MMR(base.Method):
         )
         return variables, {"student": facts}
 
-    def loss(self, variables, frozen, batch, key, progress):
+    def plan(self, records):
+        """How batches of the training images are filled."""
+        return epochs.Plan(self.config.train.batch_size)
+
+    def stages(self, records):
+        """One stage, "train": AdamW on all parameters by the groups `train` and `optim`."""
+        config, plan = self.config, self.plan(records)
+        plan.check(len(records))
+        steps = plan.steps_per_epoch(len(records))
+        return [
+            base.Stage(
+                name="train",
+                epochs=config.train.epochs,
+                plan=plan,
+                tx=optim.optimiser(config.optim, config.train.epochs, steps),
+                augment=config.train.augment,
+                rates=optim.learning_rates(config.optim, config.train.epochs),
+            )
+        ]
+
+    def loss(self, stage, variables, frozen, batch, key, progress):
         """The sum over scales of 1 - cosine, over all locations (Eq. 1)."""
         images = resnet.normalise(batch["image"])
         features = self._reconstruct(variables, images, batch["keys"])
@@ -88,19 +158,19 @@ class MMR(base.Method):
             return self.student.apply(variables, hidden, **limits)
         return self.student.apply(variables, images, noise, options.mask_ratio, **limits)
 
-    def whole(self, variables: dict, images: jax.Array) -> dict:
+    def unmasked(self, variables: dict, images: jax.Array) -> dict:
         """Features of images of which nothing is masked."""
         return self.student.apply(variables, images)
 
     def predict(self, variables, frozen, images):
-        """Unmasked; the map is the sum of the scales' maps, the score its maximum."""
+        """Unmasked; the map is the sum of the scales' maps (Eq. 2)."""
         size = images.shape[1:3]
         images = resnet.normalise(images)
-        features = self.whole(variables, images)
+        features = self.unmasked(variables, images)
         targets = self.teacher.apply(frozen["teacher"], images)
         parts = anomaly_map.cosine_maps(features, targets, size)
         total = sum(parts.values())
-        return {"map": total, "score": anomaly_map.max_score(total), "parts": parts}
+        return {"map": total, "parts": parts}
 
 
 def _has_flash_attention() -> bool:
@@ -114,8 +184,6 @@ def attention_kernel(name: str, dtype: jnp.dtype, head_width: int) -> str:
     Raises:
       ValueError: an unknown name, or cuDNN where it cannot run.
     """
-    if name not in ("auto", "xla", "cudnn"):
-        raise ValueError(f"unknown student.attention={name!r}; available: auto, xla, cudnn")
     fits = dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128
     can = fits and _has_flash_attention()
     if name == "cudnn" and not can:

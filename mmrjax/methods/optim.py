@@ -1,4 +1,4 @@
-"""AdamW, and the learning-rate schedule of the official MMR code."""
+"""AdamW, the learning-rate schedule of the official MMR code, and one or several optimisers."""
 
 from collections.abc import Callable
 
@@ -60,3 +60,37 @@ def optimiser(
         weight_decay=optim.weight_decay,
         mask=decayed,
     )
+
+
+Transformation = optax.GradientTransformation | dict[str, optax.GradientTransformation]
+
+
+def start(tx: Transformation, params: dict) -> optax.OptState:
+    """The state of an optimiser, or {name: state} of several, each over the sub-tree of its name.
+
+    Raises:
+      ValueError: an optimiser has no parameters of its name.
+    """
+    if not isinstance(tx, dict):
+        return tx.init(params)
+    if lacking := sorted(tx.keys() - params.keys()):
+        raise ValueError(f"optimisers {lacking} have no parameters; there are {sorted(params)}")
+    return {name: own.init(params[name]) for name, own in tx.items()}
+
+
+def descend(
+    tx: Transformation, gradients: dict, opt_state: optax.OptState, params: dict
+) -> tuple[dict, optax.OptState]:
+    """One update: (parameters, optimiser state).
+
+    Of several optimisers those step whose name is in `gradients`; the others stay as they are, the
+    counts of their updates too.
+    """
+    if not isinstance(tx, dict):
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+    params, opt_state = dict(params), dict(opt_state)
+    for name in (name for name in tx if name in gradients):
+        updates, opt_state[name] = tx[name].update(gradients[name], opt_state[name], params[name])
+        params[name] = optax.apply_updates(params[name], updates)
+    return params, opt_state

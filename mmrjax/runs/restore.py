@@ -8,17 +8,16 @@ import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
 from mmrjax import methods, weights
-from mmrjax.methods import mmr
+from mmrjax.methods import base, mmr
 from mmrjax.runtime import checkpoint, devices, files
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import mesh as mesh_lib
-from mmrjax.train import loop
-from mmrjax.train import step as state_lib
+from mmrjax.train import begun
+from mmrjax.train import step as step_lib
 from mmrjax.weights import layouts, source
 
 
@@ -40,7 +39,7 @@ def find_run(workdir: pathlib.Path) -> pathlib.Path:
     return runs[0]
 
 
-def trained(folder: pathlib.Path) -> tuple[loop.Trained, ConfigDict]:
+def trained(folder: pathlib.Path) -> tuple[base.Trained, ConfigDict]:
     """A run ready to score images, and its configuration; on as many devices as share a batch.
 
     Args:
@@ -54,26 +53,23 @@ def trained(folder: pathlib.Path) -> tuple[loop.Trained, ConfigDict]:
     config, name = read_config(folder), folder.parent.parent.name
     config.student.init = "scratch"  # what it began with is no longer needed
     method = methods.create(name, config)
-    if method.dtype == jnp.float32:  # as in training
-        jax.config.update("jax_default_matmul_precision", "highest")
-    count = math.gcd(config.eval.batch_size, len(devices.available()))
-    mesh = mesh_lib.make_mesh(count)
-    frozen, facts = method.load_frozen()
-    _check_teacher(config, folder, facts.get("teacher", {}))
-    frozen = mesh_lib.replicate(frozen, mesh)
-    variables, _ = method.init(jax.random.key(0), frozen)
-    if method.trains:
-        state, step = _last_state(method, variables, folder, mesh)
-        variables = state.variables
+    mesh = mesh_lib.make_mesh(math.gcd(config.eval.batch_size, len(devices.available())))
+    with method.precision():
+        frozen, facts = method.load_frozen()
+        _check_teacher(config, folder, facts.get("teacher", {}))
+        frozen = mesh_lib.replicate(frozen, mesh)
+        variables, _ = method.init(jax.random.key(0), frozen)
+    if method.stage_names:
+        variables, step = _last_state(method, variables, folder, mesh)
         if not (folder / "results.json").exists():
             logging.warning("%s: not trained to the end, this is step %d", folder, step)
-    if method.fits:
+    if method.fit is not None:
         variables |= _fitted(folder, mesh)
-    return loop.Trained(method, variables, frozen, facts, mesh), config
+    return base.Trained(method, variables, frozen, facts, mesh), config
 
 
 def _fitted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict:
-    directory = folder / "fitted"
+    directory = folder / begun.FITTED
     if checkpoint.present(directory):
         with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
             restored = checkpoints.restore(mesh_lib.replicated(mesh))
@@ -82,27 +78,34 @@ def _fitted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict:
     raise FileNotFoundError(f"{folder} is not fitted yet; run python -m mmrjax.main to the end")
 
 
-def _last_state(method, variables: dict, folder: pathlib.Path, mesh: jax.sharding.Mesh):
-    """(state, step) of the newest intact checkpoint."""
-    directory = folder / "checkpoints"
-    if not checkpoint.present(directory):
+def _last_state(
+    method: base.Method, variables: dict, folder: pathlib.Path, mesh: jax.sharding.Mesh
+) -> tuple[dict, int]:
+    """(variables, step) of the newest intact checkpoint of the method's last stage.
+
+    Args:
+      method: of the run.
+      variables: as `Method.init` draws them, or their shapes.
+      folder: of the run.
+      mesh: on which the variables are laid.
+    """
+    directory = folder / begun.CHECKPOINTS
+    saved = checkpoint.stages(directory)
+    stage = next((name for name in reversed(method.stage_names) if name in saved), None)
+    if stage is None:
         raise FileNotFoundError(f"{folder} has no checkpoints of a trained student")
-    tx = method.optimiser(steps_per_epoch=1)  # the state's structure does not depend on it
-    target = jax.eval_shape(lambda variables: state_lib.create(variables, tx), variables)
-    whole = mesh_lib.replicated(mesh)
-    target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), target
-    )
-    with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
-        restored = checkpoints.restore(target)
+    with checkpoint.Checkpoints(directory / stage, read_only=True) as checkpoints:
+        restored = checkpoints.restore(mesh_lib.replicated(mesh))
     if restored is None:
-        raise FileNotFoundError(f"{directory} holds no finished checkpoint")
-    step, state = restored
-    return state, step
+        raise FileNotFoundError(f"{directory / stage} holds no finished checkpoint")
+    step, tree = restored
+    found = step_lib.variables_of(tree)
+    checkpoint.check_leaves(found, variables, directory / stage / str(step))
+    return found, step
 
 
 def read_config(folder: pathlib.Path) -> ConfigDict:
-    """The configuration of a run; fields that are younger than the run have today's defaults.
+    """The configuration of a run.
 
     Args:
       folder: <workdir>/<method>/<category>/seed<k>.
@@ -116,7 +119,7 @@ def read_config(folder: pathlib.Path) -> ConfigDict:
         hint = f"; runs in it: {', '.join(runs[:6])}" if runs else ""
         raise FileNotFoundError(f"{folder} is no run folder: it has no readable config.json{hint}")
     config = config_lib.load(str(config_lib.PACKAGED / "common.py"))
-    before = config_lib.flatten_stored(stored)
+    before = config_lib.flatten(ConfigDict(stored))
     for field, value in config_lib.flatten(config).items():
         if field in before and not field.startswith("sweep."):
             old = before[field]
@@ -138,8 +141,8 @@ def student(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, int]:
     config.student.init = "scratch"  # what it began with is no longer needed
     method = (kind if kind and issubclass(kind, mmr.MMR) else mmr.MMR)(config)
     variables = layouts.hollow(lambda key: method.init(key, {})[0])
-    state, step = _last_state(method, variables, folder, mesh_lib.make_mesh(1))
-    return jax.device_get(state.variables), step
+    variables, step = _last_state(method, variables, folder, mesh_lib.make_mesh(1))
+    return jax.device_get(variables), step
 
 
 def teacher(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, dict]:
@@ -155,7 +158,7 @@ def teacher(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, dict]:
 
 
 def _check_teacher(config: ConfigDict, folder: pathlib.Path, facts: dict) -> None:
-    noted = files.read_json(folder / loop.TEACHER) or results_facts(folder).get("teacher", {})
+    noted = files.read_json(folder / begun.TEACHER) or results_facts(folder).get("teacher", {})
     used = noted.get("sha256")
     if used and used != facts.get("sha256"):
         raise ValueError(

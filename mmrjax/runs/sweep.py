@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from absl import logging
 from ml_collections import ConfigDict
 
-from mmrjax import metrics, weights
+from mmrjax import methods, metrics
 from mmrjax.report import page as report
 from mmrjax.report import words
+from mmrjax.runs import records
 from mmrjax.runs import workdir as workdir_lib
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import files, processes
@@ -63,8 +64,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, run_all: RunAll) -> tuple[dic
     if workdir_lib.runs_with(workdir, "config.json"):
         raise ValueError(f"{workdir} holds runs of one configuration; use another --workdir")
     rows = plan(config)
-    for row in rows:
-        _find_weights(row.config)
+    records.check_needs([row.config for row in rows])  # before days of training
     finished: dict[str, dict] = {}
 
     def compare(row: Row, aggregate: dict, page: pathlib.Path) -> tuple[dict, str]:
@@ -100,20 +100,13 @@ def plan(config: ConfigDict) -> list[Row]:
         unchanged = config_lib.flatten(own) == config_lib.flatten(config)
         own.sweep.rows = ()  # an ordinary run, as by hand
         own.title = f"{config.title}: {label}"
-        config_lib.validate(own)
+        config_lib.validate(own, methods.METHODS)
         folder = "default" if unchanged else re.sub(r"[^\w.]+", "_", label).strip("_")
         rows.append(Row(label, tuple(overrides), paper, own, folder))
     folders = [row.folder for row in rows]
     if twice := sorted({name for name in folders if folders.count(name) > 1}):
         raise ValueError(f"sweep rows share a folder: {', '.join(twice)}; give them other labels")
     return rows
-
-
-def _find_weights(config: ConfigDict) -> None:
-    """Fetches what a row needs: the last one must not fail for it after days of training."""
-    weights.teacher_file(config.teacher.name, config.teacher.weights)
-    if {"mmr", "mmr_plus"} & {*config.method.names}:
-        weights.student_file(config.student.init, config.student.size)
 
 
 def _measured(aggregate: dict, root: pathlib.Path, config: ConfigDict) -> dict:

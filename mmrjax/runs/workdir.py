@@ -15,7 +15,7 @@ from mmrjax.evaluate import results as evaluate
 from mmrjax.metrics import misses
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import files
-from mmrjax.train import loop
+from mmrjax.train import begun
 
 # What may change between two calls on one work directory without touching what was trained.
 FREE_FIELDS = (
@@ -32,25 +32,11 @@ FREE_FIELDS = (
     "train.seeds",
     "train.steps_per_call",
     "train.fsdp",
-    "student.attention",
-    "student.unroll",
     "eval.",
     "report.",
     "log.",
     "ckpt.",
 )
-
-# What runs did before there was a field for it, where that is not the default of every config.
-OLDER = {
-    "calibration.fraction": 0.0,
-    "mmr_plus.defect_folder": "",
-    "mmr_plus.labelled_target": "blend",
-    "patchcore.scales": (1.0,),
-    "patchcore.candidates": 0,
-    "patchcore.whiten": 0.0,
-    "patchcore.relative": False,
-    "score.by_place": False,
-}
 
 
 def run_path(name: str, category: str, seed: int) -> pathlib.Path:
@@ -78,6 +64,15 @@ def trained_runs(workdir: pathlib.Path) -> list[tuple[str, str, int]]:
     if not runs:
         raise FileNotFoundError(f"nothing trained in {workdir}; run once without --mode=evaluate")
     return runs
+
+
+def has_results(config: ConfigDict, root: pathlib.Path) -> bool:
+    """Whether each method and seed of `config` has results of a category at least."""
+    return all(
+        any(root.glob(f"{name}/*/seed{seed}/results.json"))
+        for name in config.method.names
+        for seed in config.train.seeds
+    )
 
 
 def results_root(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
@@ -134,13 +129,13 @@ def settle(config: ConfigDict, name: str, run: pathlib.Path, digest: str, mode: 
     """
     path = run / "config.json"
     stored = files.read_json(path)
-    begun = loop.has_saved(run)
-    if begun and stored is None:
+    was_begun = begun.has_saved(run)
+    if was_begun and stored is None:
         raise ValueError(
             f"{path} is absent or damaged, so nothing tells what the checkpoints beside it were "
             "trained with; put it back, or use another --workdir"
         )
-    if stored is None or not (begun or mode == "evaluate"):
+    if stored is None or not (was_begun or mode == "evaluate"):
         # A run without any saved step may still change its mind.
         content = {**config.to_dict(), "data_digest": digest}
         files.write_text(path, json.dumps(content, indent=1))
@@ -150,7 +145,7 @@ def settle(config: ConfigDict, name: str, run: pathlib.Path, digest: str, mode: 
             f"{run} was trained on other data than the records hold now; use another --workdir"
         )
     settled = config.copy_and_resolve_references()
-    differing = _differing(config_lib.flatten_stored(stored), config, name)
+    differing = _differing(config_lib.flatten(ConfigDict(stored)), config, name)
     if differing and mode == "evaluate":
         settled.update_from_flattened_dict(differing)
     elif differing:
@@ -165,16 +160,14 @@ def settle(config: ConfigDict, name: str, run: pathlib.Path, digest: str, mode: 
 
 def _differing(before: dict, config: ConfigDict, name: str) -> dict:
     """{field: value `before`} of what shapes the training of a method and is not as in `config`."""
-    own = methods.METHODS[name].fields
-    others = {field for method in methods.METHODS.values() for field in method.fields} - {*own}
-    others |= {*methods.METHODS[name].own}
-    for field, value in OLDER.items():
-        before.setdefault(field, value)
+    method = methods.METHODS[name]
+    others = {group for kind in methods.METHODS.values() for group in kind.groups()}
+    others = {f"{group}." for group in others - method.groups()}
     differing = {}
     for field, value in config_lib.flatten(config).items():
         old = before.get(field, value)
         old = tuple(old) if isinstance(value, tuple) else old
-        if old != value and not field.startswith((*FREE_FIELDS, *others)):
+        if old != value and not field.startswith((*FREE_FIELDS, *method.free, *others)):
             differing[field] = old
     return differing
 

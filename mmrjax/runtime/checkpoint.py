@@ -33,6 +33,13 @@ def present(directory: pathlib.Path) -> bool:
     return place.is_dir() and any(path.name.isdigit() for path in place.iterdir())
 
 
+def stages(directory: pathlib.Path) -> list[str]:
+    """Names of the folders in a directory that hold checkpoints, sorted."""
+    place = staging.origin(directory.absolute())
+    found = [path.name for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
+    return sorted(name for name in found if present(directory / name))
+
+
 class Checkpoints:
     """The checkpoints of one run, each named by its step; a tree of arrays each."""
 
@@ -279,6 +286,11 @@ def _stored_dict(leaves: dict, sharding: jax.sharding.Sharding) -> dict:
             node = node.setdefault(parent, {})
         node[name] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
     return tree
+
+
+def check_leaves(found, wanted, where: epath.Path | pathlib.Path) -> None:
+    """Raises ValueError if two trees of arrays or shapes differ, naming up to four leaves."""
+    _check_leaves(_describe(found), _describe(wanted), where)
 
 
 def _check_leaves(stored: dict, wanted: dict, where: epath.Path) -> None:

@@ -9,74 +9,39 @@ import contextlib
 import difflib
 import importlib.util
 import inspect
-import itertools
 import pathlib
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
-from data_builders import buckets
 from mmrjax.runtime import files
 
 PACKAGED = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
-# Types of the entries of tuples that are empty by default.
-TUPLES = {
-    "data.categories": str,
-    "data.join": str,
-    "data.held_out": str,
-    "mmr_plus.surfaces": str,
-    "eval.resize": int,
-    "aminet.drops": float,
-    "log.trackers": str,
-}
-SMALLEST_SCALED = 32  # px of an image that patchcore.scales shrinks: two cells of layer 3
-RENAMED = {"patchcore.enlarge": "patchcore.scales"}
+# Types of the entries of tuples that are empty by default and hold names that look like numbers.
+TUPLES = {"data.categories": str, "data.join": str, "data.held_out": str, "log.trackers": str}
 PROTOCOLS = ("one_class", "k_shot", "one_for_all", "image_split", "track_a", "track_b")
+CHOICES = {
+    "data.protocol": PROTOCOLS,
+    "data.interpolation": ("bilinear", "bicubic", "lanczos"),
+    "data.feed": ("auto", "resident", "stream"),
+    "train.augment": ("rrc_flip", "rrc", "none"),
+    "train.compute_dtype": ("auto", "float32", "bfloat16"),
+    "eval.stress": ("none", "dark"),
+    "eval.metrics_mode": ("standard", "mmr"),
+    "eval.pixel_metrics": ("auto", "exact", "streaming"),
+    "sweep.average": ("domains", "images"),
+}
 # Smallest and largest value of a field, or of every entry of a tuple.
 RANGES = (
     ("optim.warmup", 0.0, 1.0),  # shares of train.epochs, not epochs
     ("optim.drops", 0.0, 1.0),
     ("optim.learning_rate", 0.0, 10.0),
-    ("student.mask_ratio", 0.0, 0.99),
-    ("student.mask_unit", 1, 1 << 20),
-    ("student.layers", 1, 3),
-    ("patchcore.layers", 1, 3),
-    ("patchcore.coreset", 1e-6, 1.0),  # a share, not percent
-    ("patchcore.candidates", 0, 1 << 40),
-    ("patchcore.scales", 0.1, 8.0),
-    ("patchcore.whiten", 0.0, 1e6),
-    ("aminet.layers", 1, 3),
-    ("aminet.pool", 1, 1 << 10),
-    ("aminet.patch", 1, 1 << 10),
-    ("aminet.width", 4, 1 << 20),
-    ("aminet.heads", 1, 1 << 10),
-    ("aminet.depth", 1, 1 << 10),
-    ("aminet.cluster_depth", 1, 1 << 10),
-    ("aminet.clusters", 2, 1 << 20),  # the spread of a single centre is 0 / 0
-    ("aminet.boundary", -1e9, 1e9),  # a large one hides nothing
-    ("aminet.jitter", 0.0, 1e6),
-    ("aminet.learning_rate", 0.0, 10.0),
-    ("aminet.warmup", 0.0, 1.0),
-    ("aminet.drops", 0.0, 1.0),
-    ("mmr_plus.local_heads", 0.0, 1.0),
-    ("mmr_plus.window", 1, 1 << 10),
-    ("mmr_plus.stride", 1, 1 << 10),
-    ("mmr_plus.soft_start", 0.0, 0.9),  # the last epochs train what is evaluated
-    ("mmr_plus.synthetic_every", 0, 1 << 10),
-    ("mmr_plus.defect_tiny", 0.0, 1.0),
-    ("mmr_plus.defect_labelled", 0.0, 1.0),
-    ("mmr_plus.noise_intensity", 0.0, 1.0),
-    ("mmr_plus.tiny_weight", 1.0, 1e3),
-    ("mmr_plus.contrast_weight", 0.0, 1e3),
-    ("mmr_plus.negatives", 0, 1 << 10),
-    ("mmr_plus.alike", -1.0, 1.0),
-    ("mmr_plus.temperature", 1e-3, 1e3),
-    ("mmr_plus.domain_weight", 0.0, 1e3),
-    ("mmr_plus.ramp", 0.0, 1.0),
+    ("train.epochs", 1, 1 << 40),
+    ("train.batch_size", 1, 1 << 40),
     ("train.crop_scale", 1e-3, 1.0),
     ("train.crop_ratio", 1e-2, 1e2),
     ("calibration.fraction", 0.0, 0.9),
@@ -88,10 +53,12 @@ RANGES = (
     ("train.seeds", 0, (1 << 32) - 1),
     ("train.steps_per_call", 0, 1 << 20),
     ("train.fsdp", 1, 1 << 20),
+    ("eval.batch_size", 1, 1 << 40),
     ("eval.bootstrap", 0, 1 << 20),
     ("eval.tiny_side", 2, 1 << 16),
     ("report.gallery", 0, 1 << 20),
     ("ckpt.every_seconds", 0.0, 1e9),
+    ("ckpt.keep", 1, 1 << 40),
 )
 
 
@@ -207,14 +174,6 @@ def flatten(config: ConfigDict) -> dict[str, object]:
     return flat
 
 
-def flatten_stored(content: dict) -> dict[str, object]:
-    """`flatten` of what a run's config.json holds, under the names of today."""
-    flat = flatten(ConfigDict(content))
-    if "patchcore.scales" not in flat and "patchcore.enlarge" in flat:  # one number
-        flat["patchcore.scales"] = (flat["patchcore.enlarge"],)
-    return flat
-
-
 def _set(config: ConfigDict, name: str, text: str) -> None:
     flat = flatten(config)
     if name not in flat:
@@ -229,8 +188,6 @@ def _set(config: ConfigDict, name: str, text: str) -> None:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    if name in RENAMED:
-        return f"it is {RENAMED[name]} now"
     by_leaf = [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
     near = by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
@@ -268,7 +225,7 @@ def _parse_tuple(name: str, text: str, default: tuple) -> tuple:
 
     Items take the type of the default's first one; of an empty default, what TUPLES says.
     """
-    kind = type(default[0]) if default else TUPLES[name]
+    kind = type(default[0]) if default else TUPLES.get(name, _value)
     parts = [part.strip().strip("'\"") for part in text.strip("()[] ").split(",")]
     try:
         return tuple(kind(part) for part in parts if part)
@@ -277,107 +234,129 @@ def _parse_tuple(name: str, text: str, default: tuple) -> tuple:
         raise ValueError(f"--config.{name}={text}: expected values such as {example!r}") from e
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises ValueError for values that cannot work, before anything is computed."""
-    choices = {
-        "data.protocol": PROTOCOLS,
-        "data.interpolation": ("bilinear", "bicubic", "lanczos"),
-        "data.feed": ("auto", "resident", "stream"),
-        "student.mask_form": ("drop", "pixel"),
-        "train.augment": ("rrc_flip", "rrc", "none"),
-        "aminet.augment": ("rrc_flip", "rrc", "none"),
-        "aminet.score": ("std", "max"),
-        "mmr_plus.heads": ("auto", "fixed", "by_distance"),
-        "mmr_plus.sampling": ("lattice", "random", "full"),
-        "mmr_plus.layers": ("all", "last_half", "alternate"),
-        "mmr_plus.spatial_distribution": ("uniform", "edge", "texture"),
-        "mmr_plus.foreground": ("all", "otsu"),
-        "mmr_plus.tiny_mode": ("literal", "balanced"),
-        "mmr_plus.labelled_target": ("blend", "inpaint", "ignore"),
-        "mmr_plus.contrast": ("features", "tokens", "none"),
-        "mmr_plus.domain": ("supcon", "coral", "none"),
-        "train.compute_dtype": ("auto", "float32", "bfloat16"),
-        "eval.stress": ("none", "dark"),
-        "eval.metrics_mode": ("standard", "mmr"),
-        "eval.pixel_metrics": ("auto", "exact", "streaming"),
-        "patchcore.score": ("smoothed", "patch"),
-        "sweep.average": ("domains", "images"),
-    }
-    flat = flatten(config)
+def _value(text: str) -> object:
+    """A number or a text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def check_choices(config: ConfigDict, choices: Mapping[str, Sequence]) -> None:
+    """Raises ValueError if a field, "group.field", has none of its known values."""
     for name, known in choices.items():
-        if flat[name] not in known:
-            raise ValueError(f"--config.{name}={flat[name]}: choose one of {', '.join(known)}")
-    places = [name for name in flat if name.startswith("raw_dirs.")]
-    for name in ("data.raw_dir", "mmr_plus.defect_folder", *places):
-        if buckets.is_remote(flat[name]):
-            raise ValueError(f"--config.{name}={flat[name]}: {files.LOCAL_ONLY}")
-    folder = flat["mmr_plus.defect_folder"]
+        if _get(config, name) not in known:
+            raise ValueError(
+                f"--config.{name}={_get(config, name)}: choose one of {', '.join(known)}"
+            )
+
+
+def check_ranges(config: ConfigDict, *ranges: tuple[str, float, float]) -> None:
+    """Raises ValueError if a field, or an entry of a tuple, lies outside (name, low, high)."""
+    for name, low, high in ranges:
+        value = _get(config, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(x, (int, float)) and low <= x <= high for x in values):
+            small = high >= 1 << 40 and low == 1
+            must = "must be at least 1" if small else f"must lie between {low} and {high}"
+            raise ValueError(f"--config.{name}={value}: {must}")
+
+
+def check_different(config: ConfigDict, *names: str) -> None:
+    """Raises ValueError if a tuple is empty or names something twice."""
+    for name in names:
+        value = _get(config, name)
+        if not value or len(set(value)) < len(value):
+            raise ValueError(f"--config.{name}={value}: give one or more different values")
+
+
+def check_interval(config: ConfigDict, *names: str) -> None:
+    """Raises ValueError if a tuple is not (smallest, largest)."""
+    for name in names:
+        value = _get(config, name)
+        if len(value) != 2 or value[0] > value[1]:
+            raise ValueError(f"--config.{name}={value}: expected smallest,largest")
+
+
+def check_odd(config: ConfigDict, *names: str) -> None:
+    """Raises ValueError for an even number."""
+    for name in names:
+        if _get(config, name) % 2 == 0:
+            raise ValueError(f"--config.{name}={_get(config, name)}: must be odd, as 1 or 3")
+
+
+def check_folder(config: ConfigDict, name: str) -> None:
+    """Raises ValueError if a field names a folder that is not on this machine."""
+    folder = _get(config, name)
+    if files.is_remote(folder):
+        raise ValueError(f"--config.{name}={folder}: {files.LOCAL_ONLY}")
     if folder and not pathlib.Path(folder).is_dir():
-        raise ValueError(f"--config.mmr_plus.defect_folder={folder}: there is no such folder")
-    if buckets.is_remote(flat["data.data_dir"]):
-        buckets.check(flat["data.data_dir"])
-    _check_tracks(flat)
-    batches = ("train.batch_size", "aminet.batch_size", "eval.batch_size")
-    for name in ("train.epochs", "aminet.epochs", *batches, "ckpt.keep"):
-        if flat[name] < 1:
-            raise ValueError(f"--config.{name}={flat[name]}: must be at least 1")
-    for name, low, high in RANGES:
-        values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
-        if not all(low <= value <= high for value in values):
-            raise ValueError(f"--config.{name}={flat[name]}: must lie between {low} and {high}")
-    for name, length in (("train.crop_scale", 2), ("train.crop_ratio", 2), ("mmr_plus.ramp", 2)):
-        if len(flat[name]) != length or flat[name][0] > flat[name][1]:
-            raise ValueError(f"--config.{name}={flat[name]}: expected smallest,largest")
-    for name in ("aminet.pool", "mmr_plus.window"):
-        if flat[name] % 2 == 0:
-            raise ValueError(f"--config.{name}={flat[name]}: must be odd, as 1 or 3")
-    layers = ("student.layers", "patchcore.layers", "aminet.layers")
-    for name in (*layers, "train.seeds", "method.names", "mmr_plus.defect_kinds"):
-        if not flat[name] or len(set(flat[name])) < len(flat[name]):
-            raise ValueError(f"--config.{name}={flat[name]}: give one or more different values")
-    for name in ("data.image_size", "data.resize", "eval.resize"):
-        value = flat[name]
-        optional = name == "eval.resize" and not value
-        if not optional and (len(value) != 2 or min(value) < 1):
+        raise ValueError(f"--config.{name}={folder}: there is no such folder")
+
+
+def _get(config: ConfigDict, name: str) -> object:
+    group, field = name.split(".")
+    return config[group][field]
+
+
+def validate(config: ConfigDict, methods: Mapping[str, type]) -> None:
+    """Raises ValueError for values that cannot work, before anything is computed.
+
+    Args:
+      config: the whole configuration.
+      methods: {name: class}, of which each checks its own groups.
+    """
+    check_choices(config, CHOICES)
+    check_ranges(config, *RANGES)
+    check_interval(config, "train.crop_scale", "train.crop_ratio")
+    check_different(config, "train.seeds", "method.names")
+    for name in config.method.names:
+        if name not in methods:
+            raise ValueError(f"--config.method.names={name}: unknown; known: {sorted(methods)}")
+    for name, place in (("data.raw_dir", config.data.raw_dir), *_places(config)):
+        if files.is_remote(place):
+            raise ValueError(f"--config.{name}={place}: {files.LOCAL_ONLY}")
+    if files.is_remote(config.data.data_dir):
+        files.check_address(config.data.data_dir)
+    _check_tracks(config.data)
+    _check_view(config)
+    for kind in methods.values():
+        kind.check(config)
+
+
+def _places(config: ConfigDict) -> list[tuple[str, str]]:
+    return [(f"raw_dirs.{name}", place) for name, place in config.raw_dirs.items()]
+
+
+def _check_view(config: ConfigDict) -> None:
+    """Raises ValueError for sizes that are none, or that cannot be cropped or tiled."""
+    data = config.data
+    sides = {"data.image_size": data.image_size, "data.resize": data.resize}
+    if config.eval.resize:
+        sides["eval.resize"] = config.eval.resize
+    for name, value in sides.items():
+        if len(value) != 2 or min(value) < 1:
             raise ValueError(f"--config.{name}={value}: expected height,width such as 224,224")
-    _check_scales(flat)
-    overlap, smallest = flat["data.tile_overlap"], min(flat["data.image_size"])
-    if flat["data.tiling"] and not 0 <= overlap < smallest:
+        if any(r < s for r, s in zip(value, data.image_size, strict=True)):
+            raise ValueError(
+                f"--config.{name}={value}: smaller than data.image_size={data.image_size}, which "
+                "is cropped from it"
+            )
+    overlap, smallest = data.tile_overlap, min(data.image_size)
+    if data.tiling and not 0 <= overlap < smallest:
         raise ValueError(
             f"--config.data.tile_overlap={overlap}: windows of {smallest} px can share 0 to "
             f"{smallest - 1}"
         )
-    for name in ("data.resize", "eval.resize"):
-        if flat[name] and any(
-            r < s for r, s in zip(flat[name], flat["data.image_size"], strict=True)
-        ):
-            raise ValueError(
-                f"--config.{name}={flat[name]}: smaller than data.image_size="
-                f"{flat['data.image_size']}, which is cropped from it"
-            )
 
 
-def _check_scales(flat: dict) -> None:
-    scales, side = flat["patchcore.scales"], min(flat["data.image_size"])
-    if not scales or any(a >= b for a, b in itertools.pairwise(scales)):
-        raise ValueError(
-            f"--config.patchcore.scales={scales}: give one or more, each larger than the one before"
-        )
-    if scales[0] < 1 and scales[0] * side < SMALLEST_SCALED:
-        raise ValueError(
-            f"--config.patchcore.scales={scales}: {scales[0]:g} of data.image_size leaves "
-            f"{scales[0] * side:g} px, and the teacher needs {SMALLEST_SCALED}; give a larger one"
-        )
-
-
-def _check_tracks(flat: dict) -> None:
+def _check_tracks(data: ConfigDict) -> None:
     """Raises ValueError for fields of the cross-domain tracks that do nothing or do not fit."""
-    names, protocol = flat["data.join"], flat["data.protocol"]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--config.data.join={names}: give different ones")
-    if names and protocol == "one_for_all":
+    if len(set(data.join)) < len(data.join):
+        raise ValueError(f"--config.data.join={data.join}: give different ones")
+    if data.join and data.protocol == "one_for_all":
         raise ValueError("--config.data.join: joined data sets take protocol one_class or a track")
-    if flat["data.labelled"] and protocol != "track_b":
+    if data.labelled and data.protocol != "track_b":
         raise ValueError("--config.data.labelled: only protocol=track_b has labelled defects")
-    if flat["data.held_out"] and protocol != "track_b":
+    if data.held_out and data.protocol != "track_b":
         raise ValueError("--config.data.held_out: only protocol=track_b holds combinations out")

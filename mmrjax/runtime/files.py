@@ -11,8 +11,6 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from data_builders import buckets
-
 LOCAL_ONLY = (
     "expected a file or folder here; copy what is in a bucket, or mount it as one (gcsfuse). Work "
     "directories, data.data_dir, teacher.weights and student.init may be gs:// addresses"
@@ -21,13 +19,30 @@ LOCAL_ONLY = (
 FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
+def is_remote(place: str | os.PathLike) -> bool:
+    """Whether a path is meant as an address such as gs://bucket/name; with one slash too."""
+    return "://" in str(place) or str(place).startswith("gs:")
+
+
+def check_address(address: str) -> str:
+    """An address gs://<bucket>/<folder> as it is used: without a slash at its end.
+
+    Raises:
+      ValueError: it is none, or has names that mean something else in a folder.
+    """
+    names = address.removeprefix("gs://").rstrip("/").split("/")
+    if not address.startswith("gs://") or {"", ".", ".."} & {*names}:
+        raise ValueError(f"{address}: expected a folder here, or gs://<bucket>/<folder>")
+    return address.rstrip("/")
+
+
 def local_path(text: str) -> pathlib.Path:
     """A folder or file of a command line, as argparse's `type`.
 
     Raises:
       argparse.ArgumentTypeError: a bucket's address, of which pathlib would make a folder "gs:".
     """
-    if buckets.is_remote(text):
+    if is_remote(text):
         raise argparse.ArgumentTypeError(f"{text}: {LOCAL_ONLY}")
     return pathlib.Path(text)
 

@@ -107,10 +107,14 @@ class TrainLog:
         batch: int,
         rate_field: str = "optim.learning_rate",
         trackers: Sequence[trackers_lib.Tracker] = (),
+        first: int = 0,
     ):
-        """Opens `path`, drops what it holds from step `start` on, and starts the clock."""
-        self._remedy, self._trackers = remedy(rate_field), trackers
-        processes.first(lambda: self._begin(path, start))
+        """Opens `path`, drops what it holds from step `start` on, and starts the clock.
+
+        `first` steps of earlier stages stand in `path` before those of this stage.
+        """
+        self._remedy, self._trackers, self._first = remedy(rate_field), trackers, first
+        processes.first(lambda: self._begin(path, first + start))
         self._file = (path if processes.is_first() else pathlib.Path(os.devnull)).open("a")
         self._stop, self._steps_per_epoch, self._batch = stop, steps_per_epoch, batch
         self._pending: list[tuple[int, dict]] = []
@@ -151,7 +155,10 @@ class TrainLog:
         self._last_flush = now
         for step, values in pending:
             for i in range(len(values["loss"])):
-                line = {"step": step + i, "epoch": (step + i) // self._steps_per_epoch}
+                line = {
+                    "step": self._first + step + i,
+                    "epoch": (step + i) // self._steps_per_epoch,
+                }
                 line |= {name: float(value[i]) for name, value in values.items()}
                 line |= {"images_per_second": round(rate, 2), "time": round(time.time(), 2)}
                 self._file.write(json.dumps(line) + "\n")
@@ -196,13 +203,20 @@ class TrainLog:
         self._file.close()
 
 
-def seconds(path: pathlib.Path, batch: int) -> float | None:
-    """Time spent in the steps that `path` holds, over all calls of a run; None if it is lost."""
+def seconds(path: pathlib.Path, batch: int, start: int, stop: int) -> float | None:
+    """Time spent in the steps [start, stop) that `path` holds, over all calls of a run.
+
+    None if the file is lost.
+    """
     if not path.is_file():
         return None
-    lines = [_parse(line) or {} for line in path.read_text().splitlines()]
-    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    return round(sum(batch / rate for rate in rates), 1)
+    lines = [line for line in map(_parse, path.read_text().splitlines()) if line]
+    rates = [
+        line["images_per_second"]
+        for line in lines
+        if start <= line["step"] < stop and "images_per_second" in line
+    ]
+    return sum(batch / rate for rate in rates)
 
 
 def _keep_until(path: pathlib.Path, step: int) -> list[dict]:

@@ -314,7 +314,7 @@ def test_bands_read_every_pixel_that_counts(interpolation, canvas, monkeypatch):
     )
 
     def both():
-        seen = augment.view(image, size, (44, 50), (40, 48), interpolation)
+        seen = augment.evaluation_view(image, size, (44, 50), (40, 48), interpolation)
         crop = jax.vmap(lambda box: augment.crop_resize(image, box, (36, 28)))(boxes)
         return np.asarray(seen), np.asarray(crop)
 

@@ -203,14 +203,11 @@ class Labelled:
         return counts
 
 
-def from_records(
-    records: Records, rows: Sequence[int], view: geometry.View, whole: bool = False
-) -> Labelled | None:
-    """The labelled defects of some records, at the size that training sees.
+def from_records(records: Records, view: geometry.View, whole: bool = False) -> Labelled | None:
+    """The labelled defects of records, at the size that training sees.
 
     Args:
-      records: of a category, or joined ones.
-      rows: defective ones of the training side; without pixel truth they give nothing.
+      records: defective ones of the training side; those without pixel truth give nothing.
       view: how evaluation, and training but for its crops, looks at them.
       whole: keep the pictures as they are; else each defect is cut out of its own.
 
@@ -219,7 +216,7 @@ def from_records(
     """
     part, has_mask = tracks.part_of(records), records.table["has_mask"]
     kept, own_rows, left_out = [], [], 0
-    for i in rows:
+    for i in range(len(records)):
         if not has_mask[i]:
             continue
         seen = _seen(records.image(i), records.mask(i), view, whole)

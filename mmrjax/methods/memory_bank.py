@@ -1,0 +1,195 @@
+"""A memory bank of patches: nearest rows, a greedy coreset, and distances learnt from good parts.
+
+Used by patchcore.py. `whitening` and `expected_distances` are not in the paper (arXiv 2106.08265).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrjax.runtime import logs
+
+EXACT = jax.lax.Precision.HIGHEST  # TF32 would change which patches are nearest
+BANK_ROWS_PER_CHUNK = 4096  # distances to this many bank rows at a time
+WHITENING_PATCHES = 16384  # of either half of the training images
+SMALLEST_MOMENT = 1e-3  # of a whitened channel, relative to the mean of all
+
+
+def sample(key: jax.Array, image: int, n: int, kept: int) -> np.ndarray:
+    """`kept` of n patches of an image, drawn without replacement."""
+    return np.asarray(jax.random.permutation(jax.random.fold_in(key, image), n)[:kept])
+
+
+def whitening(patches: np.ndarray, shrinkage: float, key: jax.Array) -> np.ndarray:
+    """The matrix that weighs a difference of patches by how rare it is among good ones.
+
+    A patch of one half of the images differs from its nearest in the other half, and all of that is
+    harmless: light, pose, grain. Squared distances after the matrix are Mahalanobis distances under
+    the second moments of these differences, over d: about 1 between good patches. PatchCore has no
+    such step; PaDiM (arXiv 2011.08785, section 3.2) has it for the patches of one place.
+
+    Args:
+      patches: float32 [images, n, d].
+      shrinkage: what is added to the diagonal of the differences' correlations; the less, the more
+        a rare direction counts, and the more data it takes.
+      key: PRNG key of the split and of the patches looked at.
+
+    Returns:
+      float32 [d, d].
+
+    Raises:
+      ValueError: fewer than two images.
+    """
+    count, n, d = patches.shape
+    if count < 2:
+        raise ValueError(
+            "--config.patchcore.whiten compares training images with each other and needs two or "
+            "more, not 1; add images or give 0"
+        )
+    key_split, key_sample = jax.random.split(key)
+    order = np.asarray(jax.random.permutation(key_split, count))
+    kept = min(n, -(-WHITENING_PATCHES // (count // 2)))
+    rows, queries = (
+        np.concatenate([patches[i][sample(key_sample, i, n, kept)] for i in half])
+        for half in (order[: -(-count // 2)], order[-(-count // 2) :])
+    )
+    nearest = [
+        np.asarray(_nearest_row(queries[i : i + 2048], rows)[1])
+        for i in range(0, len(queries), 2048)
+    ]
+    left = (queries - rows[np.concatenate(nearest)]).astype(np.float64)
+    moments = left.T @ left / len(left)
+    scale = np.diag(moments)
+    # A channel that good patches never move must not outweigh all others.
+    scale = np.maximum(scale, SMALLEST_MOMENT * scale.mean() + np.finfo(np.float32).tiny) ** -0.5
+    values, vectors = np.linalg.eigh(moments * scale[:, None] * scale)
+    values = np.maximum(values, 0) + shrinkage
+    return (scale[:, None] * vectors * (values * d) ** -0.5).astype(np.float32)
+
+
+def expected_distances(patches: np.ndarray, bank: jax.Array, image: np.ndarray) -> jax.Array:
+    """What squared distance a good patch has to the bank row that is nearest to it.
+
+    Some places of a good part vary more than others (a number, a shadow): a distance means less
+    there. Each training patch is held against the rows of the other images, as a new image would
+    be; a row's value is the mean over the patches nearest to it, or the mean over all where that is
+    more: in quiet places, as the corners of a plain background, a little noise must not count for
+    much. The paper's own reweighting (section 3.3) looks at the bank alone.
+
+    Args:
+      patches: float32 [images, n, d].
+      bank: float32 [rows, d].
+      image: int [rows], the image that each row comes from.
+
+    Returns:
+      float32 [rows], positive.
+
+    Raises:
+      ValueError: all rows come from one image.
+    """
+    if len(set(image.tolist())) < 2:
+        raise ValueError(
+            "--config.patchcore.relative holds training images against each other and the memory "
+            "bank has rows of one only; add images, raise patchcore.coreset or give False"
+        )
+    total, count = np.zeros(len(bank)), np.zeros(len(bank))
+    for i, of_image in enumerate(logs.progress(patches, "expected distances")):
+        away = np.where(image == i, np.float32(np.inf), np.float32(0))
+        distance, row = (np.asarray(x) for x in _nearest_row(of_image, bank, away))
+        np.add.at(total, row, distance)
+        np.add.at(count, row, 1)
+    mean = total.sum() / count.sum() or 1.0  # all images are equal
+    return jnp.asarray(np.maximum(mean, total / np.maximum(count, 1)), jnp.float32)
+
+
+def nearest_row(queries, bank, away=0.0) -> tuple[jax.Array, jax.Array]:
+    """The nearest bank row of every query: squared distance, float32 [n], and index, int32 [n].
+
+    Args:
+      queries: float32 [n, d].
+      bank: float32 [m, d].
+      away: float32 [m] or a number, added to the squared distances that are compared.
+    """
+    away = jnp.broadcast_to(away, len(bank))
+    best, found = jnp.full(queries.shape[0], jnp.inf), jnp.zeros(queries.shape[0], jnp.int32)
+    for start in range(0, len(bank), BANK_ROWS_PER_CHUNK):
+        rows = bank[start : start + BANK_ROWS_PER_CHUNK]
+        products = jnp.matmul(queries, rows.T, precision=EXACT)
+        far = jnp.sum(rows**2, axis=1) + away[start : start + len(rows)] - 2 * products
+        nearest = jnp.min(far, axis=1)
+        found = jnp.where(nearest < best, jnp.argmin(far, axis=1) + start, found)
+        best = jnp.minimum(best, nearest)
+    return jnp.maximum(best + jnp.sum(queries**2, axis=1), 0.0), found
+
+
+_nearest_row = jax.jit(nearest_row)
+
+
+def nearest_squared_distance(queries: jax.Array, bank: jax.Array) -> jax.Array:
+    """The minimum over rows m of |q - m|^2 for every query, [n, d] x [m, d] -> [n], float32."""
+    best = jnp.full(queries.shape[0], jnp.inf)  # not len: it may be symbolic in an export
+    for start in range(0, len(bank), BANK_ROWS_PER_CHUNK):
+        rows = bank[start : start + BANK_ROWS_PER_CHUNK]
+        products = jnp.matmul(queries, rows.T, precision=EXACT)
+        best = jnp.minimum(best, jnp.min(jnp.sum(rows**2, axis=1) - 2 * products, axis=1))
+    return jnp.maximum(best + jnp.sum(queries**2, axis=1), 0.0)
+
+
+def greedy_coreset(
+    patches: jax.Array, rows: int, key: jax.Array, projection: int, start_points: int
+) -> jax.Array:
+    """Approximate greedy k-centre selection (official code's "approx_greedy_coreset").
+
+    In a random projection, start from the mean distance to a few random points; repeatedly take the
+    point farthest from all chosen so far. The start points are not chosen by themselves.
+
+    Args:
+      patches: float32 [n, d].
+      rows: how many to choose, at most n.
+      key: PRNG key.
+      projection: width of the projection; d or more means none.
+      start_points: number of random starting points.
+
+    Returns:
+      int32 [rows], unique.
+    """
+    key_project, key_start = jax.random.split(key)
+    n, d = patches.shape
+    if projection < d:
+        bound = d**-0.5  # torch's default for a linear layer
+        matrix = jax.random.uniform(key_project, (d, projection), minval=-bound, maxval=bound)
+        patches = jnp.matmul(patches, matrix, precision=EXACT)
+    columns = patches.T  # [projection, n]: one row vector times matrix per selected point
+    squares = jnp.sum(columns**2, axis=0)
+    start = jax.random.choice(key_start, n, (min(start_points, n),), replace=False)
+    distance = jnp.mean(
+        jnp.stack([_distance_to(columns, squares, i) for i in np.asarray(start)]), axis=0
+    )
+    chosen = jnp.zeros(rows, jnp.int32)
+    per_call = 1 if jax.default_backend() == "cpu" else 256
+    for first in logs.progress(range(0, rows, per_call), "coreset"):
+        last = min(first + per_call, rows)
+        chosen, distance = _choose(columns, squares, chosen, distance, first, last)
+    return chosen
+
+
+@jax.jit
+def _distance_to(columns: jax.Array, squares: jax.Array, i: int) -> jax.Array:
+    """Euclidean distance of every column to column i, float32 [n]."""
+    products = jnp.matmul(columns[:, i], columns, precision=EXACT)
+    return jnp.sqrt(jnp.maximum(squares - 2 * products + squares[i], 0.0))
+
+
+@functools.partial(jax.jit, donate_argnums=(2, 3))
+def _choose(columns, squares, chosen, distance, first, last):
+    def body(i, carry):
+        chosen, distance = carry
+        farthest = jnp.argmax(distance).astype(jnp.int32)
+        new = _distance_to(columns, squares, farthest)
+        # A chosen point must never come again, not even among duplicates at distance 0.
+        distance = jnp.minimum(distance, new).at[farthest].set(-1.0)
+        return chosen.at[i].set(farthest), distance
+
+    return jax.lax.fori_loop(first, last, body, (chosen, distance))

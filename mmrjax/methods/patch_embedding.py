@@ -1,0 +1,77 @@
+"""Patch embeddings of a frozen network, as PatchCore's official code makes them.
+
+Source: arXiv 2106.08265, section 3.1.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrjax.methods import anomaly_map
+
+EXACT = jax.lax.Precision.HIGHEST  # TF32 would change which patches are nearest
+
+
+def embed(features: dict, patch: int, width: int) -> jax.Array:
+    """One embedding per cell of the shallowest layer, float32 [b, h, w, width].
+
+    Args:
+      features: {layer: [b, h, w, c]} of the network.
+      patch: side of the neighbourhood, in cells, that an embedding sees.
+      width: of an embedding.
+    """
+    grid, pooled = None, []
+    for layer in sorted(features):
+        x = _neighbourhoods(features[layer].astype(jnp.float32), patch)
+        # Pooling and resizing are both linear and act on different axes: pooling first is cheaper.
+        x = jnp.matmul(x, adaptive_pool_matrix(x.shape[-1], width), precision=EXACT)
+        grid = grid or x.shape[1:3]
+        pooled.append(resize(x, grid))
+    x = jnp.stack(pooled, axis=-2)  # [b, h, w, layers, width]
+    # Adaptive pooling of the concatenation to `width`: the mean over runs of `layers` entries.
+    return x.reshape(*x.shape[:3], width, len(pooled)).mean(axis=-1)
+
+
+def scaled(size_hw: tuple[int, int], scale: float, layer: int) -> tuple[int, int]:
+    """Sides of what the teacher sees.
+
+    Smaller ones are whole cells of the deepest layer in use: a part of a cell would move the map by
+    as much, and a cell of a small scale is many pixels wide.
+    """
+    stride = 1 if scale >= 1 else 2 ** (layer + 1)
+    return tuple(max(1, round(side * scale / stride)) * stride for side in size_hw)
+
+
+def _neighbourhoods(x: jax.Array, size: int) -> jax.Array:
+    """Zero-padded s x s neighbourhoods, channel-major: [b, h, w, c] -> [b, h, w, c * s * s]."""
+    b, h, w, c = x.shape
+    pad = size // 2
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    shifts = [x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]
+    return jnp.stack(shifts, axis=-1).reshape(b, h, w, c * size * size)
+
+
+@functools.lru_cache(maxsize=16)
+def adaptive_pool_matrix(n: int, m: int) -> np.ndarray:
+    """Adaptive average pooling n -> m as a matrix, float32 [n, m]; columns sum to 1.
+
+    Bin i averages entries floor(i n / m) .. ceil((i + 1) n / m) - 1, as torch does.
+    """
+    matrix = np.zeros((n, m), np.float32)
+    for i in range(m):
+        low, high = i * n // m, -(-(i + 1) * n // m)
+        matrix[low:high, i] = 1 / (high - low)
+    return matrix
+
+
+def resize(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Bilinear, averaging where it shrinks: [b, h, w, d] -> [b, *grid, d]."""
+    if x.shape[1:3] == grid:
+        return x
+    rows, columns = (
+        anomaly_map.resize_matrix(n_in, n_out).astype(np.float32)
+        for n_in, n_out in zip(x.shape[1:3], grid, strict=True)
+    )
+    return jnp.einsum("yh,xw,bhwd->byxd", rows, columns, x, precision=EXACT)

@@ -1,0 +1,120 @@
+"""The records and weights that a configuration needs: found, missed, built, loaded."""
+
+from collections.abc import Iterable
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from data_builders import build
+from mmrjax import methods
+from mmrjax.data import records as records_lib
+from mmrjax.data import splits, tracks
+from mmrjax.runtime import files, processes
+
+DEMO = "to see the program without them: python -m mmrjax.main --config=configs/demo.py"
+
+
+def check_needs(configs: Iterable[ConfigDict], weights: bool = True) -> None:
+    """Looks for everything that runs need, before anything is built; fetches published weights.
+
+    Args:
+      configs: of one run or more; data that several share are looked for once.
+      weights: whether to look for weight files; finished runs need none.
+
+    Raises:
+      FileNotFoundError, ValueError: what is missing, all of it, each with what to do.
+    """
+    missing: dict[str, Exception] = {}
+    for config in configs:
+        for look in (_look_for_data, _look_for_weights)[: 1 + weights]:
+            for error in look(config):
+                missing.setdefault(str(error), error)
+    if len(missing) == 1:
+        raise next(iter(missing.values()))
+    if missing:
+        lines = "".join(f"\n  {i}. {text}" for i, text in enumerate(missing, 1))
+        raise FileNotFoundError(
+            f"{len(missing)} things are missing, nothing was begun:{lines}\n  {DEMO}"
+        )
+
+
+def _look_for_data(config: ConfigDict) -> list[Exception]:
+    data = config.data
+    if files.is_remote(data.data_dir) or data.join:  # looked for when they are fetched or joined
+        return []
+    try:
+        build.at_hand(data.name, data.raw_dir or None, data.data_dir, list(data.categories) or None)
+    except FileNotFoundError as e:
+        return [FileNotFoundError(f"{e} (here: --config.data.raw_dir=…)")]
+    return []
+
+
+def _look_for_weights(config: ConfigDict) -> list[Exception]:
+    missing = []
+    for name in config.method.names:
+        for find in methods.METHODS[name].weights_needed(config).values():
+            try:
+                find()
+            except (FileNotFoundError, ValueError) as e:
+                missing.append(e)
+    return missing
+
+
+def load_records(config: ConfigDict) -> Iterable[records_lib.Records]:
+    """The records of each category, or of all together; builds what is missing or stale."""
+    directories = processes.first(lambda: build_records(config))
+    if files.is_remote(config.data.data_dir) and not processes.is_first():
+        directories = build.fetch(config.data.name, config.data.data_dir, [*directories])
+    parts = map(records_lib.load, directories.values())
+    if config.data.join:
+        return [tracks.joined(list(parts), config.data.held_out)]
+    return splits.units(parts, config.data.protocol)
+
+
+def build_records(config: ConfigDict) -> dict[str, str]:
+    """Builds what is missing or stale: {category or, of joined ones, part: its records' folder}."""
+    data = config.data
+    if data.join:
+        return _build_joined(config)
+    try:
+        directories = build.build(
+            data.name, data.raw_dir or None, data.data_dir, list(data.categories) or None
+        )
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{e} (here: --config.data.raw_dir=…)") from e
+    return {category: str(directory) for category, directory in directories.items()}
+
+
+def _build_joined(config: ConfigDict) -> dict[str, str]:
+    """The records of data.join: {"<dataset>/<category>": folder}; what is not given is left out.
+
+    Raises:
+      FileNotFoundError: a folder that is given holds no data set, or none is given.
+      ValueError: data.join names what is none, or a category twice.
+    """
+    found, left_out = {}, []
+    for entry in config.data.join:
+        name, _, category = entry.partition("/")
+        procedural = build.load_builder(name).PROCEDURAL
+        raw_dir = config.raw_dirs.get(name, "")
+        if not raw_dir and not procedural:
+            left_out.append(name)
+            continue
+        try:
+            directories = build.build(
+                name, raw_dir or None, config.data.data_dir, [category] if category else None
+            )
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{e} (here: --config.raw_dirs.{name}=…)") from e
+        for category, directory in directories.items():
+            part = f"{name}/{category}"
+            if part in found:
+                raise ValueError(f"--config.data.join={config.data.join}: {part} comes twice")
+            found[part] = str(directory)
+    hint = ", ".join(f"--config.raw_dirs.{name}=…" for name in dict.fromkeys(left_out))
+    if not found:
+        raise FileNotFoundError(f"none of the data sets of data.join is at hand; give {hint}")
+    if left_out:
+        logging.warning("left out for want of a folder: %s (%s)", ", ".join(left_out), hint)
+    logging.info("data sets: %s", ", ".join(found))
+    return found
