@@ -154,7 +154,7 @@ def launch(home: pathlib.Path, aim: tuple[str, int, float] | None = None) -> Lau
 
 def saves_in_progress(home: pathlib.Path) -> set[str]:
     """Unfinished checkpoints; Orbax renames a finished one."""
-    folder = home / RUN / "checkpoints"
+    folder = home / RUN / "checkpoints" / "train"
     return {path.name for path in folder.glob("*") if not path.name.isdigit()}
 
 
@@ -166,7 +166,7 @@ def phase(home: pathlib.Path, stale: set[str]) -> str:
     if "image AUROC" in log or "finished before" in log:
         return "report writing"
     if "built in" in log or "up to date" in log:
-        if (home / RUN / "checkpoints" / str(STEPS)).is_dir():
+        if (home / RUN / "checkpoints" / "train" / str(STEPS)).is_dir():
             return "evaluating"
         return "saving" if saves_in_progress(home) - stale else "training"
     return "data building" if "building the records" in log else "starting"
@@ -174,7 +174,7 @@ def phase(home: pathlib.Path, stale: set[str]) -> str:
 
 def usable(home: pathlib.Path) -> frozenset[str]:
     """What a restart can use: records, checkpoints, an evaluation, a report."""
-    steps = {path.name for path in (home / RUN / "checkpoints").glob("*") if path.name.isdigit()}
+    steps = {path.name for path in (home / RUN / "checkpoints" / "train").glob("*") if path.name.isdigit()}
     files = (RECORDS / "fingerprint.json", RUN / "results.json", "run/report.html")
     return frozenset({str(name) for name in files if (home / name).exists()} | steps)
 
@@ -183,7 +183,7 @@ def result(home: pathlib.Path) -> dict[str, str]:
     """{what: digest} of a finished run: all that must not depend on kills."""
     parts = records(home / RECORDS)
     with ocp.StandardCheckpointer() as checkpointer:
-        folder = (home / RUN / "checkpoints" / str(STEPS) / "state").absolute()
+        folder = (home / RUN / "checkpoints" / "train" / str(STEPS) / "state").absolute()
         state = ocp.tree.to_flat_dict(checkpointer.restore(folder), sep="/")
     parts |= {f"checkpoint {name}": np.asarray(leaf).tobytes() for name, leaf in state.items()}
     run = home / RUN

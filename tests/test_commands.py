@@ -22,7 +22,7 @@ import tomllib
 import pytest
 
 from data_builders import build
-from mmrjax import main
+from mmrjax import main, methods
 from mmrjax.runtime import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -251,7 +251,7 @@ def check_main(argv: list[str]) -> None:
     known = [word.replace(f"--config={PLACEHOLDER}", "--config=configs/demo.py") for word in argv]
     known = [word.replace(f"defect_folder={PLACEHOLDER}", "defect_folder=.") for word in known]
     config, _ = main.parse(known)
-    config_lib.validate(config)
+    config_lib.validate(config, methods.METHODS)
 
 
 @contextlib.contextmanager

@@ -10,17 +10,19 @@ import runpy
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from PIL import Image
 
 from mmrjax import convert, methods, weights
-from mmrjax.data import geometry
+from mmrjax.data import epochs, geometry
+from mmrjax.methods import base
 from mmrjax.models import positions, resnet
 from mmrjax.runs import restore
 from mmrjax.runtime import checkpoint
 from mmrjax.runtime import config as config_lib
-from mmrjax.train import step as state
+from mmrjax.train import step as step_lib
 from mmrjax.weights import layouts, source, storage, torch_names
 
 ARCH = "48,3,3"  # of the golden student
@@ -200,9 +202,10 @@ def trained(request, tiny_config, tmp_path_factory):
         fixed = positions.sincos_2d(24, (14, 14))
         drawn["positions/encoder_table"] = positions.resize_table(fixed, grid)
     variables = layouts.unflatten(drawn)
-    tx = method.optimiser(steps_per_epoch=2)
-    with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save(8, state.create(jax.tree.map(jnp.asarray, variables), tx))
+    stage = base.Stage("train", 1, epochs.Plan(2), optax.sgd(0.1))
+    with checkpoint.Checkpoints(folder / "checkpoints" / "train") as checkpoints:
+        state = step_lib.create(jax.tree.map(jnp.asarray, variables), stage)
+        checkpoints.save(8, step_lib.to_tree(state))
     return folder, method, variables
 
 

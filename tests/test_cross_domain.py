@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mmrjax import main
+from mmrjax import main, methods
 from mmrjax.data import tracks
 from mmrjax.data.defects import bank, synthesise
 from mmrjax.runtime import config as config_lib
@@ -303,7 +303,7 @@ def test_bad_input_is_one_line(arguments, tmp_path, capsys, fields, said):
 @pytest.mark.parametrize("track", ["a", "b", "labelled"])
 def test_the_configuration_builds(track):
     config = config_lib.load(f"configs/cross_domain.py:{track}")
-    config_lib.validate(config)
+    config_lib.validate(config, methods.METHODS)
     assert config.data.labelled == (track == "labelled")
     held_out = tracks.combinations(config.data.held_out)
     assert len(held_out) == (0 if track == "a" else 9)

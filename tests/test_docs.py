@@ -8,6 +8,7 @@ import pytest
 
 from configs import common
 from data_builders import build
+from mmrjax import methods
 from mmrjax.runtime import config as config_lib
 from mmrjax.weights import source
 
@@ -41,7 +42,7 @@ def test_every_named_config_field_exists_and_takes_the_named_value():
         assert field in DEFAULTS, field
         if value:
             config = config_lib.load("configs/common.py", [f"{field}={value}"])
-            config_lib.validate(config)
+            config_lib.validate(config, methods.METHODS)
 
 
 def test_every_quirk_has_a_row_that_names_its_test():

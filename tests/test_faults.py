@@ -17,8 +17,9 @@ import pytest
 
 from data_builders import build
 from mmrjax import main, methods
+from mmrjax.data import epochs
 from mmrjax.evaluate import scoring
-from mmrjax.methods import base
+from mmrjax.methods import base, optim
 from mmrjax.runtime import checkpoint, files
 
 RECORDS_LIMIT = 32 * 1024  # bytes: less than the records of ten pictures
@@ -30,7 +31,7 @@ LAST = 8  # steps: 10 pictures in batches of 8, 4 epochs
 class Toy(base.Method):
     """Learns one mean picture; what differs from it is a defect."""
 
-    name = "toy"
+    name, title, stage_names = "toy", "Toy", ("train",)
     bad_loss = bad_update = -1  # steps at which something becomes NaN
 
     def load_frozen(self):
@@ -41,17 +42,21 @@ class Toy(base.Method):
         ballast = jax.random.uniform(key, (512, 1024))  # a checkpoint of 2 MB
         return {"params": {"mean": mean, "ballast": ballast}}, {}
 
-    def loss(self, variables, frozen, batch, key, progress):
+    def loss(self, stage, variables, frozen, batch, key, progress):
         error = jnp.mean((batch["image"] - variables["params"]["mean"]) ** 2)
         return jnp.where(progress["step"] == self.bad_loss, jnp.nan, error), ({}, {})
 
-    def optimiser(self, steps_per_epoch):
+    def stages(self, records):
+        train, plan = self.config.train, epochs.Plan(self.config.train.batch_size)
+        steps = plan.steps_per_epoch(len(records))
         factor = optax.scale_by_schedule(lambda n: jnp.where(n == self.bad_update, jnp.nan, 1.0))
-        return optax.chain(super().optimiser(steps_per_epoch), factor)
+        tx = optax.chain(optim.optimiser(self.config.optim, train.epochs, steps), factor)
+        rates = optim.learning_rates(self.config.optim, train.epochs)
+        return [base.Stage("train", train.epochs, plan, tx, rates=rates)]
 
     def predict(self, variables, frozen, images):
         total = jnp.mean((images - variables["params"]["mean"]) ** 2, axis=-1)
-        return {"map": total, "score": jnp.max(total, axis=(1, 2)), "parts": {"all": total}}
+        return {"map": total, "parts": {"all": total}}
 
 
 @pytest.fixture
@@ -75,7 +80,9 @@ def run_dir(tmp_path):
 
 
 def steps(run_dir) -> list[int]:
-    return sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
+    return sorted(
+        int(p.name) for p in (run_dir / "checkpoints" / "train").iterdir() if p.name.isdigit()
+    )
 
 
 def the_line(output: str) -> str:
@@ -138,7 +145,7 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_checkpoint_before(
     monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
     assert status == 1
     line = the_line(output)
-    assert f"no checkpoint could be written to {run_dir / 'checkpoints'}" in line
+    assert f"no checkpoint could be written to {run_dir / 'checkpoints' / 'train'}" in line
     assert line.endswith(ADVICE)
     assert steps(run_dir) == [2, 3]
     assert program()[0] == 0
@@ -242,14 +249,14 @@ def test_a_damaged_checkpoint_is_reported_and_the_run_goes_on_from_the_one_befor
     assert program()[0] == 0
     whole = (run_dir / "scores.csv").read_bytes()
     (run_dir / "results.json").unlink()
-    newest = run_dir / "checkpoints" / str(LAST)
+    newest = run_dir / "checkpoints" / "train" / str(LAST)
     parts = (p for p in newest.rglob("*") if p.is_file())
     flip_a_bit(max(parts, key=lambda p: p.stat().st_size))
     assert program()[0] == 0
     told = (f"checkpoint {LAST} is damaged", f"checkpoint {LAST} cannot be read")
     assert any(m.startswith(told) for m in caplog.messages)
     assert f"resuming at step {LAST - 1} of {LAST}" in caplog.messages
-    assert (run_dir / f"checkpoints-damaged-{LAST}").is_dir()
+    assert (run_dir / "checkpoints" / f"train-damaged-{LAST}").is_dir()
     assert (run_dir / "scores.csv").read_bytes() == whole
 
 
@@ -257,7 +264,9 @@ def test_no_checkpoint_that_can_be_read_is_one_line_that_says_what_to_delete(pro
     assert program()[0] == 0
     (run_dir / "results.json").unlink()
     for step in steps(run_dir):
-        parts = (p for p in (run_dir / "checkpoints" / str(step)).rglob("*") if p.is_file())
+        parts = (
+            p for p in (run_dir / "checkpoints" / "train" / str(step)).rglob("*") if p.is_file()
+        )
         cut_short(max(parts, key=lambda p: p.stat().st_size))
     status, output = program()
     assert status == 1

@@ -13,8 +13,10 @@ import pytest
 
 from mmrjax import methods
 from mmrjax.bench import flops
-from mmrjax.data import geometry
+from mmrjax.data import epochs
+from mmrjax.data.augment import make_augment
 from mmrjax.evaluate import scoring
+from mmrjax.methods import base, optim
 from mmrjax.models import winograd
 from mmrjax.runtime import checkpoint, logs
 from mmrjax.runtime import config as config_lib
@@ -36,13 +38,16 @@ def abstract(config, devices=1, augment=whole, canvas=None, k=1):
     """(step, predict, their abstract arguments) without a single parameter in memory."""
     mesh = mesh_lib.make_mesh(devices)
     method = methods.create("mmr", config)
-    tx = method.optimiser(4)
+    plan = epochs.Plan(BATCH)
+    stage = base.Stage(
+        "train", config.train.epochs, plan, optim.optimiser(config.optim, config.train.epochs, 4)
+    )
     size = canvas or tuple(config.data.image_size)
 
     images = jnp.zeros((1, *config.data.image_size, 3))
     variables = jax.eval_shape(lambda: method.student.init(jax.random.key(0), images))
     frozen = {"teacher": jax.eval_shape(lambda: method.teacher.init(jax.random.key(0), images))}
-    initial = jax.eval_shape(lambda v: state.create(v, tx), variables)
+    initial = jax.eval_shape(lambda v: state.create(v, stage), variables)
     on_all, split = mesh_lib.replicated(mesh), mesh_lib.batched(mesh, 1)
 
     def place(tree, sharding):
@@ -57,10 +62,9 @@ def abstract(config, devices=1, augment=whole, canvas=None, k=1):
     resident = {"image": struct((20, *size, 3), np.uint8), "size": struct((20, 2), np.int32)}
     chunk = {"index": struct((k, BATCH), np.int32), "weight": struct((k, BATCH), np.float32)}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    step = state.make_train_step(method, tx, augment, 4, mesh)
+    step = state.make_train_step(method, stage, augment, 4, mesh)
     arguments = (*place((initial, frozen, resident), on_all), place(chunk, split), key)
-    view = geometry.View.of(config, evaluation=True)
-    predict = scoring.make_predict(train.Trained(method, None, None, {}, mesh), view)
+    predict = scoring._window_program(base.Trained(method, None, None, {}, mesh))
     pixels = struct((BATCH, *config.data.image_size, 3), np.uint8)
     return step, arguments, predict, (variables, frozen, pixels)
 
@@ -127,7 +131,9 @@ def test_only_the_crop_is_a_float32_product_in_a_bfloat16_step(bf16):
     config, text, _ = bf16
     logits = 2  # their gradient, float32, times queries and times keys: jax.nn's attention
     assert float32_products(text) == (logits, logits)
-    step, arguments, _, _ = abstract(config, augment=train.make_augment(config), canvas=(70, 80))
+    step, arguments, _, _ = abstract(
+        config, augment=make_augment(config, "rrc_flip"), canvas=(70, 80)
+    )
     crop = 2  # rows and columns
     assert float32_products(step.lower(*arguments).as_text()) == (logits + crop, logits)
 
@@ -151,7 +157,9 @@ def test_what_is_set_apart_from_a_kernel_is_not_wide_in_float32(bf16):
 @pytest.fixture(scope="module")
 def compiled(tiny_config):
     """(the step for eight devices, compiled as well as a user's; the state it takes)."""
-    step, arguments, _, _ = abstract(tiny_config, 8, train.make_augment(tiny_config), (70, 80))
+    step, arguments, _, _ = abstract(
+        tiny_config, 8, make_augment(tiny_config, "rrc_flip"), (70, 80)
+    )
     return step.lower(*arguments).compile(OPTIMISED), arguments[0]
 
 
@@ -164,18 +172,30 @@ def test_every_byte_of_the_state_is_updated_in_place(compiled):
 class MeanPicture(methods.base.Method):
     """Learns one mean picture: the loop around it is what is watched, and a step compiles fast."""
 
+    def stages(self, records):
+        train, optimiser = self.config.train, self.config.optim
+        rates = optim.learning_rates(optimiser, train.epochs)
+        tx = optim.optimiser(optimiser, train.epochs, 4)
+        return [base.Stage("train", train.epochs, epochs.Plan(BATCH), tx, rates=rates)]
+
     def load_frozen(self):
         return {}, {}
 
     def init(self, key, frozen):
         return {"params": {"mean": jnp.zeros((64, 64, 3))}}, {}
 
-    def loss(self, variables, frozen, batch, key, progress):
+    def loss(self, stage, variables, frozen, batch, key, progress):
         return jnp.mean((batch["image"] - variables["params"]["mean"]) ** 2), ({}, {})
 
 
 class Photographs:
     """Pictures of noise, enough for a Feed."""
+
+    def __len__(self):
+        return 4 * BATCH
+
+    def take(self, rows):
+        return self
 
     def size(self, i, max_side):
         return 64, 64
@@ -219,10 +239,9 @@ def test_the_loop_puts_indices_and_fetches_losses_once_a_chunk_and_compiles_once
     """Nothing else passes between host and device but, at a save, whether all is finite."""
     config = tiny_config.copy_and_resolve_references()
     config.train.epochs, config.train.steps_per_call = 3, 4
-    monkeypatch.setitem(methods.METHODS, "mean_picture", MeanPicture)
     monkeypatch.setattr(logs, "FLUSH_SECONDS", 0.0)  # every chunk is shown: the most fetches
     monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda *_: None)  # it fetches everything
-    train.train(config, "mean_picture", Photographs(), np.arange(4 * BATCH), 0, tmp_path)
+    train.train(MeanPicture(config), Photographs(), 0, tmp_path)
     puts, fetched, (step,) = watched
     images, *chunks = puts
     assert images.shape == (4 * BATCH, 64, 64, 3)
@@ -242,21 +261,26 @@ def test_the_state_leaves_a_step_as_it_came_so_that_no_second_one_compiles(tiny_
     assert jax.tree.map(kind, new) == jax.tree.map(kind, arguments[0])
 
 
-def test_an_evaluation_compiles_once_also_with_a_part_of_a_batch(tiny_config):
+def test_an_evaluation_compiles_once_also_with_a_part_of_a_batch(tiny_config, monkeypatch):
     mesh = mesh_lib.make_mesh(1)
     method = methods.create("mmr", tiny_config)
     frozen = mesh_lib.replicate(method.load_frozen()[0], mesh)
     variables = mesh_lib.replicate(method.init(jax.random.key(0), frozen)[0], mesh)
-    scorer = scoring.Scorer(
-        train.Trained(method, variables, frozen, {}, mesh), Pictures(), tiny_config
+    programs, made = [], scoring._window_program
+    monkeypatch.setattr(
+        scoring, "_window_program", lambda trained: programs.append(made(trained)) or programs[0]
     )
-    found = scorer.everything(np.arange(11))  # one whole batch of 8 and a part
+    scorer = scoring.Scorer(base.Trained(method, variables, frozen, {}, mesh), tiny_config)
+    found = scorer.everything(Pictures())  # one whole batch of 8 and a part
     assert found.maps.shape == (11, 64, 64)
-    assert scorer._predict._cache_size() == 1
+    assert programs[0]._cache_size() == 1
 
 
 class Pictures:
     """Eleven records, enough for a Scorer."""
+
+    def __len__(self):
+        return 11
 
     table = {name: np.arange(11) for name in ("id", "label", "has_mask", "domain", "group")}  # noqa: RUF012
 

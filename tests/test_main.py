@@ -141,7 +141,7 @@ def test_a_run_older_than_thresholds_has_trained_on_every_good_image(finished, t
     stored = json.loads((finished[0] / "mmr/parts/seed1/config.json").read_text())
     del stored["calibration"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "train" / "8").mkdir(parents=True)
     digest = stored["data_digest"]
     with pytest.raises(ValueError, match=r"calibration\.fraction: was 0\.0, is 0\.5"):
         workdir.settle(config, "mmr", tmp_path, digest, "train")

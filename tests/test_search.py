@@ -172,7 +172,7 @@ def test_every_candidate_is_a_configuration_that_its_method_accepts(search):
     seen = {}
     for candidate in search.CANDIDATES:
         config = config_lib.load(search.SPEC, [*search.SEARCHED, *search.fields_of(candidate)])
-        config_lib.validate(config)
+        config_lib.validate(config, methods.METHODS)
         (name,) = config.method.names
         methods.create(name, config)
         assert config.data.name == "folder"

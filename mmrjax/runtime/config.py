@@ -21,8 +21,14 @@ from mmrjax.runtime import files
 PACKAGED = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
-# Types of the entries of tuples that are empty by default and hold names that look like numbers.
-TUPLES = {"data.categories": str, "data.join": str, "data.held_out": str, "log.trackers": str}
+# Types of the entries of tuples that are empty by default; a name may look like a number.
+TUPLES = {
+    "data.categories": str,
+    "data.join": str,
+    "data.held_out": str,
+    "eval.resize": int,
+    "log.trackers": str,
+}
 PROTOCOLS = ("one_class", "k_shot", "one_for_all", "image_split", "track_a", "track_b")
 CHOICES = {
     "data.protocol": PROTOCOLS,

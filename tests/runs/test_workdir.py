@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mmrjax.evaluate import results as evaluate
-from mmrjax.runs import aggregate, restore, workdir
+from mmrjax.runs import aggregate, workdir
 from mmrjax.runtime import config as config_lib
 
 
@@ -19,7 +19,7 @@ def run(tmp_path, config):
     """A run that has a checkpoint and a whole evaluation."""
     folder = tmp_path / "mmr" / "parts" / "seed1"
     workdir.settle(config, "mmr", folder, "abc", "train")
-    (folder / "checkpoints" / "6").mkdir(parents=True)
+    (folder / "checkpoints" / "train" / "6").mkdir(parents=True)
     (folder / "maps").mkdir()
     for name in evaluate.FILES:
         (folder / name).write_text("{}")
@@ -67,29 +67,10 @@ def test_a_trained_run_that_lost_its_configuration_is_refused(run, config, mode,
 
 
 def test_a_run_without_checkpoints_may_change_its_mind(run, config):
-    (run / "checkpoints" / "6").rmdir()
+    (run / "checkpoints" / "train" / "6").rmdir()
     config.train.epochs = 5
     workdir.settle(config, "mmr", run, "abc", "train")
     assert json.loads((run / "config.json").read_text())["train"]["epochs"] == 5
-
-
-def test_the_one_scale_of_an_older_run_is_known_under_its_new_name(tmp_path, config):
-    folder = tmp_path / "patchcore" / "parts" / "seed1"
-    workdir.settle(config, "patchcore", folder, "abc", "train")
-    (folder / "fitted" / "0").mkdir(parents=True)
-    content = json.loads((folder / "config.json").read_text())
-    del content["patchcore"]["scales"]
-    content["patchcore"]["enlarge"] = 1.5
-    (folder / "config.json").write_text(json.dumps(content))
-    assert restore.read_config(folder).patchcore.scales == (1.5,)
-    with pytest.raises(ValueError, match=r"patchcore\.scales: was \(1\.5,\), is \(1\.0,\)"):
-        workdir.settle(config, "patchcore", folder, "abc", "train")
-    assert workdir.settle(config, "patchcore", folder, "abc", "evaluate").patchcore.scales == (1.5,)
-    content["patchcore"]["scales"] = [2.0]  # a later one that has both
-    (folder / "config.json").write_text(json.dumps(content))
-    assert restore.read_config(folder).patchcore.scales == (2.0,)
-    config.patchcore.scales = (2.0,)
-    assert workdir.settle(config, "patchcore", folder, "abc", "train") == config
 
 
 def test_a_copy_that_somebody_made_of_a_run_is_none(run, tmp_path):
@@ -113,31 +94,3 @@ def test_damaged_results_of_another_run_are_named_with_what_to_do(run, tmp_path,
     (run / name).write_text("{\n1\n")
     with pytest.raises(ValueError, match=rf"seed1/{name} is absent or damaged .*; delete it"):
         aggregate.aggregate(tmp_path, "", "")
-
-
-def test_a_run_from_before_maps_by_place_is_not_continued_with_them(tmp_path):
-    config = config_lib.load("configs/demo.py")
-    folder = tmp_path / "mmr" / "blade" / "seed0"
-    workdir.settle(config, "mmr", folder, "abc", "train")
-    (folder / "checkpoints" / "6").mkdir(parents=True)
-    stored = json.loads((folder / "config.json").read_text())
-    del stored["score"]
-    (folder / "config.json").write_text(json.dumps(stored))
-    workdir.settle(config, "mmr", folder, "abc", "train")
-    (folder / "config.json").write_text(json.dumps(stored))
-    config.score.by_place = True
-    with pytest.raises(ValueError, match=r"score\.by_place: was False, is True"):
-        workdir.settle(config, "mmr", folder, "abc", "train")
-
-
-def test_a_bank_from_before_an_option_existed_is_not_continued_with_it(tmp_path):
-    config = config_lib.load("configs/demo.py")
-    folder = tmp_path / "patchcore" / "blade" / "seed0"
-    workdir.settle(config, "patchcore", folder, "abc", "train")
-    (folder / "fitted" / "0").mkdir(parents=True)
-    stored = json.loads((folder / "config.json").read_text())
-    for field in ("whiten", "relative"):
-        del stored["patchcore"][field]
-    (folder / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"patchcore\.whiten: was 0\.0, is 0\.1"):
-        workdir.settle(config, "patchcore", folder, "abc", "train")

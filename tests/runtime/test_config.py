@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 import configs
 from configs import aebad_ablation, common, tile_ablation
+from mmrjax import methods
 from mmrjax.runtime import config as config_lib
 
 FOLDER = pathlib.Path(configs.__file__).parent
@@ -56,7 +57,7 @@ def test_arguments_are_found_in_the_docstrings():
 @pytest.mark.parametrize("spec", documented())
 def test_every_documented_configuration_builds_and_validates(spec):
     config = load(spec=spec)
-    config_lib.validate(config)
+    config_lib.validate(config, methods.METHODS)
     assert config.data.name
     assert config.title
     # The same fields everywhere: nothing is added or dropped by a file.
@@ -356,7 +357,7 @@ def test_category_named_with_digits_stays_text():
 )
 def test_unknown_choices_list_the_known(override):
     with pytest.raises(ValueError, match=rf"--config\.{override}: choose one of \w+, \w+"):
-        config_lib.validate(load(override))
+        config_lib.validate(load(override), methods.METHODS)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,7 @@ def test_unknown_choices_list_the_known(override):
 @pytest.mark.parametrize("value", [0, -3])
 def test_counts_must_be_positive(field, value):
     with pytest.raises(ValueError, match=rf"--config\.{field}={value}: must be at least 1"):
-        config_lib.validate(load(f"{field}={value}"))
+        config_lib.validate(load(f"{field}={value}"), methods.METHODS)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +410,7 @@ def test_counts_must_be_positive(field, value):
 def test_values_that_cannot_work_are_refused_before_anything_is_computed(override, message):
     name = override.partition("=")[0]
     with pytest.raises(ValueError, match=rf"--config\.{name}=.*{message}"):
-        config_lib.validate(load(override))
+        config_lib.validate(load(override), methods.METHODS)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +424,7 @@ def test_values_that_cannot_work_are_refused_before_anything_is_computed(overrid
     ],
 )
 def test_values_that_work_are_accepted(override):
-    config_lib.validate(load(override))
+    config_lib.validate(load(override), methods.METHODS)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +443,7 @@ def test_values_that_work_are_accepted(override):
 def test_more_values_that_cannot_work_are_refused(override):
     name = override.partition("=")[0]
     with pytest.raises(ValueError, match=rf"--config\.{name}="):
-        config_lib.validate(load(override))
+        config_lib.validate(load(override), methods.METHODS)
 
 
 # --- flatten

@@ -172,7 +172,10 @@ def test_only_the_first_process_writes_files_and_prints_the_table(two):
     workdir, outcomes = two
     home = str(workdir.parent)
     # Orbax is called by both and writes what they hold.
-    shared = [str(folder(workdir) / "checkpoints"), str(folder(workdir, "patchcore") / "fitted")]
+    shared = [
+        str(folder(workdir) / "checkpoints" / "train"),
+        str(folder(workdir, "patchcore") / "fitted"),
+    ]
     written = []
     for _, output, _ in outcomes:
         line = next(line for line in output.splitlines() if line.startswith("WRITTEN "))

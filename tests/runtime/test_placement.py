@@ -9,8 +9,8 @@ import pytest
 
 from mmrjax import methods
 from mmrjax.evaluate import scoring
+from mmrjax.methods import base
 from mmrjax.runtime import placement
-from mmrjax.train import loop
 
 
 def networks(config, name, dtype):
@@ -79,7 +79,7 @@ def test_kernels_of_matrix_products_are_not_turned(tiny_config):
 
 def test_a_finished_run_gives_its_weights_in_the_compute_dtype(tiny_config):
     method, weights = networks(tiny_config, "mmr", "bfloat16")
-    variables, frozen = loop.Trained(method, *weights, {}, None).ready
+    variables, frozen = base.Trained(method, *weights, {}, None).ready
     for network in (
         variables["params"]["encoder"]["blocks"]["fc1"],
         frozen["teacher"]["params"]["conv1"],

@@ -161,7 +161,7 @@ def kill_after_a_checkpoint(args: list[str], objects: dict) -> None:
     command = [sys.executable, "-m", "mmrjax.main", *args]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        while f"runs/{RUN}/checkpoints/2/commit_success.txt" not in objects:
+        while f"runs/{RUN}/checkpoints/train/2/commit_success.txt" not in objects:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
     finally:
@@ -247,15 +247,15 @@ def test_repeating_the_command_redoes_nothing(trained, bucket, tiny_raw, tiny_fi
 def test_a_damaged_checkpoint_in_the_bucket_is_set_aside(trained, bucket, tiny_raw, tiny_fields):
     address, objects = bucket
     kept = {name: value for name, value in objects.items() if name.startswith(f"runs/{RUN}/")}
-    steps = sorted({int(name.split("/")[5]) for name in kept if "/checkpoints/" in name})
-    newest = f"runs/{RUN}/checkpoints/{steps[-1]}/"
+    steps = sorted({int(name.split("/")[6]) for name in kept if "/checkpoints/train/" in name})
+    newest = f"runs/{RUN}/checkpoints/train/{steps[-1]}/"
     name = max((n for n in kept if n.startswith(newest)), key=lambda n: len(kept[n][0]))
     data = bytearray(kept[name][0])
     data[len(data) // 2] ^= 1
     objects[name] = (bytes(data), kept[name][1] + 1)
     del objects[f"runs/{RUN}/results.json"]
     assert main.main(arguments(trained[0], tiny_fields(tiny_raw, f"{address}/records"))) == 0
-    aside = f"runs/{RUN}/checkpoints-damaged-{steps[-1]}/"
+    aside = f"runs/{RUN}/checkpoints/train-damaged-{steps[-1]}/"
     assert sum(n.startswith(aside) for n in objects) == sum(n.startswith(newest) for n in kept)
     scores = f"runs/{RUN}/scores.csv"
     assert objects[scores][0] == kept[scores][0]

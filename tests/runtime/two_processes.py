@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mmrjax import main, methods
+from mmrjax import main
 from mmrjax.data import epochs, feed
 from mmrjax.data import records as records_lib
 from mmrjax.methods import base
@@ -40,10 +40,11 @@ class Toy(base.Method):
     def init(self, key, frozen):
         return {"params": {"image": jax.random.uniform(key, (16, 16, 3))}}, {}
 
-    def optimiser(self, steps_per_epoch):
-        return optax.adam(0.1)
+    def stages(self, records):
+        plan = epochs.Plan(self.config.train.batch_size)
+        return [base.Stage("train", self.config.train.epochs, plan, optax.adam(0.1))]
 
-    def loss(self, variables, frozen, batch, key, progress):
+    def loss(self, stage, variables, frozen, batch, key, progress):
         error = jnp.square(batch["image"] - variables["params"]["image"]).mean(axis=(1, 2, 3))
         return jnp.sum(error * batch["weight"]) / batch["weight"].sum(), ({}, {})
 
@@ -89,12 +90,13 @@ def parts(index: str, port: str, folder: str, directory: str) -> int:
 def feed_all(mode: str, directory: str, mesh: jax.sharding.Mesh) -> dict:
     """All batches of one epoch, and which images this process decoded for them."""
     records = records_lib.load(directory)
+    rows = np.flatnonzero(records.table["split"] == "train")
+    records = records.take(rows)
     decoded, image = [], records.image
-    records.image = lambda i, *rest: decoded.append(int(i)) or image(i, *rest)
+    records.image = lambda i, *rest: decoded.append(int(rows[i])) or image(i, *rest)
     options = {"resident_gib": 1.0, "max_side": 0, "plan": epochs.Plan(BATCH), "seed": 54}
     options |= {"steps_per_call": 1, "device_mesh": mesh}
-    rows = np.flatnonzero(records.table["split"] == "train")
-    source = feed.Feed(records, rows, mode=mode, **options)
+    source = feed.Feed(records, mode=mode, **options)
     sums = []
     for chunk in source.chunks(0, source.steps_per_epoch):
         chunk = mesh_lib.gather(chunk)
@@ -118,11 +120,10 @@ def count_pixels(mesh: jax.sharding.Mesh) -> dict:
 
 def stop_and_resume(directory: str, folder: pathlib.Path, signalled: bool) -> dict:
     """Trains until this process, or the other one, gets SIGTERM; and then to the end."""
-    methods.METHODS["toy"] = Toy
     fields = ("data.image_size=16,16", "data.resize=16,16", "train.batch_size=4", "train.epochs=4")
     config = config_lib.load("configs/folder.py", (*fields, "eval.batch_size=4", "train.fsdp=2"))
     records = records_lib.load(directory)
-    rows = np.flatnonzero(records.table["split"] == "train")
+    records = records.take(np.flatnonzero(records.table["split"] == "train"))
     add = logs.TrainLog.add
 
     def add_and_stop(self, step: int, values: dict) -> None:
@@ -133,11 +134,11 @@ def stop_and_resume(directory: str, folder: pathlib.Path, signalled: bool) -> di
     logs.TrainLog.add = add_and_stop
     stopped = None
     try:
-        loop.train(config, "toy", records, rows, 1, folder)
+        loop.train(Toy(config), records, 1, folder)
     except processes.Interrupted as e:
         stopped = e.args
     logs.TrainLog.add = add
-    trained = loop.train(config, "toy", records, rows, 1, folder)
+    trained = loop.train(Toy(config), records, 1, folder)
     sums = {
         name: float(x.sum()) for name, x in mesh_lib.gather(trained.variables["params"]).items()
     }

@@ -58,7 +58,7 @@ def test_sigterm_saves_and_the_next_start_goes_on_from_there(untouched):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(campaign.ROOT)}
     with (home / "stopped.txt").open("w") as out:
         process = subprocess.Popen(campaign.command(), cwd=home, env=environment, stderr=out)
-    while not any((home / campaign.RUN / "checkpoints").glob("[0-9]")):
+    while not any((home / campaign.RUN / "checkpoints" / "train").glob("[0-9]")):
         assert process.poll() is None, (home / "stopped.txt").read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -93,6 +93,7 @@ def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
 
 def test_the_time_of_a_lost_log_is_unknown_and_damaged_lines_do_not_count(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert logs.seconds(path, 4) is None
+    assert logs.seconds(path, 4, 0, 9) is None
     path.write_text('{"step": 0, "images_per_second": 2.0}\n{"step": 1, "imagfs": 2.0}\n[3]\n')
-    assert logs.seconds(path, 4) == 2.0
+    assert logs.seconds(path, 4, 0, 9) == 2.0
+    assert logs.seconds(path, 4, 1, 9) == 0.0

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 
 from mmrjax import methods
-from mmrjax.data import geometry
-from mmrjax.methods import optim
+from mmrjax.data import augment, epochs, geometry
+from mmrjax.methods import base, optim
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import mesh as mesh_lib
 from mmrjax.runtime import placement
-from mmrjax.train import loop
-from mmrjax.train import step as state
+from mmrjax.train import step as step_lib
 
 STEPS = {}  # one compiled step per number of devices and schedule, shared by the tests
 
@@ -21,18 +20,19 @@ def setup(config, devices, steps_per_epoch=4):
     method = methods.create("mmr", config)
     frozen = mesh_lib.replicate(method.load_frozen()[0], mesh)
     variables, _ = method.init(jax.random.key(0), frozen)
-    tx = optim.optimiser(config.optim, 3, steps_per_epoch)
-    augment = loop.make_augment(config)
+    plan = epochs.Plan(8)
+    stage = base.Stage("train", 3, plan, optim.optimiser(config.optim, 3, steps_per_epoch))
+    rrc = augment.make_augment(config, config.train.augment)
     step = STEPS.setdefault(
         (devices, config.optim.warmup, config.train.compute_dtype),
-        state.make_train_step(method, tx, augment, steps_per_epoch, mesh),
+        step_lib.make_train_step(method, stage, rrc, steps_per_epoch, mesh),
     )
     rng = np.random.default_rng(0)
     resident = {
         "image": rng.integers(0, 256, (20, 70, 80, 3), dtype=np.uint8),
         "size": np.tile(np.int32([[66, 78]]), (20, 1)),
     }
-    initial = mesh_lib.replicate(state.create(variables, tx), mesh)
+    initial = mesh_lib.replicate(step_lib.create(variables, stage), mesh)
     return mesh, step, initial, frozen, mesh_lib.replicate(resident, mesh)
 
 
@@ -151,7 +151,9 @@ def test_training_without_augmentation_sees_what_evaluation_sees():
     image = np.random.default_rng(0).integers(0, 256, (60, 70, 3), dtype=np.uint8)
     canvas = np.zeros((64, 80, 3), np.uint8)
     canvas[:60, :70] = image
-    got = jax.jit(loop.make_augment(config))(jax.random.key(0), canvas, np.array([60, 70]))
+    got = jax.jit(augment.make_augment(config, "none"))(
+        jax.random.key(0), canvas, np.array([60, 70])
+    )
     want = geometry.view_image(image, (40, 48), (32, 32), "lanczos")
     assert np.abs(255 * got - want.astype(float)).max() < 1.01
 
