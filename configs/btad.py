@@ -4,7 +4,7 @@ python -m data_builders.build btad --download --raw_dir=btad --data_dir=~/.cache
 python -m mmrjax.main --config=configs/btad.py --workdir=runs/btad --config.data.raw_dir=btad
 python -m mmrjax.main --config=configs/btad.py:02 --workdir=runs/btad02 --config.data.raw_dir=btad
 
-What to expect: the MMR paper has no number for this data set; PatchCore as the AMI-Net paper (IEEE
+Expected: the MMR paper has no number for this data set; PatchCore as the AMI-Net paper (IEEE
 TASE 2024) gives it, mean of three: image AUROC 90.0, pixel AUROC 96.5. Not run here: the data set
 was not at hand.
 """

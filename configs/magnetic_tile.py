@@ -18,8 +18,8 @@ of 448 px, for small defects, and on a quarter of that, where a patch spans larg
 place, which forgive the tiles' borders. Image AUROC / pixel AUROC / aupro_0.3 / pro_mmr: 88.6 /
 76.9 / 75.7 / 74.8 with seed 54 and 87.7 / 75.9 / 75.3 / 76.0 with 55 (plain PatchCore: 86.6 / 75.2
 / 74.8 / 73.4 and 87.2 / 74.7 / 74.7 / 73.2): it locates somewhat better; whether it tells more bad
-tiles from good ones the test cannot say. Of the defects under 10 px at 224 px it finds 47.9 % for
-29.7 (seed 55); cracks are found better at 224 px. 35 minutes on one core.
+tiles from good ones the test cannot say. It finds 47.9 % of the defects under 10 px at 224 px,
+for 29.7 (seed 55); cracks are found better at 224 px. 35 minutes on one core.
 """
 
 from configs import common

@@ -3,7 +3,7 @@
 python -m mmrjax.main --config=configs/rsdds.py --workdir=runs/rsdds --config.data.raw_dir=<RSDDs>
 python -m mmrjax.main --config=configs/rsdds.py:ii --workdir=runs/rsdds_ii --config.data.raw_dir=…
 
-What to expect: we know of no published one-class result, and the data set was not at hand to run
+Expected: we know of no published one-class result, and the data set was not at hand to run
 here. Tiles of 160 and of 55 pixels are enlarged to 224; the split is by strip.
 """
 

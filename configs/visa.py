@@ -4,7 +4,7 @@ python -m data_builders.build visa --download --raw_dir=visa --data_dir=~/.cache
 python -m mmrjax.main --config=configs/visa.py --workdir=runs/visa --config.data.raw_dir=visa
 python -m mmrjax.main --config=configs/visa.py:pcb1 --workdir=runs/pcb1 --config.data.raw_dir=visa
 
-What to expect: the MMR paper has no number for this data set, and it was not at hand to run here.
+Expected: the MMR paper has no number for this data set, and it was not at hand to run here.
 """
 
 from configs import common

@@ -68,6 +68,10 @@ def _run(argv: Sequence[str]) -> int:
         message, number = e.args
         _complain(f"{message}; the same command continues")
         return 128 + number
+    except records_lib.Missing as e:
+        for line in e.lines:
+            _complain(line)
+        return 1
     except KeyboardInterrupt:
         _complain("interrupted; the same command continues")
         return 130

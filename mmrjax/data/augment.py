@@ -150,13 +150,13 @@ def evaluation_view(
     size_hw: tuple[int, int],
     interpolation: str,
 ) -> jax.Array:
-    """What evaluation sees of an image (`geometry.view_image`), within one grey level.
+    """The evaluation view of an image (`geometry.view_image`), within one grey level.
 
     Args:
       image: uint8 [h, w, 3] on the canvas.
       size: int [2], the image's own (height, width).
       resize: the whole image is resized to this, (height, width) in px.
-      size_hw: of the centre crop, at most `resize`.
+      size_hw: size of the centre crop, at most `resize`.
       interpolation: a key of KERNELS.
 
     Returns:

@@ -20,8 +20,8 @@ class Plan:
 
     Attributes:
       batch_size: rows of a batch.
-      last_batch: what becomes of an epoch's last batch if too few examples are left: "pad" (rows of
-        weight 0 fill it) or "drop" (it is left out; BatchNorm must never see padding rows).
+      last_batch: "pad" (rows of weight 0 fill an epoch's last batch) or "drop" (a batch that is not
+        full is left out; BatchNorm must never see padding rows).
       per_category: images of each category in an epoch, drawn anew in every epoch; 0: all of them.
       category: int32 [n], of the examples; None: all are of one category.
       defects: how some rows get a defect, see data/defects/rows.py; None: no row does. If every
@@ -138,9 +138,9 @@ def epoch_table(
     """Shuffles the training examples of one epoch into batches.
 
     Args:
-      positions: of the examples, [n].
+      positions: int [n], the examples.
       batch_size: global batch.
-      seed: of the run.
+      seed: the run's seed.
       epoch: 0-based.
 
     Returns:

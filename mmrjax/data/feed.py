@@ -29,8 +29,8 @@ class Feed:
     Attributes:
       canvas: (height, width) that every training image is padded to.
       resident: {"image": uint8 [n, h, w, 3], "size": int32 [n, 2]} on device, or {} when streamed.
-        Where the plan knows the examples' domains, also "domain": int32 [n]; where it wants the
-        foreground, that is the fourth channel of the images, 0 or 255.
+        If the plan knows the examples' domains, also "domain": int32 [n]; if the plan wants the
+        foreground, it is the fourth channel of the images, 0 or 255.
     """
 
     def __init__(
@@ -170,10 +170,10 @@ class Feed:
 
 
 def _cuts(steps: int, most: int) -> list[int]:
-    """Where the chunks of an epoch of `steps` end; none has more than `most` steps.
+    """The steps at which the chunks of an epoch end; no chunk has more than `most` steps.
 
-    All are equally long, hence one compile, if they can be so with less than twice the fewest.
-    Else, as when `steps` is prime, they are the fewest, and of two lengths, which differ by one.
+    Chunks have equal length, so that the step compiles once, unless that needs twice as many chunks
+    as the minimum. In that case, as when `steps` is prime, there are two lengths, one step apart.
     """
     fewest = -(-steps // most)
     count = next((n for n in range(fewest, 2 * fewest) if steps % n == 0), fewest)

@@ -1,8 +1,8 @@
 """A trained model over a test set: maps and scores in one jitted program, and what is kept of them.
 
-Of small test sets everything is kept and the pixels are ranked exactly (`Predictions`). Of large
-ones only histograms are kept, and the few maps that are shown are computed once more
-(`Histograms`). Both answer the same questions. Called by evaluate.py.
+A small test set is kept as a whole and its pixels are ranked exactly (`Predictions`). A large test
+set leaves histograms only, and the few maps that are shown are computed once more (`Histograms`).
+Both answer the same questions. Called by results.py.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ EXACT_PIXELS = 200_000_000  # eval.pixel_metrics=auto is exact up to here: about
 
 @dataclasses.dataclass
 class Predictions:
-    """What the model says of the test images, beside the truth.
+    """Maps and scores of the test images, beside the truth.
 
     Attributes:
       images: uint8 [n, h, w, 3], as the model saw them.
@@ -85,7 +85,7 @@ class Predictions:
 
 @dataclasses.dataclass
 class Histograms:
-    """What is kept of a test set whose maps are not; answers what `Predictions` answers.
+    """A test set without its maps; answers what `Predictions` answers.
 
     Attributes:
       counted: histograms of the n maps, by image and by defect region.
@@ -140,8 +140,8 @@ def streams(config: ConfigDict, images: int) -> bool:
 def make_predict(trained: base.Trained, view: geometry.View):
     """The compiled program: uint8 images [b, *frame, 3] -> (maps [b, *frame], scores [b]), float32.
 
-    A tiled view runs window by window and needs the memory of one window. Where windows overlap,
-    the map is their mean. The score is the method's score of the map that is put together: a single
+    A tiled view runs window by window and needs the memory of one window. Overlapping windows give
+    their mean. The score is the method's score of the map that is put together: a single
     window sees least at its border, and would be at its highest there.
     """
     predict = _window_program(trained)

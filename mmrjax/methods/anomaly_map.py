@@ -82,7 +82,7 @@ def upsample_and_smooth(
       distance: float32 [b, h_l, w_l].
       size_hw: image size in px.
       align_corners: torch's flag; True for MMR and RD4AD, False for PatchCore.
-      sigma: of the Gaussian, in px of the output; 0 switches it off.
+      sigma: standard deviation of the Gaussian in px of the output; 0 switches it off.
     """
     rows = operator(distance.shape[1], size_hw[0], align_corners, sigma)
     columns = operator(distance.shape[2], size_hw[1], align_corners, sigma)

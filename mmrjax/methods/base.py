@@ -39,7 +39,7 @@ class Stage(NamedTuple):
     """One gradient stage of a training.
 
     Attributes:
-      name: of its checkpoints, checkpoints/<name>/, and of its lines in the log.
+      name: folder of the stage's checkpoints, checkpoints/<name>/.
       epochs: passes over the training images.
       plan: how the batches are filled.
       tx: turns gradients into updates. A dict names sub-trees of the parameters and gives each an
@@ -126,7 +126,7 @@ class Method:
 
     @classmethod
     def weights_needed(cls, config: ConfigDict) -> dict[str, Callable[[], object]]:
-        """{what: a call that finds or fetches it}: the weight files that training reads."""
+        """The weight files that training reads, {role: a call that finds or fetches the file}."""
         teacher = config.teacher
         return {"teacher": lambda: weights.teacher_file(teacher.name, teacher.weights)}
 
@@ -184,7 +184,7 @@ class Method:
             [b, h, w, 3] (another picture of the category), and with a recipe for defects "normal"
             [b, h, w, 3] (the image without its defect), "mask" and "tiny" bool [b, h, w] and
             "kind" int32 [b], see data/defects/rows.py.
-          key: of this step.
+          key: PRNG key of this step.
           progress: "step" and "epoch" of the stage, int32 scalars.
 
         Returns:

@@ -85,7 +85,7 @@ def weighted_cosine(
       teacher: the same layers.
       weight: [b], 0 for padding rows.
       tiny: bool [b, h, w] px.
-      tiny_weight: of a cell with any tiny pixel; 2 in the proposal.
+      tiny_weight: weight of a cell with any tiny pixel; 2 in the proposal.
       balanced: give the mean over the tiny cells of the batch the weight `tiny_weight` - 1 instead.
         A defect of 9 px changes the plain form by less than half a percent.
       ignored: bool [b, h, w] px, None for none: a cell with any of them counts as one without loss.
@@ -132,14 +132,14 @@ def feature_contrast(
     up to `negatives` other defect cells of the batch. It pulls where the anomaly score is measured.
 
     Args:
-      key: of the draw of the other cells.
+      key: PRNG key that draws the other cells.
       student: {layer: [b, h_l, w_l, c_l]} of the defective pictures.
       normal: the teacher's features of their twins.
       defective: the teacher's features of the pictures.
       mask: bool [b, h, w] px, the defects.
       ignored: bool [b, h, w] px, None for none: cells with any of them are left out.
       negatives: other cells, drawn from each scale and shared by its anchors.
-      temperature: of the softmax.
+      temperature: temperature of the softmax.
       alike: cells in which the teacher's two features have a cosine above this are left out: it
         does not see the defect there.
 
@@ -173,14 +173,14 @@ def info_nce(
     """-log(e^p / (e^p + e^n + sum of e^q)) of each row, cosines over the temperature: float32 [n].
 
     Args:
-      key: of the draw of q's.
+      key: PRNG key that draws q's.
       anchors: unit vectors [n, c].
       positives: unit vectors [n, c], whose cosine with the anchor is p.
       own: unit vectors [n, c], whose cosine with the anchor is n.
       among: bool [n], the rows of `own` from which the `negatives` shared q's are drawn; a row is
         no q of its own.
       negatives: number of q's, fewer where `among` has fewer.
-      temperature: of the softmax.
+      temperature: temperature of the softmax.
     """
     n = len(anchors)
     p, own_n = (jnp.sum(anchors * other, axis=-1) for other in (positives, own))
@@ -281,7 +281,7 @@ def running_moments(
 
 
 def no_moments(domains: int, width: int) -> dict[str, jax.Array]:
-    """What `running_moments` begins with."""
+    """The moments that `running_moments` begins with."""
     shapes = {"count": (), "mean": (width,), "square": (width, width)}
     return {name: jnp.zeros((domains, *shape), jnp.float32) for name, shape in shapes.items()}
 

@@ -58,7 +58,7 @@ def check(config: ConfigDict) -> None:
 
 
 def hybrid(options: ConfigDict, student: MaskedStudent) -> attention.Hybrid | None:
-    """What `config.mmr_plus` lets the heads of a student see; None: everything."""
+    """The limits that `config.mmr_plus` sets to the heads of a student; None: no limits."""
     if not options.hybrid:
         return None
     far = attention.FULL if options.sampling == "full" else attention.GLOBAL

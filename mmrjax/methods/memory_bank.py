@@ -32,8 +32,8 @@ def whitening(patches: np.ndarray, shrinkage: float, key: jax.Array) -> np.ndarr
 
     Args:
       patches: float32 [images, n, d].
-      shrinkage: what is added to the diagonal of the differences' correlations; the less, the more
-        a rare direction counts, and the more data it takes.
+      shrinkage: a number that is added to the diagonal of the differences' correlations; the
+        smaller, the more a rare direction counts, and the more data it takes.
       key: PRNG key of the split and of the patches looked at.
 
     Returns:
@@ -70,7 +70,7 @@ def whitening(patches: np.ndarray, shrinkage: float, key: jax.Array) -> np.ndarr
 
 
 def expected_distances(patches: np.ndarray, bank: jax.Array, image: np.ndarray) -> jax.Array:
-    """What squared distance a good patch has to the bank row that is nearest to it.
+    """The squared distance of a good patch to its nearest bank row, to be expected by row.
 
     Some places of a good part vary more than others (a number, a shadow): a distance means less
     there. Each training patch is held against the rows of the other images, as a new image would

@@ -43,7 +43,7 @@ def optimiser(
 
     Args:
       optim: config.optim.
-      epochs: of the whole run.
+      epochs: epochs of the whole run.
       steps_per_epoch: updates with one learning rate.
       decayed: parameters -> which of them weight decay applies to; None: to all.
     """
@@ -83,8 +83,8 @@ def descend(
 ) -> tuple[dict, optax.OptState]:
     """One update: (parameters, optimiser state).
 
-    Of several optimisers those step whose name is in `gradients`; the others stay as they are, the
-    counts of their updates too.
+    Among several optimisers, those step whose name is in `gradients`. The others keep their states
+    and the counts of their updates.
     """
     if not isinstance(tx, dict):
         updates, opt_state = tx.update(gradients, opt_state, params)

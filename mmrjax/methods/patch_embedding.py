@@ -20,7 +20,7 @@ def embed(features: dict, patch: int, width: int) -> jax.Array:
     Args:
       features: {layer: [b, h, w, c]} of the network.
       patch: side of the neighbourhood, in cells, that an embedding sees.
-      width: of an embedding.
+      width: length of an embedding.
     """
     grid, pooled = None, []
     for layer in sorted(features):

@@ -186,8 +186,8 @@ class PatchCore(base.Method):
     def predict(self, variables, frozen, images):
         """Squared distance to the nearest bank row, upsampled and smoothed.
 
-        With patchcore.relative the distance is divided by the one to expect from that row. Of
-        several scales, which are the parts, the map is the sum. With patchcore.score=patch the
+        With patchcore.relative the distance is divided by the one to expect from that row. Several
+        scales are the parts, and the map is their sum. With patchcore.score=patch the
         score is the maximum of raw distances, as in the official code.
         """
         memory, scales = variables["memory"], by_part(self.config.patchcore.scales)
@@ -215,7 +215,7 @@ def smoothing(scale: float) -> float:
 
 
 def _distance(memory: dict, patches: jax.Array) -> jax.Array:
-    """Of patches [b, h, w, d] to the nearest rows of a memory, float32 [b, h, w]."""
+    """Distance of patches [b, h, w, d] to the nearest rows of a memory, float32 [b, h, w]."""
     if "whitening" in memory:
         patches = jnp.matmul(patches, memory["whitening"], precision=memory_bank.EXACT)
     b, h, w, d = patches.shape

@@ -1,6 +1,6 @@
 """The records and weights that a configuration needs: found, missed, built, loaded."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -14,15 +14,27 @@ from mmrjax.runtime import files, processes
 DEMO = "to see the program without them: python -m mmrjax.main --config=configs/demo.py"
 
 
+class Missing(FileNotFoundError):
+    """Several things that a run needs are not there; `lines` say which, and what to do."""
+
+    def __init__(self, things: Sequence[str]):
+        """Takes a sentence for each thing."""
+        super().__init__("; ".join(things))
+        numbered = [f"  {i}. {' '.join(text.split())}" for i, text in enumerate(things, 1)]
+        head = f"error: {len(things)} things are missing, nothing was begun:"
+        self.lines = [head, *numbered, f"  {DEMO}"]
+
+
 def check_needs(configs: Iterable[ConfigDict], weights: bool = True) -> None:
     """Looks for everything that runs need, before anything is built; fetches published weights.
 
     Args:
-      configs: of one run or more; data that several share are looked for once.
+      configs: configurations of one run or more; shared data are looked for once.
       weights: whether to look for weight files; finished runs need none.
 
     Raises:
-      FileNotFoundError, ValueError: what is missing, all of it, each with what to do.
+      FileNotFoundError, ValueError: the one thing that is missing, with what to do.
+      Missing: several things are.
     """
     missing: dict[str, Exception] = {}
     for config in configs:
@@ -32,10 +44,7 @@ def check_needs(configs: Iterable[ConfigDict], weights: bool = True) -> None:
     if len(missing) == 1:
         raise next(iter(missing.values()))
     if missing:
-        lines = "".join(f"\n  {i}. {text}" for i, text in enumerate(missing, 1))
-        raise FileNotFoundError(
-            f"{len(missing)} things are missing, nothing was begun:{lines}\n  {DEMO}"
-        )
+        raise Missing(list(missing))
 
 
 def _look_for_data(config: ConfigDict) -> list[Exception]:

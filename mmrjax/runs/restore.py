@@ -47,7 +47,7 @@ def trained(folder: pathlib.Path) -> tuple[base.Trained, ConfigDict]:
 
     Raises:
       FileNotFoundError: no run, no weights of the teacher, or nothing trained yet.
-      ValueError, RuntimeError: what is there is damaged or does not fit.
+      ValueError, RuntimeError: the run is damaged or does not fit.
     """
     folder = folder.resolve()
     config, name = read_config(folder), folder.parent.parent.name
@@ -84,9 +84,9 @@ def _last_state(
     """(variables, step) of the newest intact checkpoint of the method's last stage.
 
     Args:
-      method: of the run.
+      method: the run's method.
       variables: as `Method.init` draws them, or their shapes.
-      folder: of the run.
+      folder: the run's folder.
       mesh: on which the variables are laid.
     """
     directory = folder / begun.CHECKPOINTS

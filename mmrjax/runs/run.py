@@ -22,13 +22,13 @@ from mmrjax.train import loop
 
 @dataclasses.dataclass
 class Run:
-    """What is trained on what, and where it lies.
+    """One training, its evaluation, and their folders.
 
     Attributes:
       config: the whole configuration.
       method: name of the method.
       records: all records of the category, or of what is joined.
-      seed: of everything that is drawn.
+      seed: seed of everything that is drawn.
       folder: <workdir>/<method>/<category>/seed<k>, with checkpoints and metrics.jsonl.
       results: folder of the evaluation: `folder`, or that of another view of the run.
     """

@@ -2,7 +2,7 @@
 
 <workdir>/<method>/<category>/seed<k>/ holds a run, <workdir>/evaluations/<view>/… another view of
 it. A run's config.json tells what it was trained with and on; a call that differs in what shapes
-training is refused. Of several processes, the first alone calls what is here; called by main.py.
+training is refused. Among several processes, the first alone calls these functions.
 """
 
 import json
@@ -40,7 +40,7 @@ FREE_FIELDS = (
 
 
 def run_path(name: str, category: str, seed: int) -> pathlib.Path:
-    """Where a run lies, below the work directory or the root of a view."""
+    """The folder of a run, below the work directory or the root of a view."""
     return pathlib.Path(name, category, f"seed{seed}")
 
 
@@ -114,10 +114,10 @@ def settle(config: ConfigDict, name: str, run: pathlib.Path, digest: str, mode: 
     """Holds the configuration against the run's config.json, or writes that.
 
     Args:
-      config: of this call.
-      name: of the method.
+      config: the configuration of this call.
+      name: name of the method.
       run: directory of the run.
-      digest: of the records; a run belongs to the data it was trained on.
+      digest: digest of the records; a run belongs to the data it was trained on.
       mode: with "evaluate", what is stored wins over `config` in every field that shaped training.
 
     Returns:

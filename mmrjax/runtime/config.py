@@ -127,7 +127,7 @@ def _import(path: pathlib.Path):
 def _naming_errors(path: str | pathlib.Path) -> Iterator[None]:
     """A configuration file is the user's program: whatever it raises becomes one line.
 
-    What it raises as ValueError is meant for people and stays as it is.
+    A ValueError of the file is meant for people and stays as it is.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a begun run holds to: the weights and defects it was begun with may not be exchanged.
+"""A begun run holds to the weights and the defects that it was begun with.
 
 The configuration tells a file's name only, and what is in the file may have changed since.
 """

@@ -30,7 +30,7 @@ STEPS_PER_CALL = 64  # on accelerators: about a second of work, never more than 
 
 @dataclasses.dataclass
 class Training:
-    """What all steps of one training work with."""
+    """The things that all steps of one training work with."""
 
     method: base.Method
     frozen: dict  # with the method's extras
@@ -106,8 +106,8 @@ def train(
     Args:
       method: with its configuration.
       records: the good images to train on.
-      seed: of initial values, order, crops and masks.
-      folder: of this run; checkpoints/<stage>/, fitted/ and metrics.jsonl go there.
+      seed: seed of initial values, order, crops and masks.
+      folder: the run's folder; checkpoints/<stage>/, fitted/ and metrics.jsonl go there.
       evaluate_only: refuse to train what is not finished.
       labelled: defective records that a method may learn from, if it can.
 
@@ -202,9 +202,9 @@ def _run_stage(
 
     Args:
       training: the run.
-      stage: what is trained, and how.
+      stage: the stage.
       variables: as the stages before left them.
-      key: of the stage.
+      key: PRNG key of the stage.
       first: steps of all stages before.
     """
     steps_per_epoch = stage.plan.steps_per_epoch(len(training.records))

@@ -31,7 +31,7 @@ class TrainState:
       params: parameters that the stage trains, float32.
       fixed: the other parameters, for which there is no gradient and no optimiser state.
       collections: all other variables of the method (position tables, statistics, memory banks).
-      opt_state: of the optimiser; of several, {name: state}.
+      opt_state: state of the optimiser, or {name: state} of several.
     """
 
     step: jax.Array
@@ -42,7 +42,7 @@ class TrainState:
 
     @property
     def variables(self) -> dict:
-        """What the method's `loss` and `predict` take."""
+        """The variables that the method's `loss` and `predict` take."""
         return {"params": merged(self.params, self.fixed), **self.collections}
 
 
@@ -77,7 +77,7 @@ def create(variables: dict, stage: base.Stage) -> TrainState:
 
 
 def shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Where a state's arrays lie: large parameters and their moments split over "fsdp"."""
+    """The shardings of a state: large parameters and their moments split over "fsdp"."""
     everywhere = jax.tree.map(lambda _: mesh_lib.replicated(mesh), state)
     return everywhere.replace(
         params=mesh_lib.fsdp_shardings(state.params, mesh),
@@ -147,11 +147,11 @@ def make_batch(
       plan: an `epochs.Plan`.
       resident: as `feed.Feed.resident`.
       rows: the row of a chunk, see `feed.Feed.chunks`.
-      key: of the step.
+      key: PRNG key of the step.
       frozen: with `Method.extras`.
 
     Returns:
-      What `Method.loss` describes as `batch`.
+      The `batch` that `Method.loss` describes.
     """
     # A key per example: masks and crops do not depend on the number of devices.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows["index"])

@@ -217,3 +217,15 @@ def test_records_of_a_single_split_can_be_read(tmp_path):
     records = records_lib.load(built["lone"])
     assert records.table["split"].tolist() == ["train"]
     assert records.image(0).shape == (8, 9, 3)
+
+
+def test_a_view_has_the_rows_in_their_order_and_shares_the_images(records):
+    rows = [len(records) - 1, 0, 0]
+    view = records.take(rows)
+    assert len(view) == 3
+    assert view.table["id"].tolist() == [records.table["id"][i] for i in rows]
+    for i, row in enumerate(rows):
+        np.testing.assert_array_equal(view.image(i), records.image(row))
+        np.testing.assert_array_equal(view.mask(i), records.mask(row))
+    assert len(view.take([])) == 0
+    assert view.digest == records.digest
