@@ -174,7 +174,8 @@ def phase(home: pathlib.Path, stale: set[str]) -> str:
 
 def usable(home: pathlib.Path) -> frozenset[str]:
     """What a restart can use: records, checkpoints, an evaluation, a report."""
-    steps = {path.name for path in (home / RUN / "checkpoints" / "train").glob("*") if path.name.isdigit()}
+    saved = (home / RUN / "checkpoints" / "train").glob("*")
+    steps = {path.name for path in saved if path.name.isdigit()}
     files = (RECORDS / "fingerprint.json", RUN / "results.json", "run/report.html")
     return frozenset({str(name) for name in files if (home / name).exists()} | steps)
 
