@@ -64,7 +64,15 @@ def test_every_link_within_the_repository_leads_somewhere(path):
         assert file.is_file(), target
         if anchor:
             titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
-            assert anchor in {title.lower().replace(" ", "-") for title in titles}, anchor
+            plain = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+            assert anchor in plain, anchor
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_file_that_a_page_names_exists(path):
+    named = re.findall(r"(?<![\w/<>.:])[\w/]+\.(?:py|sh|ipynb)\b", path.read_text())
+    folders = (ROOT, ROOT / "mmrjax", ROOT / "configs")
+    assert [n for n in named if not any((folder / n).is_file() for folder in folders)] == []
 
 
 def test_every_document_is_named_in_the_readme():
