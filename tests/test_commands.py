@@ -406,7 +406,7 @@ def test_many_are_shown():
 MISTAKES = {
     "python -m mmrjax.main --config=configs/demo.py --workdir=a --config.train.epoch=3": "epochs",
     "python -m mmrjax.main --config=configs/demos.py --workdir=a": "configs/demos.py",
-    "python -m mmrjax.main --config=configs/demo.py --workdri=a": "--workdir is missing",
+    "python -m mmrjax.main --config=configs/demo.py --workdri=a": "unknown argument '--workdri=a'",
     "python -m mmrjax.main --config=configs/demo.py --workdir=a --config.optim.drops=3": "between",
     "python -m mmrjax.predict --workdir=a --inptu=b --output=c": "refuses",
     "python -m mmrjax.convert to-torch --kind=student --input=a --output=b": "refuses",
@@ -416,7 +416,7 @@ MISTAKES = {
     "python scripts/campain.py": "campain",
     "pip install '.[cuda99]'": "cuda99",
     "scripts/demos": "scripts/demos",
-    "scripts/slurm.sh --dry-run --config=configs/demo.py --wrkdir=a": "--workdir is missing",
+    "scripts/slurm.sh --dry-run --config=configs/demo.py --wrkdir=a": "unknown argument '--wrkdir=a'",
     "sbatch --node=2 scripts/slurm.sh --config=configs/demo.py --workdir=a": "--node",
     "scripts/tpu_vm.sh --dry-run kept --config=configs/demo.py --workdir=a": "unknown verb",
 }

@@ -21,10 +21,10 @@ from scipy import ndimage
 from mmrjax import methods, metrics
 from mmrjax.data import geometry
 from mmrjax.evaluate import scoring
+from mmrjax.methods import base
 from mmrjax.metrics import misses, streaming
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import mesh as mesh_lib
-from mmrjax.train import loop
 
 SIZE = 224
 DOMAINS = ("background", "illumination", "same", "view")
@@ -113,7 +113,7 @@ def forward_seconds(config_file: str, overrides: Sequence[str], images: int) -> 
     frozen = mesh_lib.replicate(method.load_frozen()[0], mesh)
     variables = mesh_lib.replicate(method.init(jax.random.key(0), frozen)[0], mesh)
     view = geometry.View.of(config)
-    trained = loop.Trained(method, variables, frozen, {}, mesh)
+    trained = base.Trained(method, variables, frozen, {}, mesh)
     predict = scoring.make_predict(trained, view)
     batch = config.eval.batch_size
     shape = (batch, *config.data.image_size, 3)

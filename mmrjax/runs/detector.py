@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 from data_builders import images as image_files
 from mmrjax.data import geometry
 from mmrjax.evaluate import calibrate, scoring
+from mmrjax.methods import base
 from mmrjax.runs import restore
 from mmrjax.runtime import devices, files, staging
-from mmrjax.train import loop
 
 FULL_SCALE = 65535  # of 16-bit images, where nothing else is said
 THREADS = 4  # that decode and resize
@@ -80,7 +80,7 @@ class Detector:
 
     def __init__(
         self,
-        trained: loop.Trained,
+        trained: base.Trained,
         config: ConfigDict,
         calibration: calibrate.Calibration | None = None,
         scale: tuple[float, float] | None = None,
