@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from mmrjax.data.defects import __main__ as preview
-from mmrjax.data.defects import synthesise
 
 SIZE, COLUMNS = 64, 3
 
@@ -28,7 +27,7 @@ def test_a_sheet_has_a_row_for_each_kind_its_outlines_and_the_real_ones(folders)
     sheet = folders / "sheet.png"
     given = [f"--good={folders / 'good'}", f"--real={folders / 'bad'}", f"--bank={folders / 'bad'}"]
     sizes = [f"--size={SIZE}", f"--columns={COLUMNS}", f"--output={sheet}"]
-    assert synthesise.main(["--preview", *given, *sizes, "--kinds=spot,real"]) == 0
+    assert preview.main(["--preview", *given, *sizes, "--kinds=spot,real"]) == 0
     image, step = cv2.imread(str(sheet), cv2.IMREAD_COLOR_RGB), SIZE + preview.GAP
     assert image.shape == (
         7 * step,
@@ -55,6 +54,6 @@ def test_a_sheet_has_a_row_for_each_kind_its_outlines_and_the_real_ones(folders)
 ])  # fmt: skip
 def test_what_is_missing_is_one_line(folders, capsys, change, message):
     with pytest.raises(SystemExit) as stopped:
-        synthesise.main(["--preview", f"--good={folders / 'good'}", f"--size={SIZE}", change])
+        preview.main(["--preview", f"--good={folders / 'good'}", f"--size={SIZE}", change])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
