@@ -25,7 +25,8 @@ class Records:
       dataset, category: names.
       table: columns of equal length: id, split, defect, domain, group (str), label (0 good, 1
         anomaly), has_mask (bool: False means no pixel truth, never no defect).
-      digest: hex text that changes when an id, a split, a label, an image or a mask does.
+      digest: hex text that changes when an id, a split, a label, an image or a mask of the stored
+        records does; views of them share it.
     """
 
     dataset: str
@@ -43,7 +44,23 @@ class Records:
         """A view of some records, in the order of `rows`; images stay where they are."""
         rows = np.asarray(rows, int)
         table = {name: column[rows] for name, column in self.table.items()}
-        return dataclasses.replace(self, table=table, _rows=[self._rows[i] for i in rows])
+        own = [self._rows[i] for i in rows]
+        sources = {name: self._sources[name] for name, _ in own if name in self._sources}
+        return dataclasses.replace(self, table=table, _sources=sources, _rows=own)
+
+    def append(self, other: "Records") -> "Records":
+        """These records and, after them, others with the same columns.
+
+        Sources of the same name are the same.
+        """
+        return dataclasses.replace(
+            self,
+            table={
+                name: np.concatenate([own, other.table[name]]) for name, own in self.table.items()
+            },
+            _sources={**self._sources, **other._sources},
+            _rows=self._rows + other._rows,
+        )
 
     def image(self, i: int, max_side: int = 0) -> np.ndarray:
         """RGB uint8 [h, w, 3] at native size; shrunk when a side exceeds `max_side` > 0."""

@@ -1,10 +1,11 @@
-"""The comparison table of a sweep: ours beside the paper's, for the page and for the terminal.
+"""The comparison table of a sweep, for the page and for the terminal.
 
-Reads results.json as sweep.py writes it. Called by report.py, which renders the page, and by
-main.py, which prints the table.
+Each row stands beside the paper's numbers. A table that was judged without the test is ranked
+instead, by the mean of its metrics. The content is that of results.json, which runs/sweep.py
+writes. report/page.py renders the page; main.py prints the table.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from mmrjax.report import charts, tables
 
@@ -12,6 +13,11 @@ AVERAGES = {
     "domains": "mean over domains, then over categories",
     "images": "all images of a category pooled",
 }
+NOT_RUN = "not run yet"
+JUDGED = (
+    "Ranked without the test: by the mean of the metrics on good training pictures that were held "
+    "out and on copies of them with drawn defects, of kinds that training does not use"
+)
 
 
 def page(content: Mapping) -> dict:
@@ -20,9 +26,10 @@ def page(content: Mapping) -> dict:
     titles = [tables.metric(name).title for name in content["metrics"]]
     return {
         "title": content["title"],
+        "judged": JUDGED if _is_judged(content) else "",
         "source": content["source"],
         "average": AVERAGES[content["average"]],
-        "columns": titles,
+        "columns": _heads(content, titles),
         "with_paper": _with_paper(content),
         "rows": rows,
         "protocol": _common(row["protocol"] for row in rows if row["protocol"]),
@@ -35,7 +42,7 @@ def text_table(content: Mapping) -> str:
     """The table as plain text, in percent."""
     with_paper = _with_paper(content)
     head = ["row"]
-    for name in content["metrics"]:
+    for name in _heads(content, content["metrics"]):
         head += [name, "paper"] if with_paper else [name]
     lines = [head]
     for row in _rows(content):
@@ -44,12 +51,34 @@ def text_table(content: Mapping) -> str:
     return tables.aligned(lines)
 
 
+def _is_judged(content: Mapping) -> bool:
+    return "judge" in content
+
+
 def _with_paper(content: Mapping) -> bool:
     return any(row["paper"] for row in content["rows"])
 
 
+def _heads(content: Mapping, names: Iterable[str]) -> list[str]:
+    """The heads of the columns of numbers: a judged table begins with the mean that ranks it."""
+    return ["mean", *names] if _is_judged(content) else [*names]
+
+
 def _rows(content: Mapping) -> list[dict]:
-    """One line per row and method; a row that has not run yet has one line."""
+    """One line per row and method; a row that has not run yet has one line.
+
+    The lines of a judged table are ranked: an undefined metric and a row without a run come last.
+    """
+    lines = _lines(content)
+    if not _is_judged(content):
+        return lines
+    for line in lines:
+        mean, ran = line["mean"], bool(line["seeds"])
+        line["cells"].insert(0, (tables.percent(mean) if ran else NOT_RUN, ""))
+    return sorted(lines, key=lambda line: (line["mean"] is None, -(line["mean"] or 0.0)))
+
+
+def _lines(content: Mapping) -> list[dict]:
     lines = []
     several = any(len(row["methods"]) > 1 for row in content["rows"])
     for row in content["rows"]:
@@ -65,12 +94,19 @@ def _rows(content: Mapping) -> list[dict]:
                         (_ours(values.get(metric)), _paper(row["paper"], metric))
                         for metric in content["metrics"]
                     ],
+                    "mean": _mean([values.get(metric) for metric in content["metrics"]]),
                     "seeds": measured.get("seeds", []),
                     "protocol": measured.get("protocol", {}),
                     "departures": measured.get("departures", []),
                 }
             )
     return lines
+
+
+def _mean(values: Sequence[Mapping | None]) -> float | None:
+    """The mean of several metrics; None if one of them is undefined."""
+    means = [value["mean"] if value else None for value in values]
+    return sum(means) / len(means) if all(map(tables.is_number, means)) else None
 
 
 def _common(protocols: Iterable[Mapping]) -> dict[str, str]:
@@ -94,7 +130,7 @@ def _departures(rows: Iterable[Mapping]) -> list[tuple[str, str]]:
 def _ours(value: Mapping | None) -> str:
     """`84.7 ± 0.5`; ± is the standard deviation over seeds."""
     if value is None:
-        return "not run yet"
+        return NOT_RUN
     text = tables.percent(value["mean"])
     spread = tables.is_number(value["std"])
     return f"{text} ± {tables.percent(value['std'])}" if spread else text

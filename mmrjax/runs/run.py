@@ -12,8 +12,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from mmrjax import methods
+from mmrjax.data import judge, splits
 from mmrjax.data import records as records_lib
-from mmrjax.data import splits, tracks
 from mmrjax.evaluate import results as results_lib
 from mmrjax.runs import workdir as workdir_lib
 from mmrjax.runtime import files, processes, staging, trackers
@@ -81,7 +81,7 @@ class Run:
             logging.warning("%s/%s: %s", self.records.dataset, self.records.category, note)
         method = methods.create(self.method, config)
         trained = loop.train(method, train, self.seed, self.folder, mode == "evaluate", labelled)
-        trained.facts["notes"] = [note] if note else []
+        trained.facts["notes"] = [*filter(None, (note, judge.note(config)))]
         if self.results != self.folder:  # another view: the report there shows the same training
             processes.first(self._copy_training)
         results = results_lib.evaluate(trained, test, held_out, config, self.seed, self.results)
@@ -96,11 +96,11 @@ class Run:
         from the labelled defective ones; the test has the column "unseen", whether the combination
         of defect and condition was kept from training.
         """
-        track = tracks.select(self.records, self.config.data, self.seed)
-        is_good = self.records.table["label"][track.train] == records_lib.GOOD
-        good, bad = (self.records.take(track.train[rows]) for rows in (is_good, ~is_good))
+        records, track = judge.select(self.records, self.config, self.seed)
+        is_good = records.table["label"][track.train] == records_lib.GOOD
+        good, bad = (records.take(track.train[rows]) for rows in (is_good, ~is_good))
         train, held_out = splits.hold_out(good, self.config.calibration.fraction, self.seed)
-        test = self.records.take(track.test)
+        test = records.take(track.test)
         test.table["unseen"] = np.isin(track.test, track.unseen)
         return train, held_out, splits.apart(bad, held_out), test
 

@@ -133,13 +133,18 @@ def _measured(aggregate: dict, root: pathlib.Path, config: ConfigDict) -> dict:
 def _content(config: ConfigDict, rows: Sequence[Row], finished: dict[str, dict]) -> dict:
     """results.json: fractions 0-1; a row that has not run yet has no methods."""
     names = tuple(config.sweep.metrics)
+    is_judged = config.sweep.judge != "test"  # the paper's numbers are those of the test
+
+    def paper(row: Row) -> dict[str, float] | str:
+        if is_judged or isinstance(row.paper, str):
+            return "" if is_judged else row.paper
+        return {name: round(n / 100, 6) for name, n in zip(names, row.paper, strict=True)}
+
     entries = [
         {
             "label": row.label,
             "overrides": list(row.overrides),
-            "paper": row.paper
-            if isinstance(row.paper, str)
-            else {name: round(n / 100, 6) for name, n in zip(names, row.paper, strict=True)},
+            "paper": paper(row),
             **finished.get(row.label, {"report": None, "methods": {}}),
         }
         for row in rows
@@ -147,8 +152,9 @@ def _content(config: ConfigDict, rows: Sequence[Row], finished: dict[str, dict])
     return {
         "schema": 1,
         "title": config.title,
-        "source": config.sweep.source,
+        "source": "" if is_judged else config.sweep.source,
         "metrics": list(names),
         "average": config.sweep.average,
+        **({"judge": config.sweep.judge} if is_judged else {}),
         "rows": entries,
     }

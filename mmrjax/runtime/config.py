@@ -40,6 +40,7 @@ CHOICES = {
     "eval.metrics_mode": ("standard", "mmr"),
     "eval.pixel_metrics": ("auto", "exact", "streaming"),
     "sweep.average": ("domains", "images"),
+    "sweep.judge": ("test", "held_out_defects"),
 }
 # Smallest and largest value of a field, or of every entry of a tuple.
 RANGES = (

@@ -1,11 +1,13 @@
 """Sweeps: rows as ordinary runs, the comparison beside the paper's numbers, the paper's tables."""
 
+import csv
 import importlib.util
 import json
 import textwrap
 import urllib.error
 import urllib.request
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,9 @@ import pytest
 
 from configs import aebad_ablation, tile_ablation
 from mmrjax import main, methods
-from mmrjax.report import page as report
+from mmrjax.data.defects import held_out
+from mmrjax.report import __main__ as report_program
+from mmrjax.report import sweep as report_sweep
 from mmrjax.runs import sweep
 from mmrjax.runtime import config as config_lib
 
@@ -271,7 +275,7 @@ def test_the_page_is_rendered_again_from_its_files(finished):
     page = finished[0] / "report.html"
     before = page.read_bytes()
     page.unlink()
-    assert report.main([f"--workdir={finished[0]}"]) == 0
+    assert report_program.main([f"--workdir={finished[0]}"]) == 0
     assert page.read_bytes() == before
 
 
@@ -309,3 +313,103 @@ def test_a_stopped_sweep_shows_the_rows_that_it_has(finished, tiny_config, tmp_p
         "folder/parts"
     ]
     assert f"| {100 * pooled['all']['image_auroc']['mean']:.1f}" in markdown
+
+
+# --- judged without the test
+
+JUDGED = (
+    "--config.sweep.judge=held_out_defects",
+    "--config.sweep.metrics=image_auroc,pixel_auroc",
+    "--config.calibration.fraction=0",
+)
+
+
+def draw_parts(folder, defect_level):
+    """20 good pictures, of which every fifth is kept for the test, and 4 with a square."""
+    rng = np.random.default_rng(0)
+    for kind, count in (("good", 20), ("bad", 4)):
+        (folder / kind).mkdir(parents=True)
+        for i in range(count):
+            picture = np.clip(rng.normal(110, 12, (64, 72, 3)), 0, 255).astype(np.uint8)
+            if kind == "bad":
+                picture[20:34, 14 * i : 14 * i + 14] = defect_level
+            cv2.imwrite(str(folder / kind / f"{i:02d}.png"), picture)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judged(tiny_fields, tmp_path_factory):
+    """(work directory, arguments) of two tables, whose data differ in the test alone."""
+    tables = []
+    for name, level in (("one", 240), ("other", 20)):
+        home = tmp_path_factory.mktemp(name)
+        fields = tiny_fields(draw_parts(home / "parts", level), home / "records")
+        (home / "patches.py").write_text(textwrap.dedent(SWEEP))
+        args = [f"--config={home / 'patches.py'}", f"--workdir={home / 'run'}", *fields, *JUDGED]
+        assert main.main(args) == 0
+        tables.append((home / "run", args))
+    return tables
+
+
+def test_a_judged_row_is_an_ordinary_run_that_says_how_it_was_judged(judged):
+    run = judged[0][0] / "default/patchcore/parts/seed54"
+    assert read(run / "config.json")["sweep"]["judge"] == "held_out_defects"
+    (note,) = read(run / "results.json")["facts"]["notes"][1:]
+    assert "judged without the test" in note
+    defects = {row["defect"] for row in csv.DictReader((run / "scores.csv").open())}
+    assert defects == {"good", *held_out.KINDS}
+
+
+def test_another_test_changes_no_score_and_no_rank(judged):
+    (one, _), (other, _) = judged
+    name = "parts/bad/00.png"
+    assert (one.parent / name).read_bytes() != (other.parent / name).read_bytes()
+    scores = sorted(one.glob("*/patchcore/parts/seed54/scores.csv"))
+    assert len(scores) == 2
+    for path in scores:
+        assert path.read_text() == (other / path.relative_to(one)).read_text()
+    assert read(one / "results.json") == read(other / "results.json")
+
+
+def test_a_judged_table_is_ranked_by_the_mean_of_its_metrics(judged):
+    workdir, _ = judged[0]
+    lines = [
+        line.split()
+        for line in report_sweep.text_table(read(workdir / "results.json")).splitlines()
+    ]
+    assert lines[0] == ["row", "mean", "image_auroc", "pixel_auroc"]
+    values = [[float(text) for text in line[-3:]] for line in lines[1:]]
+    assert len(values) == 2
+    means = [row[0] for row in values]
+    assert means == sorted(means, reverse=True)
+    assert means == pytest.approx([np.mean(row[1:]) for row in values], abs=0.1)
+    markdown = (workdir / "report.md").read_text()
+    assert "Ranked without the test" in markdown
+    assert "paper |" not in markdown  # the paper's numbers are those of the test
+
+
+def test_a_row_that_has_not_run_or_lacks_a_metric_is_ranked_last():
+    def row(label, *means):
+        names = ("image_auroc", "pixel_auroc")
+        values = {n: {"mean": m, "std": None} for n, m in zip(names, means, strict=False)}
+        methods = {"patchcore": {"metrics": values, "seeds": [1]}} if means else {}
+        return {"label": label, "overrides": [], "paper": "", "report": None, "methods": methods}
+
+    rows = [row("a"), row("b", 0.9, None), row("c", 0.6, 0.5), row("d", 0.7, 0.6)]
+    content = {"judge": "held_out_defects", "metrics": ["image_auroc", "pixel_auroc"], "rows": rows}
+    table = report_sweep.text_table(content)
+    assert [line.split()[0] for line in table.splitlines()] == ["row", "d", "c", "a", "b"]
+    assert "65.0" in table
+    assert table.count("not run yet") == 3
+
+
+def test_a_table_keeps_its_judge(judged, capsys):
+    _, args = judged[0]
+    assert main.main([*args, "--config.sweep.judge=test"]) == 1
+    assert "sweep.judge: was 'held_out_defects', is 'test'" in capsys.readouterr().err
+
+
+def test_the_shown_table_of_settings_is_judged_without_the_test():
+    rows = sweep.plan(config_lib.load("configs/folder_settings.py"))
+    assert [row.folder for row in rows].count("default") == 1
+    assert {row.config.sweep.judge for row in rows} == {"held_out_defects"}

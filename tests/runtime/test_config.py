@@ -488,6 +488,8 @@ def test_a_configuration_that_is_no_python_file_is_refused(tmp_path):
         config_lib.load(str(tmp_path / "mine.bin"))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("demo", "folder")])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n not in ("demo", "folder", "folder_settings")]
+)
 def test_published_protocols_train_on_every_good_image(name):
     assert config_lib.load(f"configs/{name}.py").calibration.fraction == 0
