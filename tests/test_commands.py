@@ -66,6 +66,8 @@ RUN_BY = {
     r"python -m mmrjax.main .*configs/demo.py .*": "tests/test_notebook.py::"
     "test_it_runs_from_top_to_bottom_and_shows_pictures",
     r"python -m mmrjax.main .*configs/folder.py .*": MAIN,
+    r"python -m mmrjax.main .*configs/folder_settings.py .*": "tests/runs/test_sweep.py::"
+    "test_a_judged_table_is_ranked_by_the_mean_of_its_metrics",
     r"python -m mmrjax.main .*configs/mvtec.py:screw .*": f"{SETS}::test_mvtec_runs_one_category",
     r"python -m mmrjax.main .*configs/mvtec.py .*": f"{SETS}::"
     "test_mvtec_runs_all_categories_in_turn_and_gives_their_mean",
@@ -105,12 +107,6 @@ RUN_BY = {
     "test_a_sheet_has_a_row_for_each_kind_its_outlines_and_the_real_ones",
     r"python -m mmrjax.bench.metrics\b.*": "tests/bench/test_metrics.py::"
     "test_the_command_prints_json",
-    r"python scripts/search.py make .*": "tests/test_search.py::"
-    "test_the_set_splits_training_tiles_by_group_and_reads_no_test_image",
-    r"python scripts/search.py run .*": "tests/test_search.py::"
-    "test_candidates_run_at_once_are_ranked_and_not_run_again",
-    r"python scripts/search.py look .*": "tests/test_search.py::"
-    "test_a_look_at_the_test_is_noted_and_a_failed_one_is_not",
     r"python scripts/pretrain_teacher.py .*": "tests/test_pretrain_teacher.py::"
     "test_script_writes_a_teacher_that_loads",
 }
