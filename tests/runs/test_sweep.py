@@ -171,7 +171,7 @@ def loss_terms(config) -> set[int]:
     variables = jax.eval_shape(method.student.init, key, image)
     frozen = {"teacher": jax.eval_shape(method.teacher.init, key, image)}
     value, (_, logs) = jax.eval_shape(
-        lambda variables, frozen: method.loss(variables, frozen, batch, key, {}), variables, frozen
+        lambda v, f: method.loss("train", v, f, batch, key, {}), variables, frozen
     )
     assert value.shape == ()
     return {int(name.removeprefix("loss_layer")) for name in logs}
@@ -291,7 +291,7 @@ def test_a_sweep_and_a_single_configuration_do_not_share_a_work_directory(finish
     assert "holds runs of one configuration" in capsys.readouterr().err
 
 
-def test_a_stopped_sweep_shows_the_rows_that_it_has(finished, tiny_config, tmp_path):
+def test_a_stopped_sweep_shows_the_rows_that_it_has(finished, tiny_config, tiny_raw, tmp_path):
     rows = (("first", ("train.epochs=1",), ""), ("second", ("train.epochs=2",), ""))
     runs = iter([finished[0] / "default"])
 
@@ -304,8 +304,10 @@ def test_a_stopped_sweep_shows_the_rows_that_it_has(finished, tiny_config, tmp_p
         (folder / "patchcore").symlink_to(source / "patchcore")
         return read(source / "results.json"), folder / "report.html"
 
+    config = with_rows(tiny_config, *rows, average="images")
+    config.data.raw_dir = str(tiny_raw)
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(with_rows(tiny_config, *rows, average="images"), tmp_path, run_all)
+        sweep.run(config, tmp_path, run_all)
     markdown = (tmp_path / "report.md").read_text()
     assert "| second | not run yet | not run yet |" in markdown
     assert "paper |" not in markdown  # no row has a number or a word of it
