@@ -1,8 +1,8 @@
 """Every command that a document shows: it parses, and a test runs it or a reason says why not.
 
-Read are README.md, CONTRIBUTING.md, docs/ and the docstrings of configurations and programs. A
-command stands in a fenced block, in backticks, or on a line of a docstring. Of a placeholder
-(`<folder>`, `…`) only the flag is checked.
+The test reads README.md, CONTRIBUTING.md, docs/*.md and the docstrings of the code. A command
+stands in a fenced block, in backticks, or on a line of a docstring. If a value is a placeholder
+(`<folder>`, `…`), only its flag is checked.
 """
 
 import argparse
@@ -43,8 +43,8 @@ FIRST_WORDS = re.compile(r"(python|pip|export|sbatch|tensorboard|scripts/\w+(\.s
 FIELD = re.compile(r"--config\.(\w+\.\w+)(?:=([^\s`\"'\\);]*[^\s`\"'\\);.,]))?")
 PLACEHOLDER = "placeholder"
 
-# What runs a command, by the first pattern that fits the whole of it: a test of this name, with
-# a small model and small data where the shown ones take hours. HERE is the last test of this file.
+# {pattern of a whole command: the test that runs it}. The test has a small model and small data if
+# the command takes hours. HERE is the last test of this file.
 SETS = "tests/test_data_sets_run.py"
 CROSS = "tests/test_cross_domain.py"
 MAIN = "tests/test_main.py::test_a_run_leaves_everything_the_report_needs"
@@ -140,15 +140,15 @@ class Shown:
 
 
 def plain(text: str) -> str:
-    """On one line, without comments; placeholders have a name that a shell can read."""
+    """The command on one line, without comments; placeholders get a name a shell can read."""
     text = re.sub(r"<[^<>]*>|…|\.\.\.", PLACEHOLDER, " ".join(text.split()))
     return re.sub(r"\s+#\s.*$", "", text)
 
 
 def shell_block(lines: list[str], variables: dict[str, str]) -> list[str]:
-    """The commands of a fenced block; none if it holds something else, such as a map of a tree.
+    """The commands of a fenced block; none if the block holds something else, such as a drawing.
 
-    What it assigns is added to `variables`, which later blocks of a document may use.
+    Assignments of the block go into `variables`, which later blocks of a document may use.
     """
     lines = "\n".join(lines).replace("\\\n", " ").splitlines()
     lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
@@ -166,7 +166,7 @@ def shell_block(lines: list[str], variables: dict[str, str]) -> list[str]:
     return found
 
 
-def of_document(path: pathlib.Path) -> list[Shown]:
+def commands_of_document(path: pathlib.Path) -> list[Shown]:
     name, text = path.relative_to(ROOT).as_posix(), path.read_text()
     found, prose, variables = [], [], {}
     for i, part in enumerate(re.split(r"^```(.*)\n", text, flags=re.MULTILINE)):
@@ -181,7 +181,7 @@ def of_document(path: pathlib.Path) -> list[Shown]:
     return found
 
 
-def of_docstring(path: pathlib.Path) -> list[Shown]:
+def commands_of_docstring(path: pathlib.Path) -> list[Shown]:
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     text = text.replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines()]
@@ -195,8 +195,8 @@ def of_docstring(path: pathlib.Path) -> list[Shown]:
 
 SHOWN = sorted(
     {
-        *(command for path in DOCUMENTS for command in of_document(path)),
-        *(command for path in DOCSTRINGS for command in of_docstring(path)),
+        *(command for path in DOCUMENTS for command in commands_of_document(path)),
+        *(command for path in DOCSTRINGS for command in commands_of_docstring(path)),
     },
     key=lambda shown: (shown.where, shown.text),
 )
@@ -204,12 +204,12 @@ IDS = [f"{shown.where}: {shown.text[:90]}" for shown in SHOWN]
 
 
 def is_name(words: list[str]) -> bool:
-    """What is shown without its arguments names a program, no call of it."""
+    """A command without arguments is the name of a program, not a call."""
     return words[:2] == ["python", "-m"] and len(words) == 3
 
 
 class Parsed(Exception):
-    """Carries what a program's own parser made of its arguments, instead of a run."""
+    """Carries the parsed arguments of a program, and ends it before its work begins."""
 
 
 def parse_alone(program, argv: list[str]) -> argparse.Namespace:
@@ -243,7 +243,7 @@ def parse_alone(program, argv: list[str]) -> argparse.Namespace:
 
 
 def check_main(argv: list[str]) -> None:
-    """Fields exist, values have their type, the configuration builds."""
+    """Checks that fields exist, values have their type and the configuration is valid."""
     known = [word.replace(f"--config={PLACEHOLDER}", "--config=configs/demo.py") for word in argv]
     known = [word.replace(f"defect_folder={PLACEHOLDER}", "defect_folder=.") for word in known]
     config, _ = main.parse(known)
@@ -252,7 +252,7 @@ def check_main(argv: list[str]) -> None:
 
 @contextlib.contextmanager
 def skipping_without_torch(name: str):
-    """Skips where a program needs torch and there is none."""
+    """Skips the test if a program needs torch and torch is missing."""
     try:
         yield
     except ModuleNotFoundError as e:
@@ -281,7 +281,7 @@ def script(path: str):
 
 
 def check_python(words: list[str]) -> None:
-    """`python -m module …` or `python scripts/x.py …`."""
+    """Checks `python -m module …` or `python scripts/x.py …`."""
     if words[1] != "-m":
         assert (ROOT / words[1]).is_file(), words[1]
         if words[1] == "scripts/score_in_torch.py":
@@ -302,7 +302,7 @@ def check_python(words: list[str]) -> None:
 
 
 def check_cluster(words: list[str]) -> None:
-    """The scripts' own dry run takes it, and the program the rest."""
+    """Checks that the script's own dry run takes the command, and the program its arguments."""
     if words[0] == "sbatch":
         options = words[1 : words.index("scripts/slurm.sh")]
         header = (ROOT / "scripts/slurm.sh").read_text()
@@ -412,7 +412,7 @@ MISTAKES = {
     "python scripts/campain.py": "campain",
     "pip install '.[cuda99]'": "cuda99",
     "scripts/demos": "scripts/demos",
-    "scripts/slurm.sh --dry-run --config=configs/demo.py --wrkdir=a": "unknown argument '--wrkdir=a'",
+    "scripts/slurm.sh --dry-run --config=configs/demo.py --wrkdir=a": "unknown argument '--wrkdir",
     "sbatch --node=2 scripts/slurm.sh --config=configs/demo.py --workdir=a": "--node",
     "scripts/tpu_vm.sh --dry-run kept --config=configs/demo.py --workdir=a": "unknown verb",
 }
@@ -434,8 +434,8 @@ def test_a_command_that_nobody_runs_is_found():
         shell_block(["pip install .", "pyhton -m mmrjax.main"], {})
 
 
-def of_a_newcomer(run: pathlib.Path, pictures: pathlib.Path) -> list[str]:
-    """What the documents show for a finished run, with this one and these pictures put in."""
+def newcomer_commands(run: pathlib.Path, pictures: pathlib.Path) -> list[str]:
+    """The commands that documents show for a finished run, with `run` and `pictures` put in."""
     places = {
         "runs/mine/mmr/parts/seed54": f"{run}/mmr/parts/seed1",
         "runs/mine/patchcore/parts/seed54": f"{run}/patchcore/parts/seed1",
@@ -455,7 +455,7 @@ def of_a_newcomer(run: pathlib.Path, pictures: pathlib.Path) -> list[str]:
 
 
 def test_the_way_of_a_newcomer(finished, tiny_raw, tmp_path, monkeypatch):
-    commands = of_a_newcomer(finished[0], tiny_raw)
+    commands = newcomer_commands(finished[0], tiny_raw)
     assert len(commands) >= 6
     for number, text in enumerate(commands):
         program, *arguments = shlex.split(text)[2:]

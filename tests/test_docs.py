@@ -1,4 +1,4 @@
-"""What the documents claim: links lead somewhere, lists are whole, what parity.md names exists."""
+"""The documents are true to the tree: links, files, tests, fields, licences."""
 
 import ast
 import pathlib
