@@ -1,11 +1,13 @@
 """Metrics of anomaly detection and localisation, exact and fast.
 
-`evaluate` and `curves` serve a test run, `summarise` a set of them, `paired_difference` two
-methods; the single metrics are here for everyone else. Definitions: ranking.py and pro.py. All in
-NumPy; streaming.py, for test sets too large to keep, counts on device and is imported by its name.
+`evaluate` and `curves` serve a test run, `summarise` several runs, `paired_difference` two methods.
+Each metric has a function of its own, too; ranking.py and pro.py define the metrics. Everything
+runs in NumPy except streaming.py, which counts the maps of large test sets on device and is
+imported by its own name.
 
-Every degenerate case has a value. p is the share of defect pixels (of anomalies among the images);
-"-" means as defined, nothing special. The single metrics raise ValueError where this says None.
+Every degenerate case has a value. p is the share of defect pixels (for images: of anomalies); "-"
+means as defined, nothing special. The function of a single metric raises ValueError if this table
+says None.
 
     case                               image metrics        pixel metrics
     no anomalous image                 None, with reason    None, with reason
@@ -37,10 +39,9 @@ Every degenerate case has a value. p is the share of defect pixels (of anomalies
 """
 
 from mmrjax.metrics.domain import IMAGE_METRICS, METRICS, PIXEL_METRICS, TINY_METRICS
-from mmrjax.metrics.exact import curves, evaluate, measure
+from mmrjax.metrics.exact import curves, evaluate, measure, pixel_auroc_and_aupro
 from mmrjax.metrics.misses import MISSED, by_defect
 from mmrjax.metrics.paired import paired_difference
-from mmrjax.metrics.pixels import pixel_auroc_and_aupro
 from mmrjax.metrics.pro import Regions, aupro, pro_curve, pro_mmr, pro_mmr_per_image, regions
 from mmrjax.metrics.ranking import auroc, average_precision, f1_max
 from mmrjax.metrics.summary import largest_errors, officially_rounded, summarise

@@ -1,12 +1,11 @@
 """Bootstrap over groups: the values every metric takes on resampled sets of groups.
 
-A resample draws as many groups as there are, with replacement (all images of a group together:
-frames of a video, exposures of a tile). It is one row of multiplicities, `draws`; the first row is
-all ones, the data themselves. Image metrics and `pro_mmr` are exact per resample. The other pixel
-metrics come from one histogram per group over common bins (pixels.py, streaming.py), so that a
-resample is one matrix product; the error of the bins stays below 1e-3, and the caller removes it to
-first order by shifting the samples so that row 0 equals the value of the whole set. Called by
-evaluation.py.
+A resample draws as many groups as there are, with replacement. The images of a group (frames of a
+video, exposures of a tile) are drawn together. A resample is one row of multiplicities, `draws`;
+the first row is all ones, the data themselves. Image metrics and `pro_mmr` are exact per resample.
+The other pixel metrics come from one histogram per group over common bins, so that a resample is
+one matrix product. The error of the bins stays below 1e-3, and `domain.assemble` removes it to
+first order: it shifts the samples so that row 0 equals the value of the whole set.
 """
 
 from typing import NamedTuple
@@ -19,7 +18,7 @@ _BLOCK = 128  # resamples handled at once: keeps the temporary arrays at a few M
 
 
 class GroupHistograms(NamedTuple):
-    """Pixels per group and bin, best bin first; only `owner` groups have defect pixels.
+    """Pixels per group and bin, best bin first; only the groups in `owner` have defect pixels.
 
     Attributes:
         normal: [g, k] normal pixels of every group.
@@ -53,7 +52,7 @@ def image_samples(
         draws: [b, g] multiplicities.
 
     Returns:
-        Metric name -> [b], NaN where a resample holds only one class.
+        Metric name -> [b], NaN for resamples of only one class.
     """
     blocks = []
     for start in range(0, len(draws), _BLOCK):
@@ -82,7 +81,7 @@ def pixel_samples(
         limit: of AU-PRO.
 
     Returns:
-        Metric name -> [b], NaN where a resample has no defect pixel (or no normal one).
+        Metric name -> [b], NaN for resamples without a defect pixel or without a normal pixel.
     """
     blocks = []
     for start in range(0, len(draws), _BLOCK):
@@ -108,7 +107,7 @@ def pixel_samples(
 
 
 def interval(samples: np.ndarray | None) -> list[float] | None:
-    """95 % percentile interval of the defined samples; None where fewer than half are defined."""
+    """95 % percentile interval of the defined samples; None if fewer than half are defined."""
     if samples is None:
         return None
     defined = samples[~np.isnan(samples)]

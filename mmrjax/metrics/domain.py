@@ -1,8 +1,7 @@
 """The metrics of one domain from ranked scores and counted pixels, with intervals and reasons.
 
-Where a value is undefined it is None and a reason stands beside it. Whether the pixels were ranked
-exactly (pixels.py) or counted in buckets (streaming.py) makes no difference here, except that the
-latter brings bounds. Called by evaluation.py and streaming.py.
+An undefined value is None, with a reason beside it. exact.py ranks the pixels, streaming.py counts
+them in buckets; both hand them on as `PixelCounts`, streaming.py with bounds.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ PRO_LIMIT = 0.3
 
 
 class PixelCounts(Protocol):
-    """What pixel metrics are computed from, exactly (pixels.py) or from buckets (streaming.py).
+    """The input of the pixel metrics: `exact.Pixels` or `streaming.Counted`.
 
     Attributes:
         pro_mmr: [m] per-image value of the images that count, NaN where undefined.
@@ -31,20 +30,20 @@ class PixelCounts(Protocol):
     peaks: np.ndarray
 
     def defects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each defect region the image [r] (index into the m), longer side in px, and peak."""
+        """Image [r] (index into the m), longer side in px [r] and peak [r] of every region."""
 
     def tables(self) -> tuple[ranking.Ranked, ranking.Ranked]:
         """Defect pixels against normal ones, each counting 1, then each weighing 1 / area."""
 
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """Interval that surely holds the exact value, of every metric that is not exact."""
+        """{metric: (lowest, highest)} possible value of every metric that is not exact."""
 
     def group_histograms(self, group: np.ndarray, groups: int) -> bootstrap.GroupHistograms:
         """Histograms of each group of images; `group` [m] indexes range(groups)."""
 
 
 class Measured(NamedTuple):
-    """Metrics of one domain and what they were computed from.
+    """Metrics of one domain, and the rankings and resamples behind them.
 
     Attributes:
         values: metric -> 0..1, or None where undefined.
@@ -112,60 +111,91 @@ def assemble(
         used: [n] bool, counts for pixel metrics.
         empty: [n] bool, no defect pixel in view.
         counted: pixels of the used images, or the reason why pixel metrics are undefined.
-        groups: [n] as in `evaluate`, or None.
-        resamples: as `bootstrap` in `evaluate`.
+        groups: [n] as in `exact.evaluate`, or None.
+        resamples: as `bootstrap` in `exact.evaluate`.
         seed: of the bootstrap.
         tiny_side: as of `misses.tiny_recall`.
     """
     group = _group_index(groups, len(scores))
-    draws = None  # one group alone says nothing about others
+    draws = None  # a single group tells nothing of others
     if resamples and group.max() > 0:
         draws = bootstrap.multiplicities(group.max() + 1, resamples, seed)
-    values, reasons, samples, bounds = dict.fromkeys(METRICS), {}, {}, {}
-    image, region, reason = None, None, _image_reason(is_anomaly)
-    if reason is None:
-        image = ranking.rank(scores[is_anomaly], np.sort(scores[~is_anomaly]))
-        values |= _three("image", image)
-        if draws is not None:
-            samples |= bootstrap.image_samples(scores, is_anomaly, group, draws)
-    else:
-        reasons |= dict.fromkeys(IMAGE_METRICS, reason)
+    image = _of_images(scores, is_anomaly, group, draws)
     if isinstance(counted, str):
-        reasons |= dict.fromkeys(PIXEL_METRICS + TINY_METRICS, counted)
+        pixel, bounds = _Part({}, dict.fromkeys(PIXEL_METRICS + TINY_METRICS, counted), {}), {}
     else:
-        pixel, region = counted.tables()
-        values |= _three("pixel", pixel) | {"aupro_0.3": float(ranking.area(region, PRO_LIMIT))}
+        pixel = _of_pixels(counted, is_anomaly[used], group[used], draws, tiny_side)
         bounds = counted.bounds()
-        defined = counted.pro_mmr[~np.isnan(counted.pro_mmr)]
-        if len(defined):
-            values["pro_mmr"] = float(np.mean(defined))
-        else:
-            reasons["pro_mmr"] = "no normal pixel in any defective image"
-        shares, reason = misses.tiny_recall(
-            counted.peaks, is_anomaly[used], counted.defects(), group[used], draws, tiny_side
-        )
-        if reason:
-            reasons["tiny_recall"] = reason
-        else:
-            values["tiny_recall"] = float(shares[0])
-            samples |= {"tiny_recall": shares} if draws is not None else {}
-        if draws is not None:
-            histograms = counted.group_histograms(group[used], len(draws[0]))
-            samples |= bootstrap.pixel_samples(
-                histograms, counted.pro_mmr, group[used], draws, PRO_LIMIT
-            )
-    shifted = {n: s[1:] + (values[n] - s[0]) for n, s in samples.items() if values[n] is not None}
-    counts = {
-        "good": int((~is_anomaly).sum()),
-        "anomaly": int(is_anomaly.sum()),
-        "pixel_images": int(used.sum()),
-        "empty_masks": int((is_anomaly & used & empty).sum()),
-    }
-    return Measured(values, reasons, bounds, counts, shifted, image, region)
+    values = dict.fromkeys(METRICS) | image.values | pixel.values
+    samples = {n: s for n, s in (image.samples | pixel.samples).items() if values[n] is not None}
+    return Measured(
+        values,
+        image.reasons | pixel.reasons,
+        bounds,
+        {
+            "good": int((~is_anomaly).sum()),
+            "anomaly": int(is_anomaly.sum()),
+            "pixel_images": int(used.sum()),
+            "empty_masks": int((is_anomaly & used & empty).sum()),
+        },
+        {name: sample[1:] + (values[name] - sample[0]) for name, sample in samples.items()},
+        image.ranked,
+        pixel.ranked,
+    )
+
+
+class _Part(NamedTuple):
+    """Half of a domain's metrics; `samples` are [1 + b], the first value of the data themselves."""
+
+    values: dict[str, float]
+    reasons: dict[str, str]
+    samples: dict[str, np.ndarray]
+    ranked: ranking.Ranked | None = None
+
+
+def _of_images(
+    scores: np.ndarray, is_anomaly: np.ndarray, group: np.ndarray, draws: np.ndarray | None
+) -> _Part:
+    """The image metrics and the ranking of the scores."""
+    if reason := _image_reason(is_anomaly):
+        return _Part({}, dict.fromkeys(IMAGE_METRICS, reason), {})
+    ranked = ranking.rank(scores[is_anomaly], np.sort(scores[~is_anomaly]))
+    samples = {} if draws is None else bootstrap.image_samples(scores, is_anomaly, group, draws)
+    return _Part(_three("image", ranked), {}, samples, ranked)
+
+
+def _of_pixels(
+    counted: PixelCounts,
+    is_anomaly: np.ndarray,
+    group: np.ndarray,
+    draws: np.ndarray | None,
+    tiny_side: int,
+) -> _Part:
+    """The pixel metrics of m images and the ranking of their pixels by region weight."""
+    pixel, region = counted.tables()
+    values = _three("pixel", pixel) | {"aupro_0.3": float(ranking.area(region, PRO_LIMIT))}
+    reasons, samples = {}, {}
+    defined = counted.pro_mmr[~np.isnan(counted.pro_mmr)]
+    if len(defined):
+        values["pro_mmr"] = float(np.mean(defined))
+    else:
+        reasons["pro_mmr"] = "no normal pixel in any defective image"
+    shares, reason = misses.tiny_recall(
+        counted.peaks, is_anomaly, counted.defects(), group, draws, tiny_side
+    )
+    if reason:
+        reasons["tiny_recall"] = reason
+    else:
+        values["tiny_recall"] = float(shares[0])
+    if draws is not None:
+        histograms = counted.group_histograms(group, draws.shape[1])
+        samples = bootstrap.pixel_samples(histograms, counted.pro_mmr, group, draws, PRO_LIMIT)
+        samples |= {} if reason else {"tiny_recall": shares}
+    return _Part(values, reasons, samples, region)
 
 
 def checked_scores(scores: np.ndarray, is_anomaly: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays [n]; ValueError when they do not fit, are empty or are not finite."""
+    """Both as arrays [n]; ValueError if they do not fit, are empty or are not finite."""
     scores, is_anomaly = np.asarray(scores), np.asarray(is_anomaly)
     if scores.ndim != 1 or scores.shape != is_anomaly.shape or is_anomaly.dtype != bool:
         raise ValueError(

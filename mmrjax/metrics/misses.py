@@ -1,9 +1,8 @@
-"""What is missed when few good images may be flagged: by kind of defect, and of tiny defects.
+"""Missed defects at a given false-positive rate: by kind of defect, and of tiny defects.
 
-The threshold of a rate lies at the lowest score of a good test image above which at most that share
-of the good test images is; what scores higher is found. It describes the test and is used nowhere
-else. Intervals come from the same resamples of groups as all others. Called by measured.py and
-mmrjax/evaluate/results.py. MMR+ spec, section 8.
+The threshold of a rate is the lowest score of a good test image above which at most that share of
+the good test images lies. A defect that scores higher is detected. The threshold describes the test
+and decides nothing. Intervals come from the same resamples of groups as those of all other metrics.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ _ROUNDING = 1e-9  # of rate * weight
 _BLOCK = 128  # resamples at once
 
 
-def found_share(
+def detected_share(
     good: np.ndarray,
     bad: np.ndarray,
     rate: float,
@@ -33,16 +32,17 @@ def found_share(
         good: [n] scores of good images.
         bad: [m] scores of defects.
         rate: share of good images that may be flagged, in [0, 1).
-        good_weight: [b, n] how often each counts.
-        bad_weight: [b, m] the same of the defects.
+        good_weight: [b, n] how often each good image counts.
+        bad_weight: [b, m] how often each defect counts.
 
     Returns:
-        float64 [b], NaN where no good image or no defect counts.
+        float64 [b], NaN if no good image or no defect counts.
     """
     levels, place = np.unique(-np.asarray(good, np.float64), return_inverse=True)  # highest first
     order = np.argsort(place, kind="stable")
     starts = np.searchsorted(place[order], np.arange(len(levels)))
-    # Levels of good images that are not below a defect: it is found when the threshold is lower.
+    # `rank` levels of good images are as high as the defect: it is detected if the threshold is
+    # the level of that index (0 is the highest) or a lower one.
     rank = np.searchsorted(levels, -np.asarray(bad, np.float64), side="right")
     shares = []
     for start in range(0, len(good_weight), _BLOCK):
@@ -51,15 +51,15 @@ def found_share(
         above = np.cumsum(weight, axis=1) - weight
         total = weight.sum(axis=1)
         threshold = (above <= rate * total[:, None] + _ROUNDING).sum(axis=1) - 1
-        own = bad_weight[rows]
-        found = (own * (rank <= threshold[:, None])).sum(axis=1)
+        counts = bad_weight[rows]
+        detected = (counts * (rank <= threshold[:, None])).sum(axis=1)
         with np.errstate(invalid="ignore"):
-            shares.append(np.where(total > 0, found / own.sum(axis=1), np.nan))
+            shares.append(np.where(total > 0, detected / counts.sum(axis=1), np.nan))
     return np.concatenate(shares)
 
 
 def too_few(good: int, rate: float) -> str | None:
-    """Why a rate says nothing of so many good images, or None."""
+    """Why so few good images cannot show a rate, or None if they are enough."""
     needed = round(1 / rate)
     return None if good >= needed else f"fewer than {needed} good images"
 
@@ -72,19 +72,19 @@ def by_defect(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """Each kind of defect against all good images, on whole images.
+    """Image metrics of each kind of defect against all good images.
 
     Args:
         scores: [n] finite image scores, higher means more anomalous.
         is_anomaly: [n] bool.
-        defect: [n] the kinds; those of good images are not read.
+        defect: [n] kind of defect; the entries of good images are not read.
         groups: [n] hashable; images of a group are resampled together. Default: each alone.
         bootstrap: number of resamples for the 95 % intervals; 0 for none.
         seed: of the resampling.
 
     Returns:
         {kind: {"images", "groups" (of defective images), "image_auroc" 0..1, "missed_at_5" and
-        "missed_at_1" (share of its images that are not found at a rate of 5 % and 1 %), "ci95":
+        "missed_at_1" (share of its images that are missed at a rate of 5 % and of 1 %), "ci95":
         {metric: [low, high] or None}, "reasons": {metric: why it is None}}}, sorted by kind.
     """
     scores, is_anomaly = np.asarray(scores), np.asarray(is_anomaly)
@@ -120,8 +120,7 @@ def _one_kind(scores, is_anomaly, is_kind, groups, resamples, seed) -> dict:
         if reason := too_few(len(good), rate):
             reasons[name] = reason
         else:
-            found = found_share(good, bad, rate, weight[:, ~kind], weight[:, kind])
-            samples[name] = 1 - found
+            samples[name] = 1 - detected_share(good, bad, rate, weight[:, ~kind], weight[:, kind])
     values |= {name: float(sample[0]) for name, sample in samples.items()}
     ci95 = {
         name: bootstrap_lib.interval(samples[name][1:]) if name in samples else None
@@ -140,19 +139,18 @@ def tiny_recall(
 ) -> tuple[np.ndarray | None, str | None]:
     """Share of tiny defects whose hottest pixel is above the threshold of TINY_RATE.
 
-    The threshold is one of maps: TINY_RATE of the good images may have a pixel above it.
+    TINY_RATE of the good images may have a pixel above the threshold.
 
     Args:
         peaks: [n] the highest value of each image's map.
         is_anomaly: [n] bool.
-        region: of each of r defect regions the image [r], the longer side in px [r], and the
-            highest value of the map inside [r].
+        region: image [r], longer side in px [r] and highest map value [r] of every defect region.
         group: [n] index of each image's group.
-        draws: [b, g] multiplicities, the first row all ones; None: of the data alone.
-        tiny_side: px; a region whose bounding box has no side as long is tiny.
+        draws: [b, g] multiplicities, the first row all ones; None for the data alone.
+        tiny_side: px; a region whose bounding box has no side of that length is tiny.
 
     Returns:
-        ([b] or [1] shares, None), or (None, why it is undefined).
+        ([b] or [1] shares, None), or (None, why the share is undefined).
     """
     image, side, peak = region
     tiny = side < tiny_side
@@ -162,4 +160,4 @@ def tiny_recall(
         return None, reason
     draws = np.ones((1, group.max() + 1)) if draws is None else draws
     good_weight, bad_weight = draws[:, group[~is_anomaly]], draws[:, group[image[tiny]]]
-    return found_share(peaks[~is_anomaly], peak[tiny], TINY_RATE, good_weight, bad_weight), None
+    return detected_share(peaks[~is_anomaly], peak[tiny], TINY_RATE, good_weight, bad_weight), None

@@ -1,7 +1,4 @@
-"""Two methods on the same images: the difference of every metric, with a paired interval.
-
-Called by mmrjax/runs/aggregate.py for every pair of methods in a work directory.
-"""
+"""Two methods on the same images: the difference of every metric, with a paired interval."""
 
 from collections.abc import Sequence
 
@@ -25,17 +22,17 @@ def paired_difference(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """Metrics of method a minus method b on the same images, each resample drawn once for both.
+    """Metrics of method a minus those of method b; each resample of images serves both methods.
 
-    The interval says whether the difference would survive another sample of images; it says nothing
-    about another training seed, unless several seeds are given, whose metrics are then averaged.
+    The interval tells whether the difference would survive another sample of images. It tells
+    nothing of another training seed. If several seeds are given, their metrics are averaged.
 
     Args:
         scores_a: [n], or [s, n] for s seeds of method a.
         scores_b: [n], or [t, n] for t seeds of method b.
         is_anomaly: [n] bool.
-        groups: [n] as in `evaluate`.
-        maps_a: [n, h, w] (or a sequence of s of them) for pixel metrics too; then maps_b likewise.
+        groups: [n] as in `exact.evaluate`.
+        maps_a: [n, h, w], or a sequence of s such stacks, for pixel metrics too; needs maps_b.
         maps_b: the same for method b.
         masks: [n, h, w] bool, needed with maps.
         has_mask: [n] bool, needed with maps.
@@ -47,7 +44,7 @@ def paired_difference(
         with maps for all of METRICS.
 
     Raises:
-        ValueError: as in `evaluate`.
+        ValueError: as in `exact.evaluate`.
     """
     truth = (masks, is_anomaly, has_mask, groups, bootstrap, seed)
     values_a, samples_a = _mean_over_seeds(scores_a, maps_a, truth)

@@ -1,11 +1,11 @@
-"""Per-region overlap in its two definitions, and the connected regions both need.
+"""Per-region overlap in its two definitions, and the connected regions that both need.
 
 `aupro` is the definition of MVTec AD: one ranking over the whole test set, every region with equal
 weight, false-positive rate over all normal pixels, good images included. `pro_mmr` is the score in
-the MMR and RD4AD tables: a curve of 200 thresholds per defective image, averaged over images. They
-differ by several points on the same maps; report both, never one under the other's name.
+the MMR and RD4AD tables: a curve of 200 thresholds per defective image, averaged over images. The
+two differ by several points on the same maps, so a report names which one it shows.
 
-What `pro_mmr` gives where the official code fails (and why) is decided in `pro_mmr_per_image`.
+The official code of `pro_mmr` fails on some maps; `pro_mmr_per_image` defines a value for them.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from mmrjax.metrics import ranking, threads
+from mmrjax.metrics import ranking
 
 _STEPS = 200  # thresholds between an image's own minimum and maximum: official num_th
 _LIMIT = 0.3  # largest false-positive rate, both definitions
 
 
 class Regions(NamedTuple):
-    """Connected defect regions of a stack of masks (8-connectivity), found once and shared.
+    """Connected defect regions of a stack of masks (8-connectivity).
 
     Attributes:
         shape: (n, h, w) of the masks.
@@ -36,7 +36,7 @@ class Regions(NamedTuple):
 
     @property
     def weight(self) -> np.ndarray:
-        """[p] 1 / area of the pixel's region: every region weighs 1 in all."""
+        """[p] 1 / area of the pixel's region, so that the pixels of a region sum up to 1."""
         return np.repeat(1 / self.area, self.area)
 
     @property
@@ -101,13 +101,13 @@ def regions(masks: np.ndarray) -> Regions:
 def aupro(maps: np.ndarray, masks: np.ndarray | Regions, limit: float = _LIMIT) -> float:
     """AU-PRO of MVTec AD, exact: all thresholds, ties merged, linear interpolation at the limit.
 
-    Only the normal pixels that can lie below `limit` are sorted; all pixels tied with the last of
-    them are kept, so ties across the limit stay exact. A constant map gives limit / 2, which is
-    chance; a perfect one gives 1.
+    Only the normal pixels that can lie below `limit` are sorted, together with all pixels that tie
+    with the last of them, so ties across the limit stay exact. A constant map gives limit / 2,
+    which is chance; a perfect map gives 1.
 
     Args:
         maps: [n, h, w] float32 or float64, higher means more anomalous; good images belong in it.
-        masks: [n, h, w] bool, all false for good images; or their `regions`, if already at hand.
+        masks: [n, h, w] bool, all false for good images; or the `regions` of such masks.
         limit: largest false-positive rate, in (0, 1].
 
     Returns:
@@ -154,13 +154,14 @@ def pro_mmr_per_image(maps: np.ndarray, masks: np.ndarray | Regions) -> np.ndarr
 
     Per image: thresholds np.arange(min, max, (max - min) / 200) in float64 (200 or, by rounding,
     201), positive is strictly above, false-positive rate over this image's normal pixels, keep
-    rates < 0.3, divide them by the largest kept one, trapezoid. Bit-equal to it where it returns a
-    number. Where it does not, one rule decides, "what is found before the first false alarm":
+    rates < 0.3, divide them by the largest kept one, trapezoid. The value is bit-equal to the
+    official one if the official code returns a number. If not, the rule is "the overlap that is
+    reached before the first false alarm":
 
       - largest kept rate 0 (perfect binary map; official 0/0 = NaN): the largest overlap kept, so 1
         for a perfect map;
       - no threshold kept (constant map, or 30 % of the normal pixels tied at the maximum; official
-        code raises): 0, nothing is found;
+        code raises): 0;
       - one threshold kept (official code raises): its overlap if its rate is 0, else 0 (no width,
         as the official trapezoid gives for several thresholds at one rate);
       - no normal pixel (mask all ones; official code raises): NaN here, left out of the mean;
@@ -176,19 +177,19 @@ def pro_mmr_per_image(maps: np.ndarray, masks: np.ndarray | Regions) -> np.ndarr
     Raises:
         ValueError: NaN or infinity in the maps, or unequal shapes.
     """
-    maps, found = checked(maps, masks)
+    maps, defects = checked(maps, masks)
     flat = maps.reshape(len(maps), -1)
-    starts = np.concatenate([[0], np.cumsum(found.area)])
+    starts = np.concatenate([[0], np.cumsum(defects.area)])
 
     def of_image(i: int) -> float:
-        first, last = np.searchsorted(found.image, [i, i + 1])
+        first, last = np.searchsorted(defects.image, [i, i + 1])
         parts = [
-            found.pixel[starts[r] : starts[r + 1]] - i * flat.shape[1] for r in range(first, last)
+            defects.pixel[starts[r] : starts[r + 1]] - i * flat.shape[1] for r in range(first, last)
         ]
         return _pro_of_image(flat[i], parts)
 
-    values, defective = np.full(len(maps), np.nan), np.unique(found.image)
-    values[defective] = threads.each(of_image, defective)
+    values, defective = np.full(len(maps), np.nan), np.unique(defects.image)
+    values[defective] = ranking.map_threaded(of_image, defective)
     return values
 
 
@@ -218,15 +219,16 @@ def _share_above(ordered: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 
 def _exact_mean(rows: list[np.ndarray]) -> np.ndarray:
-    """Mean over rows rounded once, as statistics.mean; plain sums do so for one or two rows.
+    """Mean over rows with a single rounding, as statistics.mean has it.
 
-    Shares are 0 or at least 1 / area: times 2^120 they are whole, and Python divides whole numbers
-    with one rounding.
+    A plain sum of one or two rows rounds only once. More rows become integers: a share is 0 or at
+    least 1 / area, so 2^120 times the share is an integer, and Python divides integers with a
+    single rounding.
     """
     if len(rows) <= 2:
         return sum(rows) / len(rows)
-    whole = (map(int, np.ldexp(row, 120).tolist()) for row in rows)
-    return np.array([sum(column) / (len(rows) << 120) for column in zip(*whole, strict=True)])
+    integers = (map(int, np.ldexp(row, 120).tolist()) for row in rows)
+    return np.array([sum(column) / (len(rows) << 120) for column in zip(*integers, strict=True)])
 
 
 def checked(maps: np.ndarray, masks: np.ndarray | Regions) -> tuple[np.ndarray, Regions]:
@@ -236,30 +238,30 @@ def checked(maps: np.ndarray, masks: np.ndarray | Regions) -> tuple[np.ndarray, 
         ValueError: NaN or infinity in the maps, or unequal shapes.
     """
     maps = np.asarray(maps)
-    found = masks if isinstance(masks, Regions) else regions(masks)
-    if maps.shape != tuple(found.shape):
-        raise ValueError(f"maps {maps.shape} and masks {tuple(found.shape)} must have one shape")
+    defects = masks if isinstance(masks, Regions) else regions(masks)
+    if maps.shape != tuple(defects.shape):
+        raise ValueError(f"maps {maps.shape} and masks {tuple(defects.shape)} must have one shape")
     ranking.require_finite(maps, "anomaly maps")
-    return maps, found
+    return maps, defects
 
 
-def require_both_classes(found: Regions) -> None:
+def require_both_classes(defects: Regions) -> None:
     """Raises ValueError unless there are defect pixels and normal pixels."""
-    size = int(np.prod(found.shape))
-    if not 0 < len(found.pixel) < size:
+    size = int(np.prod(defects.shape))
+    if not 0 < len(defects.pixel) < size:
         raise ValueError(
-            f"defect and normal pixels are needed; {len(found.pixel)} of {size} are defects"
+            f"defect and normal pixels are needed; {len(defects.pixel)} of {size} are defects"
         )
 
 
 def _ranked_head(maps: np.ndarray, masks: np.ndarray | Regions, limit: float) -> ranking.Ranked:
-    """Ranking exact up to false-positive rate `limit`; groups beyond it only carry weight."""
+    """Ranking that is exact up to false-positive rate `limit`; later groups only carry weight."""
     if not 0 < limit <= 1:
         raise ValueError(f"limit={limit} must lie in (0, 1]")
-    maps, found = checked(maps, masks)
-    require_both_classes(found)
+    maps, defects = checked(maps, masks)
+    require_both_classes(defects)
     values = maps.ravel()
-    normal = values[found.normal()]
+    normal = values[defects.normal()]
     total = len(normal)
     keep = int(np.ceil(limit * total)) + 1
     if keep < total:
@@ -267,6 +269,6 @@ def _ranked_head(maps: np.ndarray, masks: np.ndarray | Regions, limit: float) ->
         head = normal[total - keep :]
         cut = head[0]
         below = normal[: total - keep]
-        normal = np.concatenate([below[below == cut], head])  # every tie of the cut, or b is wrong
+        normal = np.concatenate([below[below == cut], head])  # with all that tie at the cut
     normal.sort()
-    return ranking.rank(values[found.pixel], normal, found.weight, negatives=total)
+    return ranking.rank(values[defects.pixel], normal, defects.weight, negatives=total)

@@ -1,23 +1,30 @@
-"""Exact ranking metrics (AUROC, average precision, best F1) and their curves.
+"""Exact ranking metrics (AUROC, average precision, best F1), their curves, and threads for NumPy.
 
-Everything here follows from one small table, `Ranked`: the distinct scores of the positives, best
-first, and how many negatives lie above each. An exact ranking of 40 million pixels, a histogram of
-them and a bootstrap resample of 700 images all become such a table, so each formula is written
-once. Leading axes are resamples. Called by pro.py, bootstrap.py and evaluation.py; nothing here
-knows about images or regions.
+All metrics follow from one small table, `Ranked`: the distinct scores of the positives, best first,
+and how many negatives lie above each. An exact ranking of 40 million pixels, a histogram of them
+and a bootstrap resample of 700 images all become such a table, so each formula is written once.
+Leading axes are resamples. The module knows neither images nor regions.
 
-Ties: equal scores form one threshold, as in scikit-learn, so AUROC gives half a point to a tie.
-Where a group is not one score but a bucket of them (streaming.py), the `*_bounds` say what the
-order inside the buckets could change.
+Equal scores form one threshold, as in scikit-learn, so AUROC gives half a point to a tie. If a
+group is a bucket of different scores (streaming.py), the `*_bounds` tell the lowest and the highest
+value that the unknown order inside the buckets allows.
+
+NumPy releases the GIL while it sorts, searches and selects, so `map_threaded` gains from threads.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from scipy import special
 
-from mmrjax.metrics import threads
+THREADS = min(8, os.cpu_count() or 1)  # more sorted parts would mean more searches afterwards
+
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 class Ranked(NamedTuple):
@@ -66,7 +73,7 @@ def rank(
         sorted_negatives: [n] scores of the negatives, ascending; float32 stays float32. Or several
             such arrays, which together are the negatives: what lies above a score adds up.
         weights: [..., p] weight of each positive, one row per weighting; default 1.
-        negatives: number of all negatives, where `sorted_negatives` are only the highest of them.
+        negatives: number of all negatives, if `sorted_negatives` holds only the highest ones.
 
     Returns:
         Table with k <= p groups, float64; `positive` has the leading axes of `weights`.
@@ -84,7 +91,7 @@ def rank(
         size = np.add.reduceat(weights[..., order], starts, axis=-1)
     values = ordered[starts]
     n = sum(map(len, sorted_negatives))
-    below = sum(threads.each(lambda part: _below(part, values), sorted_negatives))  # [2, k]
+    below = sum(map_threaded(lambda part: _below(part, values), sorted_negatives))  # [2, k]
     return Ranked(
         positive=size.astype(np.float64),
         above=(n - below[1]).astype(np.float64),
@@ -137,9 +144,9 @@ def area(ranked: Ranked, limit: float = 1.0) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         low = ranked.above / ranked.negatives[..., None]
         high = ranked.at_or_above / ranked.negatives[..., None]
-        whole = limit - (low + high) / 2
+        full = limit - (low + high) / 2
         cut = np.maximum(limit - low, 0) ** 2 / (2 * (high - low))
-        gain = np.where(high <= limit, whole, np.where(low < limit, cut, 0))
+        gain = np.where(high <= limit, full, np.where(low < limit, cut, 0))
         total = ranked.positive.sum(axis=-1)
         result = (ranked.positive * gain).sum(axis=-1) / (limit * total)
         return np.where((total > 0) & (ranked.negatives > 0), result, np.nan)
@@ -152,19 +159,19 @@ def precision_area(ranked: Ranked) -> np.ndarray:
         [...] in 0..1; NaN where there are no positives or no negatives (it would be 1 for any
         scores).
     """
-    found = np.cumsum(ranked.positive, axis=-1)
+    hits = np.cumsum(ranked.positive, axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.where(found > 0, found / (found + ranked.at_or_above), 0)
-        result = (ranked.positive * precision).sum(axis=-1) / found[..., -1]
-    return np.where((found[..., -1] > 0) & (ranked.negatives > 0), result, np.nan)
+        precision = np.where(hits > 0, hits / (hits + ranked.at_or_above), 0)
+        result = (ranked.positive * precision).sum(axis=-1) / hits[..., -1]
+    return np.where((hits[..., -1] > 0) & (ranked.negatives > 0), result, np.nan)
 
 
 def best_f1(ranked: Ranked) -> np.ndarray:
     """Largest F1 = 2 TP / (TP + FP + P) over all thresholds; NaN as in `precision_area`."""
-    found = np.cumsum(ranked.positive, axis=-1)
-    total = found[..., -1]
+    hits = np.cumsum(ranked.positive, axis=-1)
+    total = hits[..., -1]
     with np.errstate(invalid="ignore", divide="ignore"):
-        result = (2 * found / (found + ranked.at_or_above + total[..., None])).max(axis=-1)
+        result = (2 * hits / (hits + ranked.at_or_above + total[..., None])).max(axis=-1)
     return np.where((total > 0) & (ranked.negatives > 0), result, np.nan)
 
 
@@ -189,21 +196,21 @@ def precision_bounds(ranked: Ranked) -> tuple[float, float]:
     p - b (digamma(c + p + b + 1) - digamma(c + b + 1)). Highest when its positives come first and
     all at once.
     """
-    found = np.cumsum(ranked.positive)
-    before, b = found - ranked.positive, ranked.at_or_above
-    lost = b * (special.digamma(found + b + 1) - special.digamma(before + b + 1))
+    hits = np.cumsum(ranked.positive)
+    before, b = hits - ranked.positive, ranked.at_or_above
+    lost = b * (special.digamma(hits + b + 1) - special.digamma(before + b + 1))
     some = ranked.positive > 0
-    high = ranked.positive[some] * (found / np.maximum(found + ranked.above, 1))[some]
-    return float((ranked.positive - lost).sum() / found[-1]), float(high.sum() / found[-1])
+    high = ranked.positive[some] * (hits / np.maximum(hits + ranked.above, 1))[some]
+    return float((ranked.positive - lost).sum() / hits[-1]), float(high.sum() / hits[-1])
 
 
 def f1_bounds(ranked: Ranked) -> tuple[float, float]:
     """Smallest and largest `best_f1`: a threshold between groups exists, one inside may be better.
 
-    Inside a group it is best when all positives of the group are found before its negatives.
+    Inside a group it is best when all positives of the group come before its negatives.
     """
-    found = np.cumsum(ranked.positive)
-    high = (2 * found / (found + ranked.above + found[-1])).max()
+    hits = np.cumsum(ranked.positive)
+    high = (2 * hits / (hits + ranked.above + hits[-1])).max()
     return float(best_f1(ranked)), float(high)
 
 
@@ -213,10 +220,10 @@ def polyline(ranked: Ranked) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Two arrays [2 k + 2]: each group gives the vertex before and the vertex after its threshold.
     """
-    found = np.cumsum(ranked.positive) / ranked.positive.sum()
-    before = np.concatenate([[0.0], found[:-1]])
+    hits = np.cumsum(ranked.positive) / ranked.positive.sum()
+    before = np.concatenate([[0.0], hits[:-1]])
     x = np.stack([ranked.above, ranked.at_or_above], axis=1).ravel() / ranked.negatives
-    y = np.stack([before, found], axis=1).ravel()
+    y = np.stack([before, hits], axis=1).ravel()
     return np.concatenate([[0.0], x, [1.0]]), np.concatenate([[0.0], y, [1.0]])
 
 
@@ -290,3 +297,22 @@ def _table(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | No
 def _starts(ordered: np.ndarray) -> np.ndarray:
     """Index of the first member of every run of equal values."""
     return np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
+
+
+def map_threaded(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
+    """[function(item) for item in items], computed by several threads, in the order of the items.
+
+    Raises:
+        Exception: whatever `function` raises for an item.
+    """
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, items))
+
+
+def thread_slices(size: int, smallest: int = 1 << 20) -> list[slice]:
+    """Slices that cover range(size), one per thread but none shorter than `smallest`."""
+    count = max(1, min(THREADS, size // smallest))
+    ends = [size * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]

@@ -1,13 +1,13 @@
-"""One line per metric over domains and categories, and the rounding of the official MMR tables."""
+"""Summary of a metric over domains and categories, and the rounding of the official MMR tables."""
 
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from mmrjax.metrics import domain as measured
+from mmrjax.metrics.domain import METRICS
 
-# The official code rounds these for every class or domain, before it averages; pixel AUROC it does
-# not (quirk 21).
+# The official code rounds these metrics of every class or domain before it averages them. It does
+# not round pixel AUROC (quirk 21).
 OFFICIAL_DECIMALS = {"image_auroc": 3, "pro_mmr": 3}
 
 
@@ -24,10 +24,10 @@ def largest_errors(entries: Iterable[Mapping]) -> dict[str, float]:
     """Largest possible distance of each inexact metric from its exact value, over many entries.
 
     Args:
-        entries: of results.json, as `evaluate` returns them; exact ones have no "bounds".
+        entries: of results.json, as `exact.evaluate` returns them; exact entries lack "bounds".
 
     Returns:
-        {metric: fraction}, empty when everything is exact.
+        {metric: fraction}, empty if everything is exact.
     """
     errors: dict[str, float] = {}
     for entry in entries:
@@ -42,9 +42,9 @@ def summarise(
 ) -> dict[str, dict]:
     """Summary over all categories: mean, worst, and the gap to the unshifted domain.
 
-    The mean is taken over a category's named domains (`all` and "" only where there are no others),
-    then over categories, so a category with many domains or many images weighs no more than
-    another.
+    The mean is taken over a category's named domains (`all` and "" count only if there are no
+    others), then over categories, so a category with many domains or many images weighs no more
+    than another.
 
     Args:
         per_key_metrics: {"<dataset>/<category>": {"<domain>" or "all": {metric: value}}}; a value
@@ -59,7 +59,7 @@ def summarise(
         A metric that is undefined everywhere is absent.
     """
     summary = {}
-    for metric in measured.METRICS:
+    for metric in METRICS:
         table = {
             key: {domain: _value(values.get(metric)) for domain, values in _named(domains).items()}
             for key, domains in per_key_metrics.items()
@@ -81,7 +81,7 @@ def summarise(
 
 
 def _named(domains: Mapping[str, Mapping]) -> Mapping[str, Mapping]:
-    """The named domains of a category, or what there is if none is named."""
+    """The named domains of a category; all domains if none is named."""
     return {d: v for d, v in domains.items() if d not in ("all", "")} or domains
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmrjax import metrics
-from mmrjax.metrics import bootstrap, pixels
+from mmrjax.metrics import bootstrap, exact
 
 FUNCTIONS = {
     "pixel_auroc": metrics.auroc,
@@ -34,9 +34,9 @@ def make_stack(kind, n=16, size=48):
 
 
 def sample(maps, masks, group, draws):
-    exact = pixels.gather(maps, metrics.regions(masks))
-    histograms = exact.group_histograms(group, draws.shape[1])
-    return bootstrap.pixel_samples(histograms, exact.pro_mmr, group, draws, 0.3)
+    pixels = exact.gather(maps, metrics.regions(masks))
+    histograms = pixels.group_histograms(group, draws.shape[1])
+    return bootstrap.pixel_samples(histograms, pixels.pro_mmr, group, draws, 0.3)
 
 
 @pytest.mark.parametrize("kind", ["random", "tied", "constant", "one_outlier"])

@@ -19,7 +19,7 @@ def slow_found(good, bad, rate):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.3])
-def test_found_share_equals_trying_every_threshold_on_the_images_repeated(seed, rate):
+def test_detected_share_equals_trying_every_threshold_on_the_images_repeated(seed, rate):
     rng = np.random.default_rng(seed)
     decimals = seed % 3  # ties among and between good and bad
     good = np.round(rng.normal(size=rng.integers(3, 150)), decimals)
@@ -28,7 +28,7 @@ def test_found_share_equals_trying_every_threshold_on_the_images_repeated(seed, 
     for weight in weights:
         weight[0] = 1
         weight[-1, 0] = 1
-    found = misses.found_share(good, bad, rate, *weights)
+    found = misses.detected_share(good, bad, rate, *weights)
     for row in (0, 1, 2, 130, 199):
         own = [np.repeat(x, w[row]) for x, w in zip((good, bad), weights, strict=True)]
         if len(own[0]) and len(own[1]):
@@ -37,7 +37,9 @@ def test_found_share_equals_trying_every_threshold_on_the_images_repeated(seed, 
 
 def test_a_resample_without_good_images_or_without_defects_is_undefined():
     good_weight, bad_weight = np.array([[0, 0], [1, 1], [1, 0]]), np.array([[1], [0], [1]])
-    found = misses.found_share(np.array([1.0, 2.0]), np.array([3.0]), 0.05, good_weight, bad_weight)
+    found = misses.detected_share(
+        np.array([1.0, 2.0]), np.array([3.0]), 0.05, good_weight, bad_weight
+    )
     np.testing.assert_array_equal(found, [np.nan, np.nan, 1.0])
 
 

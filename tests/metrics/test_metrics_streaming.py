@@ -4,12 +4,14 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import ndimage, sparse
 
 from mmrjax import metrics
-from mmrjax.metrics import buckets, ranking, streaming
+from mmrjax.metrics import ranking, streaming
 from mmrjax.runtime import mesh as mesh_lib
 
 BOUNDED = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_0.3")
@@ -156,7 +158,7 @@ def test_more_regions_than_histograms_per_call_and_more_buckets_than_expected():
     rng = np.random.default_rng(3)
     maps = np.exp(20 * rng.normal(size=masks.shape)).astype(np.float32)
     counted = count(maps, masks, batch=1)
-    assert counted.defect.shape == (256, buckets.BUCKETS)
+    assert counted.defect.shape == (256, streaming.BUCKETS)
     assert len(np.unique(counted.normal.indices)) > 1024
     (low, high), exact = counted.bounds()["aupro_0.3"], metrics.aupro(maps, masks)
     assert low <= exact <= high < low + 0.02
@@ -175,8 +177,8 @@ def test_batches_of_different_sizes_count_together():
 
 def test_counts_beyond_float32_and_int32_stay_whole():
     huge = np.full(4, (1 << 31) - 1, np.int32)  # pixels of four images in one bucket
-    normal = sparse.csr_array((huge, [5] * 4, range(5)), shape=(4, buckets.BUCKETS))
-    defect = sparse.csr_array((np.int32([1]), [9], [0, 1]), shape=(1, buckets.BUCKETS))
+    normal = sparse.csr_array((huge, [5] * 4, range(5)), shape=(4, streaming.BUCKETS))
+    defect = sparse.csr_array((np.int32([1]), [9], [0, 1]), shape=(1, streaming.BUCKETS))
     one = np.ones(1, int)
     pixel, _ = streaming.Counted(
         normal, defect, 0 * one, one, np.full(4, np.nan), np.ones(4), one, one
@@ -210,6 +212,99 @@ def test_quantiles_are_those_of_all_pixels_to_the_width_of_a_bucket():
     expected = np.quantile(case["maps"], [0.05, 0.5, 0.995])
     np.testing.assert_allclose(found, expected, rtol=1 / 128)
 
+
+# Buckets
+
+EXTREME = [-np.inf, -3.4e38, -1.0, -1e-38, -0.0, 0.0, 1e-38, 0.5, 1.0, 3.4e38, np.inf]
+
+
+def bucket(scores):
+    return np.asarray(streaming.bucket(jnp.asarray(scores, jnp.float32)))
+
+
+def oracle(maps, row):
+    """Counts with NumPy, one histogram after the other."""
+    values = bucket(maps)
+    return np.stack([np.bincount(values[row == i], minlength=1 << 16) for i in range(128)])
+
+
+def make_batch(b=8, size=12):
+    rng = np.random.default_rng(5)
+    maps = rng.normal(size=(b, size, size)).astype(np.float32)
+    row = rng.integers(-1, 131, maps.shape).astype(np.int32)  # some belong to no histogram
+    row[:, :, :4] = 0  # the same histogram gets pixels on every device
+    return maps, row
+
+
+def count_rows(maps, row, devices, width=1 << 12):
+    mesh = mesh_lib.make_mesh(devices)
+    maps, row = mesh_lib.put_batch((maps, row), mesh)
+    columns, counts, occupied = streaming.bucket_counts(maps, row, mesh, width)
+    assert counts.dtype == jnp.int32
+    wide = np.zeros((streaming.ROWS, streaming.BUCKETS + 1), np.int64)
+    np.add.at(wide, (slice(None), np.asarray(columns)), np.asarray(counts))
+    return wide[:, :-1], int(occupied)
+
+
+def test_buckets_rise_with_the_scores_and_equal_scores_share_one():
+    assert (np.diff(bucket(EXTREME)) >= 0).all()
+    rng = np.random.default_rng(1)
+    scores = np.sort(rng.normal(size=4000) * 10.0 ** rng.integers(-30, 30, 4000))
+    assert (np.diff(bucket(scores)) >= 0).all()
+    assert bucket([-0.0]) == bucket([0.0])
+    assert len(set(bucket([1.0, 1.003, 1.005]).tolist())) == 1
+    assert len(set(bucket([1.0, 1.01, 1.02]).tolist())) == 3  # 128 per doubling
+
+
+def test_finite_scores_and_only_they_lie_in_the_finite_buckets():
+    assert all(b in streaming.FINITE for b in bucket(EXTREME[1:-1]).tolist())
+    assert not any(
+        b in streaming.FINITE for b in bucket([np.inf, -np.inf, np.nan, -np.nan]).tolist()
+    )
+
+
+def test_edges_are_the_smallest_scores_of_their_buckets():
+    edges, numbers = streaming.bucket_edges(), np.array(streaming.FINITE)
+    exact = (np.abs(edges) >= np.finfo(np.float32).tiny) | (edges == 0)  # below: flushed to zero
+    np.testing.assert_array_equal(
+        bucket(edges)[exact & (edges >= 0)], numbers[exact & (edges >= 0)]
+    )
+    below = np.nextafter(edges[exact & (edges > 0)], np.float32(-np.inf))
+    assert (bucket(below) < numbers[exact & (edges > 0)]).all()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_counts_equal_numpy_on_any_number_of_devices(devices):
+    maps, row = make_batch()
+    counts, occupied = count_rows(maps, row, devices)
+    expected = oracle(maps, row)
+    np.testing.assert_array_equal(counts, expected)
+    assert occupied == (expected.sum(axis=0) > 0).sum()
+
+
+def test_a_width_that_is_too_small_is_told():
+    maps, row = make_batch()
+    _, occupied = count_rows(maps, row, 1, width=16)
+    assert occupied == count_rows(maps, row, 1)[1] > 16
+
+
+def test_only_sums_of_counts_cross_devices():
+    mesh = mesh_lib.make_mesh(8)
+    maps, row = mesh_lib.put_batch(make_batch(), mesh)
+    text = streaming.bucket_counts.lower(maps, row, mesh, 64).compile().as_text()
+    assert "all-reduce" in text
+    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
+
+
+def test_a_batch_that_could_overflow_int32_is_refused():
+    mesh = mesh_lib.make_mesh(1)
+    maps = jax.ShapeDtypeStruct((1 << 11, 1024, 1024), jnp.float32)
+    row = jax.ShapeDtypeStruct(maps.shape, jnp.int32)
+    with pytest.raises(ValueError, match=r"too many for int32.*eval\.batch_size"):
+        streaming.bucket_counts.lower(maps, row, mesh, 64)
+
+
+# Memory
 
 MEMORY = """
 import numpy as np

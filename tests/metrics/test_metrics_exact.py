@@ -1,4 +1,4 @@
-"""The facade: keys of the contract, which images count, reasons for missing values, curves."""
+"""Exact metrics: keys of the contract, which images count, reasons of missing values, curves."""
 
 import json
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmrjax import metrics
+from mmrjax.metrics import exact, ranking
 
 
 def make_domain(n=24, size=32):
@@ -265,3 +266,32 @@ def test_paired_difference_averages_the_metric_over_seeds():
 def test_paired_difference_of_an_undefined_metric_is_none():
     found = metrics.paired_difference(np.arange(4.0), np.arange(4.0), np.ones(4, bool))
     assert found["image_auroc"] == {"difference": None, "ci95": None}
+
+
+# One sort for two metrics
+
+
+def make_stack():
+    rng = np.random.default_rng(8)
+    masks = np.zeros((6, 20, 20), bool)
+    masks[::2, 4:9, 3:12] = masks[::2, 15, 15] = True
+    return np.round(rng.normal(size=masks.shape) + masks, 1).astype(np.float32), masks
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_sort_gives_both_metrics_whatever_the_number_of_threads(count, monkeypatch):
+    monkeypatch.setattr(ranking, "THREADS", count)
+    monkeypatch.setattr(ranking.thread_slices, "__defaults__", (100,))
+    maps, masks = make_stack()
+    found = metrics.pixel_auroc_and_aupro(maps, masks)
+    assert found == pytest.approx(
+        (metrics.auroc(maps, masks), metrics.aupro(maps, masks)), abs=1e-12
+    )
+    assert len(exact.gather(maps, metrics.regions(masks)).sorted_normal) == count
+
+
+def test_a_single_class_is_refused():
+    maps, masks = make_stack()
+    for some in (masks & False, masks | True):
+        with pytest.raises(ValueError, match="defect and normal pixels are needed"):
+            metrics.pixel_auroc_and_aupro(maps, some)
