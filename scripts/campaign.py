@@ -1,12 +1,12 @@
-"""Kills a run at random moments, restarts it, and compares what it leaves with an untouched run.
+"""Kills a run at random moments, restarts it, and compares its result with an untouched run.
 
     python scripts/campaign.py --kills=100 --seed=0 --table=docs/reliability.md
 
-One round is one fresh folder: the whole program, from raw pictures to the report, is started,
-killed with SIGKILL, started again and so on, up to five times, and then left to finish. What it
-leaves must equal the untouched run bit for bit (`result` says what). The phase of a kill is read
-off the run's log and folder after its death. Moments and order come from the seed; the operating
-system adds its own. Exit status 1 when anything differs; the folder of such a round is kept.
+A round is a fresh folder. The whole program, from raw pictures to the report, is started, killed
+with SIGKILL and started again, up to five times, and then left to finish. Its files must equal
+those of the untouched run bit for bit (see `result`). The phase of a kill is read off the run's log
+and folder after its death. Moments and order come from the seed; the operating system adds its own.
+The exit status is 1 if anything differs; the folder of such a round is kept.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def saves_in_progress(home: pathlib.Path) -> set[str]:
 
 
 def phase(home: pathlib.Path, stale: set[str]) -> str:
-    """Where the run is, from its log and its folder; `stale` are saves that were killed before."""
+    """The phase of a run, from its log and folder; `stale` are saves that were killed before."""
     log = (home / "log.txt").read_text()
     if "report: " in log:
         return "after the report"
@@ -173,7 +173,7 @@ def phase(home: pathlib.Path, stale: set[str]) -> str:
 
 
 def usable(home: pathlib.Path) -> frozenset[str]:
-    """What a restart can use: records, checkpoints, an evaluation, a report."""
+    """The files that a restart can use: records, checkpoints, an evaluation, a report."""
     saved = (home / RUN / "checkpoints" / "train").glob("*")
     steps = {path.name for path in saved if path.name.isdigit()}
     files = (RECORDS / "fingerprint.json", RUN / "results.json", "run/report.html")
@@ -181,7 +181,7 @@ def usable(home: pathlib.Path) -> frozenset[str]:
 
 
 def result(home: pathlib.Path) -> dict[str, str]:
-    """{what: digest} of a finished run: all that must not depend on kills."""
+    """{name: digest} of everything in a finished run that must not depend on kills."""
     parts = records(home / RECORDS)
     with ocp.StandardCheckpointer() as checkpointer:
         folder = (home / RUN / "checkpoints" / "train" / str(STEPS) / "state").absolute()
@@ -208,8 +208,8 @@ def result(home: pathlib.Path) -> dict[str, str]:
 def records(folder: pathlib.Path) -> dict[str, str]:
     """Every field of every record, in the order of the files.
 
-    Not the bytes of the files: the fields of a record lie in them in an order that Protocol Buffers
-    draws anew in every process.
+    The bytes of the files differ between processes, because Protocol Buffers draw the order of the
+    fields of a record anew in every process.
     """
     builder = tfds.builder_from_directory(folder)
     raw = {name: tfds.decode.SkipDecoding() for name in ("image", "mask")}
@@ -221,7 +221,7 @@ def records(folder: pathlib.Path) -> dict[str, str]:
 
 
 def differences(got: dict[str, str], wanted: dict[str, str]) -> list[str]:
-    """Names of what is not equal, or only on one side."""
+    """Names of the entries that differ, or stand on one side only."""
     return sorted(name for name in got.keys() | wanted.keys() if got.get(name) != wanted.get(name))
 
 
@@ -257,8 +257,8 @@ def campaign(
     """Plays rounds until there were `kills` kills.
 
     Args:
-      kills: how many.
-      seed: of phases and moments.
+      kills: number of kills of all rounds.
+      seed: draws phases and moments.
       work: holds parts/, and in untouched/ a finished run.
       spans: seconds that this run spent in each phase; moments are drawn from them.
       say: receives a line per kill.

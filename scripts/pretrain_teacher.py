@@ -2,10 +2,11 @@
 
     python scripts/pretrain_teacher.py --output=mmrjax/weights/fdsl18.safetensors
 
-A ResNet-18 of reduced width, stem to layer 3, with BatchNorm; what is written has BatchNorm folded
-in and float16 numbers. No photograph and no file is read. Drawing: scripts/procedural/textures.py
-and scenes.py; what is learned: objective.py. A run that was stopped goes on from its last state
-(<output>.state, every five minutes); on CPU to the same weights.
+The network is a ResNet-18 of reduced width, stem to layer 3, with BatchNorm. The written file has
+BatchNorm folded in, and float16 numbers. No photograph and no file is read. The pictures come from
+procedural/textures.py and procedural/scenes.py, the objective from procedural/objective.py. A
+stopped run goes on from its last state (<output>.state, every five minutes), on CPU to the same
+weights.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """Scores images with an exported ONNX file: python score_onnx.py SCORER.onnx IMAGE...
 
-SCORER.onnx and SCORER.onnx.json come from `python -m mmrjax.export --output=SCORER.onnx`. Needs
-onnxruntime, numpy and Pillow, and nothing else. Prints a line per image: score, verdict, path.
-Files that cannot be read are named and skipped; the exit status is then 3.
+SCORER.onnx and SCORER.onnx.json come from `python -m mmrjax.export --output=SCORER.onnx`. The
+script needs onnxruntime, numpy and Pillow, and nothing else. It prints a line per image: score,
+verdict, path. Files that cannot be read are named and skipped; the exit status is then 3.
 
-With Pillow 11 or 12 and 8-bit PNG or BMP files the scores are those of `mmrjax.predict`. They
-differ a little where pixels do: Pillow 13 resizes in another order, by a grey level here and there,
-and OpenCV's JPEG decoder, which mmrjax uses, may round otherwise than Pillow's.
+With Pillow 11 or 12 and 8-bit PNG or BMP files the scores are those of `mmrjax.predict`. Pillow 13
+resizes in another order, by a grey level here and there, and OpenCV's JPEG decoder, which mmrjax
+uses, may round otherwise than Pillow's; scores then differ a little.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the embedded teacher learns: to make damage stand out among the views of a design.
+"""The objective of the embedded teacher: damage stands out among the views of a design.
 
 PatchCore calls a patch defective when it is far from every patch of good parts. The objective is
 that rule itself: a cell of a feature map is compared with the clean cells of the other views of its
@@ -73,7 +73,7 @@ def nearest_distance(cells: jax.Array, labels: jax.Array) -> jax.Array:
 
     Args:
       cells: float32 [e, v, n, c].
-      labels: int [e, v, n]; 0 is clean. Where no other view has a clean cell, any cell is taken.
+      labels: int [e, v, n]; 0 is clean. If no other view has a clean cell, any cell is taken.
 
     Returns:
       float32 [e, v, n], the root of the mean square over channels.

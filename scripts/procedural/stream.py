@@ -1,7 +1,7 @@
 """Batches of episodes, drawn by other processes while the network trains.
 
-Episode i of a seed is the same whoever draws it and whenever: a run that was stopped goes on with
-the episode at which it stopped, and no picture is ever seen twice.
+Episode i of a seed does not depend on the process or the time that draws it. A stopped run goes on
+with the episode at which it stopped, and no picture is ever seen twice.
 """
 
 import collections
@@ -26,10 +26,10 @@ def batches(
     """Yields batches `start` to `stop`, in order.
 
     Args:
-      seed: of textures and episodes.
+      seed: draws textures and episodes.
       classes: number of textures.
-      episodes: in a batch.
-      views: of an episode.
+      episodes: number of episodes in a batch.
+      views: number of views of an episode.
       start: the first batch.
       stop: the batch after the last.
       workers: processes that draw.
