@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 try:
-    import torch_reference as mmr
+    import torch_twin as mmr
 except ImportError:
     from mmrjax.weights import torch_twin as mmr
 
