@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mmrjax import compare, metrics
+from mmrjax.runs import paired
 
 
 def write(folder, scores, labels, domains=None, groups=None):
@@ -36,15 +37,15 @@ def runs(tmp_path):
 
 
 def test_difference_is_that_of_the_mean_metrics_and_its_interval_is_paired(runs):
-    a, b = (compare.read(sorted((runs / name).glob("seed*"))) for name in "ab")
-    found = compare.difference(a, b)["image_auroc"]
+    a, b = (paired.read(sorted((runs / name).glob("seed*"))) for name in "ab")
+    found = paired.difference(a, b)["image_auroc"]
     for side, scores in (("a", a), ("b", b)):
         mean = np.mean([metrics.auroc(values, scores.is_anomaly) for values in scores.values])
         assert found[side] == pytest.approx(mean, abs=1e-12)
     assert found["difference"] == pytest.approx(found["a"] - found["b"], abs=1e-12)
     low, high = found["ci95"]
     assert 0 < low < found["difference"] < high
-    same = compare.difference(a, a)["image_auroc"]
+    same = paired.difference(a, a)["image_auroc"]
     assert (same["difference"], same["ci95"]) == (0, [0, 0])
 
 
@@ -77,4 +78,4 @@ def test_seeds_with_other_images_are_refused(tmp_path):
     write(tmp_path / "a" / "seed0", [1.0, 2.0], ["good", "anomaly"])
     write(tmp_path / "a" / "seed1", [1.0, 2.0, 3.0], ["good", "anomaly", "good"])
     with pytest.raises(ValueError, match="other test images"):
-        compare.read(sorted((tmp_path / "a").glob("seed*")))
+        paired.read(sorted((tmp_path / "a").glob("seed*")))

@@ -40,7 +40,7 @@ GROUND_TRUTH = {
         "masks": "nearest neighbour, threshold 0.5",
         "labels": "as recorded; an anomaly whose mask the crop empties stays an anomaly",
     },
-    "mmr": {
+    metrics.OFFICIAL_MODE: {
         "masks": "official MMR code: bilinear, only pixels equal to the maximum (erodes borders)",
         "labels": "official MMR code: an anomaly whose mask the crop empties counts as good",
     },
@@ -240,7 +240,7 @@ def _labels(
     """The labels that the metrics use, bool [n], and what was decided, for results.json."""
     recorded = found.table["label"] == ANOMALY
     emptied = recorded & found.table["has_mask"] & found.empty_view
-    relabelled = emptied if mode == "mmr" else np.zeros_like(emptied)
+    relabelled = emptied if mode == metrics.OFFICIAL_MODE else np.zeros_like(emptied)
     facts = {
         "metrics_mode": mode,
         **GROUND_TRUTH[mode],

@@ -44,12 +44,18 @@ from mmrjax.metrics.misses import MISSED, by_defect
 from mmrjax.metrics.paired import paired_difference
 from mmrjax.metrics.pro import Regions, aupro, pro_curve, pro_mmr, pro_mmr_per_image, regions
 from mmrjax.metrics.ranking import auroc, average_precision, f1_max
-from mmrjax.metrics.summary import largest_errors, officially_rounded, summarise
+from mmrjax.metrics.summary import (
+    OFFICIAL_MODE,
+    largest_errors,
+    officially_rounded,
+    summarise,
+)
 
 __all__ = [
     "IMAGE_METRICS",
     "METRICS",
     "MISSED",
+    "OFFICIAL_MODE",
     "PIXEL_METRICS",
     "TINY_METRICS",
     "Regions",

@@ -6,6 +6,8 @@ import numpy as np
 
 from mmrjax.metrics.domain import METRICS
 
+OFFICIAL_MODE = "mmr"  # of eval.metrics_mode: ground truth and rounding as in the official MMR code
+
 # The official code rounds these metrics of every class or domain before it averages them. It does
 # not round pixel AUROC (quirk 21).
 OFFICIAL_DECIMALS = {"image_auroc": 3, "pro_mmr": 3}

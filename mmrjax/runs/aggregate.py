@@ -8,9 +8,9 @@ from collections import defaultdict
 
 import numpy as np
 
-from mmrjax import compare, metrics
+from mmrjax import metrics
 from mmrjax.evaluate import results as evaluate
-from mmrjax.runs import workdir
+from mmrjax.runs import paired
 from mmrjax.runtime import files
 
 
@@ -18,11 +18,12 @@ def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
     """Collects `<root>/<method>/<category>/seed<k>/results.json` into `<root>/results.json`.
 
     Returns:
-      Its content: per method the metrics with mean, standard deviation and every seed's value, the
-      summary of design decision 8, and paired comparisons of the methods on the same images.
+      The content of `<root>/results.json`: per method the metrics with mean, standard deviation and
+      every seed's value, their summary (metrics/summary.py), and paired comparisons of the methods
+      on the same images.
     """
     runs = defaultdict(list)
-    for run in workdir.runs_with(root, "results.json"):
+    for run in files.runs(root, "results.json"):
         result = _read_json(run / "results.json")
         runs[result["method"]].append({**result, "path": run.relative_to(root).as_posix()})
     for results in runs.values():
@@ -42,7 +43,7 @@ def aggregate(root: pathlib.Path, title: str, reference_domain: str) -> dict:
 def _method(runs: list[dict], reference_domain: str) -> dict:
     by_key = defaultdict(lambda: defaultdict(dict))
     for run in runs:
-        official = run["facts"].get("eval", {}).get("metrics_mode") == "mmr"
+        official = _is_official(run)
         for key, domains in run["metrics"].items():
             for domain, values in domains.items():
                 values = metrics.officially_rounded(values) if official else values
@@ -60,13 +61,14 @@ def _method(runs: list[dict], reference_domain: str) -> dict:
     }
 
 
-def _notes(runs: list[dict]) -> list[str]:
-    """What a reader must know of the numbers: the official mode, and errors of the streaming form.
+def _is_official(run: dict) -> bool:
+    return run["facts"].get("eval", {}).get("metrics_mode") == metrics.OFFICIAL_MODE
 
-    Errors are rounded up, so that the note stays true.
-    """
+
+def _notes(runs: list[dict]) -> list[str]:
+    """Notes on the numbers: the official mode, and the errors of the streaming form, rounded up."""
     notes = []
-    if any(run["facts"].get("eval", {}).get("metrics_mode") == "mmr" for run in runs):
+    if any(map(_is_official, runs)):
         notes.append(
             "metrics_mode=mmr, to be compared with the paper's tables: masks and labels as in the "
             "official code, and image AUROC and PRO (MMR) of every seed, category and domain are "
@@ -124,12 +126,12 @@ def _kind_over_seeds(seeds: dict[str, dict]) -> dict:
 
 
 def _combinations(runs: list[dict]) -> list[dict]:
-    """What the runs tell of defects under conditions, over seeds; empty but for the tracks."""
-    found = defaultdict(dict)
+    """Each defect under each condition, over seeds; empty but for the cross-domain tracks."""
+    by_place = defaultdict(dict)
     for run in runs:
         for entry in run.get("combinations") or []:
             place = (entry["part"], entry["condition"], entry["defect"], entry["unseen"])
-            found[place][str(run["seed"])] = entry
+            by_place[place][str(run["seed"])] = entry
     names = ("part", "condition", "defect", "unseen")
     return [
         {
@@ -137,7 +139,7 @@ def _combinations(runs: list[dict]) -> list[dict]:
             "good": next(iter(seeds.values()))["good"],
             **_kind_over_seeds(seeds),
         }
-        for place, seeds in sorted(found.items())
+        for place, seeds in sorted(by_place.items())
     ]
 
 
@@ -154,25 +156,25 @@ def _comparisons(root: pathlib.Path, runs: dict[str, list[dict]]) -> list[dict]:
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             for key in sorted(scores[a].keys() & scores[b].keys()):
-                one, other = scores[a][key], scores[b][key]
-                if one.images != other.images or len(set(one.is_anomaly)) < 2:
+                first, second = scores[a][key], scores[b][key]
+                if first.images != second.images or len(set(first.is_anomaly)) < 2:
                     continue  # other test images, or of one kind: nothing to pair
-                found = compare.difference(one, other)["image_auroc"]
-                found = {name: found[name] for name in ("difference", "ci95")}
-                comparisons.append({"a": a, "b": b, "key": key, "metric": "image_auroc", **found})
+                row = paired.difference(first, second)["image_auroc"]
+                row = {name: row[name] for name in ("difference", "ci95")}
+                comparisons.append({"a": a, "b": b, "key": key, "metric": "image_auroc", **row})
     return comparisons
 
 
-def _scores(root: pathlib.Path, runs: list[dict]) -> dict[str, compare.Scores]:
+def _scores(root: pathlib.Path, runs: list[dict]) -> dict[str, paired.Scores]:
     """{key: scores of all seeds}; keys whose seeds have different test images are left out."""
     folders: dict[str, list[pathlib.Path]] = {}
     for run in runs:
         folders.setdefault(next(iter(run["metrics"])), []).append(root / run["path"])
-    found = {}
+    scores = {}
     for key, paths in folders.items():
-        with contextlib.suppress(compare.OtherImages):
-            found[key] = compare.read(paths)
-    return found
+        with contextlib.suppress(paired.OtherImages):
+            scores[key] = paired.read(paths)
+    return scores
 
 
 def _read_json(path: pathlib.Path) -> dict:

@@ -30,7 +30,7 @@ def find_run(workdir: pathlib.Path) -> pathlib.Path:
     """
     if (workdir / "config.json").is_file():
         return workdir
-    runs = sorted(path.parent for path in workdir.glob("*/*/seed*/config.json"))
+    runs = files.runs(workdir, "config.json")
     if not runs:
         raise FileNotFoundError(f"{workdir} holds no run; give the --workdir of mmrjax.main")
     if len(runs) > 1:
@@ -115,8 +115,8 @@ def read_config(folder: pathlib.Path) -> ConfigDict:
     """
     stored = files.read_json(folder / "config.json")
     if stored is None:
-        runs = [str(path.parent) for path in sorted(folder.glob("**/seed*/config.json"))]
-        hint = f"; runs in it: {', '.join(runs[:6])}" if runs else ""
+        runs = ", ".join(map(str, files.runs(folder, "config.json", above="**")[:6]))
+        hint = f"; runs in it: {runs}" if runs else ""
         raise FileNotFoundError(f"{folder} is no run folder: it has no readable config.json{hint}")
     config = config_lib.load(str(config_lib.PACKAGED / "common.py"))
     before = config_lib.flatten(ConfigDict(stored))

@@ -20,7 +20,6 @@ from mmrjax import methods, metrics
 from mmrjax.report import page as report
 from mmrjax.report import words
 from mmrjax.runs import records
-from mmrjax.runs import workdir as workdir_lib
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import files, processes
 
@@ -61,7 +60,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, run_all: RunAll) -> tuple[dic
       ValueError, FileNotFoundError: a row that cannot work, before any row is run; a work directory
         with other runs.
     """
-    if workdir_lib.runs_with(workdir, "config.json"):
+    if files.runs(workdir, "config.json"):
         raise ValueError(f"{workdir} holds runs of one configuration; use another --workdir")
     rows = plan(config)
     records.check_needs([row.config for row in rows])  # before days of training

@@ -44,22 +44,13 @@ def run_path(name: str, category: str, seed: int) -> pathlib.Path:
     return pathlib.Path(name, category, f"seed{seed}")
 
 
-def runs_with(root: pathlib.Path, name: str) -> list[pathlib.Path]:
-    """The runs below a work directory or the root of a view that have a file of that name, sorted.
-
-    A copy that somebody has called seed54_old is none.
-    """
-    found = [path.parent for path in sorted(root.glob(f"*/*/seed*/{name}"))]
-    return [run for run in found if run.name.removeprefix("seed").isdecimal()]
-
-
 def trained_runs(workdir: pathlib.Path) -> list[tuple[str, str, int]]:
     """(method, category, seed) of every run in a work directory.
 
     Raises:
       FileNotFoundError: there is none.
     """
-    runs = [(*run.parts[-3:-1], int(run.name[4:])) for run in runs_with(workdir, "config.json")]
+    runs = [(*run.parts[-3:-1], int(run.name[4:])) for run in files.runs(workdir, "config.json")]
     runs = [run for run in runs if run[0] in methods.METHODS]
     if not runs:
         raise FileNotFoundError(f"nothing trained in {workdir}; run once without --mode=evaluate")
@@ -100,7 +91,7 @@ def check(config: ConfigDict, workdir: pathlib.Path) -> None:
             raise ValueError(f"--workdir={workdir}: {place} is a file; name another folder")
     if "rows" in (files.read_json(workdir / "results.json") or {}):
         raise ValueError(f"{workdir} holds a sweep, with runs of its own; use another --workdir")
-    for run in runs_with(workdir, "config.json"):
+    for run in files.runs(workdir, "config.json"):
         stored = files.read_json(run / "config.json") or {}
         stored = stored.get("data", {}).get("name", config.data.name)
         if stored != config.data.name:

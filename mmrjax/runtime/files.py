@@ -105,6 +105,23 @@ def read_json(path: pathlib.Path) -> dict | None:
     return content if isinstance(content, dict) else None
 
 
+def runs(folder: pathlib.Path, name: str, above: str = "*/*") -> list[pathlib.Path]:
+    """The run folders below a folder that hold a file, sorted.
+
+    Args:
+      folder: a work directory, the root of a view, or any folder above runs.
+      name: of the file, such as config.json.
+      above: pattern of the folders between `folder` and a run; <method>/<category> by default.
+    """
+    paths = sorted(folder.glob(f"{above}/seed*/{name}"))
+    return [path.parent for path in paths if is_run_name(path.parent.name)]
+
+
+def is_run_name(name: str) -> bool:
+    """Whether a folder seed<k> is a run; seed54_old, which somebody copied, is none."""
+    return name.startswith("seed") and name.removeprefix("seed").isdecimal()
+
+
 def full_disk(e: Exception) -> str:
     """The system's words for a full disk when `e` comes of one, else "".
 

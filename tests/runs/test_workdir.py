@@ -5,8 +5,9 @@ import json
 import pytest
 
 from mmrjax.evaluate import results as evaluate
-from mmrjax.runs import aggregate, workdir
+from mmrjax.runs import aggregate, restore, workdir
 from mmrjax.runtime import config as config_lib
+from mmrjax.runtime import files
 
 
 @pytest.fixture
@@ -73,10 +74,18 @@ def test_a_run_without_checkpoints_may_change_its_mind(run, config):
     assert json.loads((run / "config.json").read_text())["train"]["epochs"] == 5
 
 
-def test_a_copy_that_somebody_made_of_a_run_is_none(run, tmp_path):
+def test_a_copied_run_is_ignored_everywhere(run, tmp_path):
     (run.with_name("seed1_old")).mkdir()
-    (run.with_name("seed1_old") / "config.json").write_text("{}")
+    for name in ("config.json", "results.json"):
+        (run.with_name("seed1_old") / name).write_text("{}")
+        assert files.runs(tmp_path, name) == [run]
     assert workdir.trained_runs(tmp_path) == [("mmr", "parts", 1)]
+    assert restore.find_run(tmp_path) == run
+    with pytest.raises(FileNotFoundError, match=r"runs in it: \S*seed1$"):
+        restore.read_config(tmp_path)
+    (run / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        restore.find_run(tmp_path)
 
 
 @pytest.mark.parametrize("inside", ["", "deeper/run"])
