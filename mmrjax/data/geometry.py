@@ -1,10 +1,12 @@
-"""Evaluation geometry on the host: Pillow's resize (as torchvision's), then a centre crop.
+"""How evaluation looks at a picture, on the host, and where a map's values lie in the picture.
 
-Or, tiled, no crop but overlapping windows that cover the resized image. And the way back: where a
-map's values lie in the image.
+Pillow resizes the picture, as torchvision does, and the centre is cropped. A tiled view has
+overlapping windows that cover the whole resized picture instead. A stress changes test pictures,
+never labels (MMR+ spec, section 8).
 """
 
 import dataclasses
+import zlib
 from collections.abc import Iterator
 
 import jax
@@ -12,7 +14,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mmrjax.data import stress
 from mmrjax.data.records import Records
 
 _FILTERS = {
@@ -23,13 +24,18 @@ _FILTERS = {
 
 Size = tuple[int, int]
 
+# Dim light: scaled by a gain, in the linear scale of the gamma, and counted as photons.
+GAMMA = 2.2  # grey level = light ** (1 / GAMMA)
+GAIN = 0.4  # share of the light that is left
+PEAK = 60  # photons per pixel and channel of the brightest white before the gain
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
     """How evaluation looks at an image: `resize` and centre crop to `size`, both (h, w) in px.
 
-    With an `overlap` in px it looks at all of it instead, through windows of `size` (tiling). What
-    `stress` names is done to the image first, see stress.py.
+    With an `overlap` in px the view is tiled: windows of `size` cover the resized image. The
+    `mask_mode` is that of `view_mask`. With `stress` "dark" the image is darkened first.
     """
 
     resize: Size
@@ -80,9 +86,10 @@ def batches(
     batch_size: int,
     own: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Yields (images uint8 [b, h, w, 3], masks bool [b, h, w], real rows), one shape throughout.
+    """Yields (images uint8 [b, h, w, 3], masks bool [b, h, w], number of real rows).
 
-    The last batch is filled with zeros; so are, with `own` bool [b], the rows where it is false.
+    All batches have one shape. The last batch is filled up with zeros. Rows in which `own`, bool
+    [b], is false are zeros, too: another process reads those images.
     """
     for start in range(0, len(records), batch_size):
         rows = range(start, min(start + batch_size, len(records)))
@@ -93,7 +100,7 @@ def batches(
                 continue
             image = records.image(i)
             if view.stress == "dark":
-                image = stress.darken(image, str(records.table["id"][i]))
+                image = darken(image, str(records.table["id"][i]))
             images[row] = view_image(image, view.resize, view.frame, view.interpolation)
             masks[row] = view_mask(records.mask(i), view.resize, view.frame, view.mask_mode)
         yield images, masks, len(rows)
@@ -110,6 +117,24 @@ def to_unit(pixels: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
       from NumPy's in the last bit.
     """
     return pixels.astype(np.float32) / np.float32(255)
+
+
+def darken(image: np.ndarray, name: str) -> np.ndarray:
+    """Shows a picture in 40 % of the light, with its photon noise.
+
+    The noise follows from the record's id, so that every method and every call sees the same
+    picture.
+
+    Args:
+      image: uint8 [h, w, 3].
+      name: id of the record.
+
+    Returns:
+      uint8 [h, w, 3].
+    """
+    light = (np.arange(256) / 255) ** GAMMA * GAIN * PEAK
+    photons = np.random.default_rng(zlib.crc32(name.encode())).poisson(light[image])
+    return np.round(255 * np.minimum(photons / PEAK, 1.0) ** (1 / GAMMA)).astype(np.uint8)
 
 
 def view_image(image: np.ndarray, resize: Size, size: Size, interpolation: str) -> np.ndarray:
@@ -131,8 +156,9 @@ def view_image(image: np.ndarray, resize: Size, size: Size, interpolation: str) 
 def view_mask(mask: np.ndarray, resize: Size, size: Size, mode: str) -> np.ndarray:
     """The ground truth in the same view.
 
-    "standard": nearest neighbour, then > 127. "mmr": as the official code, bilinear, divided by its
-    own maximum and truncated to integers, which erodes every border (quirk 16).
+    Mode "standard" takes the nearest neighbour, then values above 127. Mode "mmr" does as the
+    official MMR code: bilinear, divided by the maximum and truncated to integers, which erodes
+    every border (quirk 16).
 
     Args:
       mask: uint8 [h, w], 0 or 255.
@@ -151,11 +177,11 @@ def view_mask(mask: np.ndarray, resize: Size, size: Size, mode: str) -> np.ndarr
 
 
 def unview_map(view_map: np.ndarray, view: View, size: Size) -> np.ndarray:
-    """A map in the pixels of its image, bilinear.
+    """Resamples a map to the pixels of its image, bilinearly.
 
     Args:
       view_map: float32 [*view.frame].
-      view: how the image was looked at.
+      view: in which the image was scored.
       size: (height, width) of the image.
 
     Returns:
@@ -178,7 +204,7 @@ def unview_map(view_map: np.ndarray, view: View, size: Size) -> np.ndarray:
 
 
 def _starts(whole: int, size: int, overlap: int) -> list[int]:
-    """Where windows of `size` begin that cover `whole` and overlap by `overlap` or more."""
+    """The starts of windows of `size` that cover `whole` and overlap by `overlap` or more."""
     return [*range(0, whole - size, size - overlap), whole - size]
 
 

@@ -2,7 +2,7 @@
 
 import io
 import itertools
-import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -171,21 +171,25 @@ def test_defect_outside_the_crop_leaves_an_empty_mask(mode):
 def make_records(count: int):
     """Stands in for records: image i is filled with 10 + i, mask i marks row i."""
 
-    def mask(i):
-        array = np.zeros((12, 16), np.uint8)
-        array[i] = 255
-        return array
+    class Filled:
+        table: typing.ClassVar = {}
 
-    return types.SimpleNamespace(
-        image=lambda i: np.full((12, 16, 3), 10 + i, np.uint8), mask=mask, table={}
-    )
+        def __len__(self):
+            return count
+
+        def image(self, i):
+            return np.full((12, 16, 3), 10 + i, np.uint8)
+
+        def mask(self, i):
+            return np.repeat(np.where(np.arange(12) == i, 255, 0)[:, None], 16, 1).astype(np.uint8)
+
+    return Filled()
 
 
 @pytest.mark.parametrize(("count", "rows"), [(7, [3, 3, 1]), (6, [3, 3]), (2, [2])])
 def test_batches_have_one_shape_and_the_last_is_filled_with_zeros(count, rows):
     view = geometry.View((12, 16), (12, 16))
-    indices = np.arange(count)[::-1]
-    got = list(geometry.batches(make_records(count), indices, view, 3))
+    got = list(geometry.batches(make_records(count), view, 3))
     assert [n for _, _, n in got] == rows
     seen = []
     for images, masks, n in got:
@@ -195,19 +199,17 @@ def test_batches_have_one_shape_and_the_last_is_filled_with_zeros(count, rows):
         assert not masks[n:].any()
         seen += [(int(image[0, 0, 0]) - 10, int(mask.any(1).argmax())) for image, mask in
                  zip(images[:n], masks[:n], strict=True)]  # fmt: skip
-    assert seen == [(i, i) for i in indices]
+    assert seen == [(i, i) for i in range(count)]
 
 
 def test_no_images_make_no_batches():
-    assert not list(geometry.batches(make_records(0), np.array([], int), geometry.View(
-        (12, 16), (12, 16)), 3))  # fmt: skip
+    assert not list(geometry.batches(make_records(0), geometry.View((12, 16), (12, 16)), 3))
 
 
 def test_batches_of_records_equal_the_views_of_their_images_and_masks(built):
     records, pixels, _ = built
     view = geometry.View((40, 36), (32, 28), "bicubic", "mmr")
-    indices = np.arange(len(records))
-    images, masks, n = next(geometry.batches(records, indices, view, 16))
+    images, masks, n = next(geometry.batches(records, view, 16))
     assert n == len(pixels)
     for i, name in enumerate(records.table["id"]):
         expected = geometry.view_image(pixels[name], view.resize, view.size, "bicubic")
@@ -290,3 +292,30 @@ def test_grey_levels_become_unit_values_bit_for_bit_as_by_division(dtype):
     ):
         assert got.dtype == np.float32
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+# --- dim light: repeatable, as dark as it says, and as noisy as photons are
+
+
+@pytest.mark.parametrize("level", [40, 120, 200, 255])
+def test_light_and_noise_are_those_of_photons(level):
+    image = np.full((200, 200, 3), level, np.uint8)
+    light = (geometry.darken(image, "a") / 255) ** 2.2
+    expected = 0.4 * (level / 255) ** 2.2
+    assert light.mean() == pytest.approx(expected, rel=0.03)
+    assert light.var() == pytest.approx(expected / 60, rel=0.05)  # of counts: mean = variance
+
+
+def test_noise_follows_from_the_id_alone():
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    before = image.copy()
+    one, again, other = (geometry.darken(image, name) for name in ("a", "a", "b"))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
+    np.testing.assert_array_equal(image, before)
+    assert one.dtype == np.uint8
+    assert one.shape == image.shape
+
+
+def test_black_stays_black():
+    assert not geometry.darken(np.zeros((4, 4, 3), np.uint8), "a").any()
