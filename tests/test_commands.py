@@ -122,8 +122,6 @@ NOT_RUN = {
     "real tiles; the loop is that of every other data set, the builder has tests of its own",
     r"python -m mmrjax.bench( .*)?": "minutes, and a number that only a quiet machine gives",
     r"python -m pytest --differences .*": "prints a table; the same tests run without the option",
-    r"python scripts/campaign.py .*": "a quarter of an hour; "
-    "tests/train/test_resume.py runs a short one",
 }
 
 
@@ -408,7 +406,6 @@ MISTAKES = {
     "python -m mmrjax.convert to-torch --kind=student --input=a --output=b": "refuses",
     "python -m mmrjax.compare one": "refuses",
     "python -m data_builders.build mvtek --raw_dir=a --data_dir=b": "mvtek",
-    "python scripts/campaign.py --kill=3 --tabel=a": "refuses",
     "python scripts/campain.py": "campain",
     "pip install '.[cuda99]'": "cuda99",
     "scripts/demos": "scripts/demos",

@@ -1,86 +1,218 @@
 """Killed and resumed equals uninterrupted, bit for bit; SIGTERM saves and leaves.
 
-A run here is scripts/campaign.py's: from raw pictures to the report. `pytest -m slow` kills more.
+A run here is the whole program, from raw pictures to the report. `pytest -m slow` kills more.
 """
 
-import importlib.util
+import hashlib
 import json
 import os
 import pathlib
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
+import cv2
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import tensorflow_datasets as tfds
 
 from mmrjax.runtime import logs
 
-spec = importlib.util.spec_from_file_location(
-    "campaign", pathlib.Path(__file__).resolve().parents[2] / "scripts" / "campaign.py"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+GOOD, BAD, EPOCHS, BATCH = 12, 4, 3, 8
+STEPS = EPOCHS * 2  # a fifth of the good pictures is kept for the test, 10 train
+FIELDS = (
+    "data.raw_dir=../parts",
+    "data.data_dir=records",
+    "data.image_size=64,64",
+    "data.resize=64,64",
+    "teacher.name=resnet18",
+    "teacher.weights=random",
+    "student.size=",
+    "student.width=24",
+    "student.depth=2",
+    "student.heads=3",
+    "student.init=scratch",
+    "student.layers=2,3",
+    f"train.batch_size={BATCH}",
+    f"train.epochs={EPOCHS}",
+    "method.names=mmr",
+    "eval.batch_size=8",
+    "eval.bootstrap=20",
+    "report.gallery=6",
+    "ckpt.every_seconds=0",
 )
-campaign = sys.modules["campaign"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(campaign)
+COMMAND = [
+    *(sys.executable, "-m", "mmrjax.main", "--config=configs/folder.py", "--workdir=run"),
+    *(f"--config.{field}" for field in FIELDS),
+]
+RUN = pathlib.Path("run/mmr/parts/seed54")
+CHECKPOINTS = RUN / "checkpoints" / "train"
+RECORDS = pathlib.Path("records/folder/parts/1.0.0")
+REMAINS = ("*.part", "*.building", "*orbax-checkpoint-tmp*")
+
+
+def draw_parts(folder: pathlib.Path) -> None:
+    """Writes the raw data: 12 good pictures, 4 with a bright square and its mask."""
+    rng = np.random.default_rng(0)
+    for kind, count in (("good", GOOD), ("bad", BAD)):
+        (folder / kind).mkdir(parents=True)
+        for i in range(count):
+            picture = np.clip(rng.normal(110, 12, (72, 88, 3)), 0, 255).astype(np.uint8)
+            if kind == "bad":
+                mask = np.zeros((72, 88), np.uint8)
+                mask[20:36, 16 * i + 6 : 16 * i + 22] = 255
+                picture[mask > 0] = 250 - picture[mask > 0] // 2
+                cv2.imwrite(str(folder / kind / f"{i:02d}_mask.png"), mask)
+            cv2.imwrite(str(folder / kind / f"{i:02d}.png"), picture)
+
+
+def saves_in_progress(home: pathlib.Path) -> set[str]:
+    """Unfinished checkpoints; Orbax renames a finished one."""
+    return {path.name for path in (home / CHECKPOINTS).glob("*") if not path.name.isdigit()}
+
+
+# {phase of a run: whether a run has reached it, from its folder, its log and the saves that were
+# in progress before it began}
+PHASES: dict[str, Callable[[pathlib.Path, str, set[str]], bool]] = {
+    "data building": lambda home, log, old: "building the records" in log,
+    "training": lambda home, log, old: "built in" in log or "up to date" in log,
+    "saving": lambda home, log, old: bool(saves_in_progress(home) - old),
+    "evaluating": lambda home, log, old: (home / CHECKPOINTS / str(STEPS)).is_dir(),
+    "report writing": lambda home, log, old: "image AUROC" in log,
+}
+
+
+def start(home: pathlib.Path) -> subprocess.Popen:
+    """Starts the program in a round's folder; the raw data lie beside the folder."""
+    home.mkdir(exist_ok=True)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    with (home / "log.txt").open("w") as out:
+        return subprocess.Popen(COMMAND, cwd=home, env=environment, stderr=out, stdout=out)
+
+
+def kill(home: pathlib.Path, phase: str, delay: float) -> bool:
+    """Starts the program and kills it in a phase; whether it was still running then."""
+    old = saves_in_progress(home)
+    process = start(home)
+    while process.poll() is None:
+        if PHASES[phase](home, (home / "log.txt").read_text(), old):
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    status = process.wait()
+    assert status in (0, -signal.SIGKILL), (home / "log.txt").read_text()
+    return status != 0
+
+
+def finish(home: pathlib.Path) -> pathlib.Path:
+    """Lets the program run to its end."""
+    assert start(home).wait(timeout=300) == 0, (home / "log.txt").read_text()
+    return home
+
+
+def result(home: pathlib.Path) -> dict[str, str]:
+    """{name: digest} of everything in a finished run that must not depend on kills."""
+    parts = records(home / RECORDS)
+    with ocp.StandardCheckpointer() as checkpointer:
+        folder = (home / CHECKPOINTS / str(STEPS) / "state").absolute()
+        state = ocp.tree.to_flat_dict(checkpointer.restore(folder), sep="/")
+    parts |= {f"checkpoint {name}": np.asarray(leaf).tobytes() for name, leaf in state.items()}
+    run = home / RUN
+    names = ["scores.csv", "curves.json", *(f"maps/{p.name}" for p in (run / "maps").iterdir())]
+    parts |= {name: (run / name).read_bytes() for name in names}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    parts["metrics.jsonl"] = [(line["step"], line["loss"], line["lr"]) for line in lines]
+    results = json.loads((run / "results.json").read_text())
+    del results["facts"]["seconds"]
+    parts |= {"results.json": results, "all results": (home / "run/results.json").read_bytes()}
+    page = (home / "run/report.html").read_text()
+    parts["report pictures"] = re.findall(r"data:image/webp;base64,[^\"]+", page)
+    remains = [p for what in REMAINS for p in home.rglob(what)]
+    parts["remains of killed writes"] = sorted(str(p.relative_to(home)) for p in remains)
+    return {
+        name: hashlib.sha256(part if isinstance(part, bytes) else repr(part).encode()).hexdigest()
+        for name, part in parts.items()
+    }
+
+
+def records(folder: pathlib.Path) -> dict[str, str]:
+    """Every field of every record, in the order of the files.
+
+    The bytes of the files differ between processes, because Protocol Buffers draw the order of the
+    fields of a record anew in every process.
+    """
+    builder = tfds.builder_from_directory(folder)
+    raw = {name: tfds.decode.SkipDecoding() for name in ("image", "mask")}
+    fields = {}
+    for split in builder.info.splits:
+        source = builder.as_data_source(split, decoders=raw)
+        fields |= {
+            f"record {split} {i}": str(sorted(source[i].items())) for i in range(len(source))
+        }
+    return fields
+
+
+def differences(got: dict[str, str], wanted: dict[str, str]) -> list[str]:
+    """Names of what is not equal, or only on one side."""
+    return sorted(name for name in got.keys() | wanted.keys() if got.get(name) != wanted.get(name))
 
 
 @pytest.fixture(scope="module")
-def untouched(tmp_path_factory):
-    """(folder, seconds per phase) of a finished run that nobody disturbed."""
-    work = tmp_path_factory.mktemp("campaign")
-    campaign.draw_parts(work / "parts")
-    return work, campaign.finish(work / "untouched").spans
+def untouched(tmp_path_factory) -> pathlib.Path:
+    """The folder of a finished run that nobody disturbed."""
+    work = tmp_path_factory.mktemp("kills")
+    draw_parts(work / "parts")
+    return finish(work / "untouched")
 
 
-def play(untouched, kills, seed):
-    work, spans = untouched
-    folder = work / f"seed{seed}"
-    folder.mkdir()
-    for name in ("parts", "untouched"):
-        (folder / name).symlink_to(work / name)
-    return campaign.campaign(kills, seed, folder, spans)
-
-
-def test_three_kills_at_random_moments_change_nothing(untouched):
-    kills = play(untouched, 3, seed=3)
-    assert [kill.differing for kill in kills] == [[], [], []]
+def test_kills_while_building_saving_and_evaluating_change_nothing(untouched):
+    home = untouched.parent / "killed"
+    assert kill(home, "data building", 0.1)
+    assert kill(home, "saving", 0.01)
+    assert kill(home, "evaluating", 0.05)
+    assert differences(result(finish(home)), result(untouched)) == []
 
 
 @pytest.mark.slow
-def test_many_kills_at_random_moments_change_nothing(untouched):
-    kills = play(untouched, 20, seed=0)
-    assert [kill.differing for kill in kills] == [[]] * 20
+@pytest.mark.parametrize("seed", range(5))
+def test_kills_at_random_moments_of_every_phase_change_nothing(untouched, seed):
+    rng, home = random.Random(seed), untouched.parent / f"seed{seed}"
+    killed = [kill(home, phase, rng.uniform(0, 1)) for phase in PHASES]
+    assert sum(killed) >= 3
+    assert differences(result(finish(home)), result(untouched)) == []
 
 
 def test_sigterm_saves_and_the_next_start_goes_on_from_there(untouched):
-    work, _ = untouched
-    home = work / "terminated"
-    home.mkdir()
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(campaign.ROOT)}
-    with (home / "stopped.txt").open("w") as out:
-        process = subprocess.Popen(campaign.command(), cwd=home, env=environment, stderr=out)
-    while not any((home / campaign.RUN / "checkpoints" / "train").glob("[0-9]")):
-        assert process.poll() is None, (home / "stopped.txt").read_text()
+    home = untouched.parent / "terminated"
+    process = start(home)
+    while not any((home / CHECKPOINTS).glob("[0-9]")):
+        assert process.poll() is None, (home / "log.txt").read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 128 + signal.SIGTERM
-    last = (home / "stopped.txt").read_text().splitlines()[-1]
+    last = (home / "log.txt").read_text().splitlines()[-1]
     step = int(last.removeprefix("stopped at step ").split()[0])
     assert last.endswith("saved; the same command continues")
-    campaign.finish(home)
-    resumed = f"resuming at step {step} of" in (home / "log.txt").read_text()
-    assert resumed == (step < campaign.STEPS)
-    assert campaign.differences(campaign.result(home), campaign.result(work / "untouched")) == []
+    resumed = f"resuming at step {step} of" in (finish(home) / "log.txt").read_text()
+    assert resumed == (step < STEPS)
+    assert differences(result(home), result(untouched)) == []
 
 
 def test_the_comparison_sees_a_flipped_bit_anywhere(untouched):
-    run = untouched[0] / "untouched"
-    wanted = campaign.result(run)
-    for name, part in (("scores.csv", "scores.csv"), ("maps/000_heat.png", "maps/000_heat.png")):
-        path = run / campaign.RUN / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        assert campaign.differences(campaign.result(run), wanted) == [part]
-        path.write_bytes(whole)
+    wanted = result(untouched)
+    for name in ("scores.csv", "maps/000_heat.png"):
+        path = untouched / RUN / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert differences(result(untouched), wanted) == [name]
+        path.write_bytes(content)
 
 
 def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
