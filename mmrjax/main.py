@@ -173,13 +173,14 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
     results = processes.first(
         lambda: aggregate.aggregate(root, config.title, config.data.reference_domain)
     )
-    return results, pathlib.Path(processes.first(lambda: str(page.write_report(root))))
+    path = processes.first(lambda: str(page.write_report(root, methods.METHODS)))
+    return results, pathlib.Path(path)
 
 
 def run_sweep(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[str, pathlib.Path]:
     """Every row of `config.sweep` as an ordinary run; (table, path of the comparison)."""
     content, path = sweep.run(config, workdir, lambda own, folder: run_all(own, folder, mode))
-    return report_sweep.text_table(content), path
+    return report_sweep.text_table(content, methods.METHODS), path
 
 
 def results_table(results: dict) -> str:

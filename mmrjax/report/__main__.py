@@ -1,4 +1,4 @@
-"""Renders the report of a work directory again, without JAX, records or weights.
+"""Renders the report of a work directory anew, without records or weights.
 
 python -m mmrjax.report --workdir=<dir>
 """
@@ -7,12 +7,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mmrjax import methods
 from mmrjax.report import page
 from mmrjax.runtime import command_line, staging
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: renders the report of a work directory again."""
+    """Renders the report of a work directory anew."""
     parser = argparse.ArgumentParser(prog="python -m mmrjax.report", description=main.__doc__)
     parser.add_argument(
         "--workdir", required=True, type=staging.place, help="of results.json and its runs"
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def render() -> int:
         with staging.opened(options.workdir) as workdir:
-            print(staging.named(str(page.write_report(workdir))))
+            print(staging.named(str(page.write_report(workdir, methods.METHODS))))
         return 0
 
     return command_line.run(render)

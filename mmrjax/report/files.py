@@ -1,8 +1,7 @@
 """The files of a work directory as the report reads them, and pictures as data URIs.
 
-What a run writes is set down in evaluate.py; this is the only module of the report that opens
-them. A missing or damaged file of a run empties its field and is named in `Run.missing`: half a run
-still makes a report. Called by report.py.
+mmrjax/evaluate/results.py writes the files of a run. A missing or damaged file of a run empties its
+field and is named in `Run.missing`: half a run still makes a report.
 """
 
 import base64
@@ -12,6 +11,7 @@ import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -19,11 +19,24 @@ from PIL import Image
 PICTURE_SIZES = ((288, 84), (256, 80), (224, 74), (192, 68), (160, 60), (112, 50))  # side, quality
 
 
+class MethodInfo(Protocol):
+    """What the report must know of a method.
+
+    Attributes:
+        title: the method's name as papers write it.
+        paper_weights: {role of a network: start of the weights file's name} of the paper.
+    """
+
+    title: str
+    paper_weights: Mapping[str, str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The files of one method, category and seed; what is absent is empty and named in missing."""
+    """The files of one method, category and seed; an absent file is empty and named in missing."""
 
     method: str
+    title: str  # of the method
     key: str  # "<dataset>/<category>"
     seed: int
     folder: pathlib.Path
@@ -37,8 +50,16 @@ class Run:
     missing: list[str]
 
 
-def read_workdir(workdir: pathlib.Path) -> tuple[dict, list[Run]]:
-    """The aggregate results.json and every run that it lists, in its order."""
+def read_workdir(workdir: pathlib.Path, about: Mapping[str, MethodInfo]) -> tuple[dict, list[Run]]:
+    """The aggregate results.json and every run that it lists, in its order.
+
+    Each method in the aggregate gets its "title" and "paper_weights" from `about`; an unknown
+    method gets its name and no weights.
+
+    Raises:
+        FileNotFoundError: there is no results.json.
+        ValueError: results.json is damaged.
+    """
     path = workdir / "results.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -50,16 +71,19 @@ def read_workdir(workdir: pathlib.Path) -> tuple[dict, list[Run]]:
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}); evaluate the run again") from e
     runs = []
-    for method, content in aggregate.get("methods", {}).items():  # a sweep has none of its own
+    for method, content in aggregate.get("methods", {}).items():  # a sweep has no methods
+        info = about.get(method)
+        content["title"] = info.title if info else method
+        content["paper_weights"] = info.paper_weights if info else {}
         keys = {key.rpartition("/")[2]: key for key in content["metrics"]}
         for listed in content.get("runs") or []:
             key = keys.get(listed["category"], f"{aggregate.get('dataset')}/{listed['category']}")
-            runs.append(_read_run(workdir, method, key, listed))
+            runs.append(_read_run(workdir, method, content["title"], key, listed))
     return aggregate, runs
 
 
-def _read_run(workdir: pathlib.Path, method: str, key: str, listed: Mapping) -> Run:
-    """Reads what a run's folder holds."""
+def _read_run(workdir: pathlib.Path, method: str, title: str, key: str, listed: Mapping) -> Run:
+    """Reads the folder of a run."""
     folder, missing = workdir / listed["path"], []
 
     def read(name: str, parse, empty, required: bool = True):
@@ -73,6 +97,7 @@ def _read_run(workdir: pathlib.Path, method: str, key: str, listed: Mapping) -> 
 
     return Run(
         method=method,
+        title=title,
         key=key,
         seed=listed["seed"],
         folder=folder,
@@ -90,8 +115,8 @@ def _read_run(workdir: pathlib.Path, method: str, key: str, listed: Mapping) -> 
 def _parse_log(text: str) -> list[dict]:
     """Lines of metrics.jsonl; a last line cut short by a killed run is dropped."""
     lines = [line for line in text.splitlines() if line.strip()]
-    whole = lines if text.endswith("\n") else lines[:-1]
-    return [json.loads(line) for line in whole]
+    complete = lines if text.endswith("\n") else lines[:-1]
+    return [json.loads(line) for line in complete]
 
 
 def _parse_scores(text: str) -> dict[str, list]:
@@ -102,7 +127,7 @@ def _parse_scores(text: str) -> dict[str, list]:
 
 
 def picture_link(run: Run, item: Mapping, name: str) -> str:
-    """Path of a picture relative to the work directory, or nothing."""
+    """Path of a picture relative to the work directory, "" if the item has no such picture."""
     return f"{run.path}/maps/{pathlib.Path(item[name]).name}" if item.get(name) else ""
 
 

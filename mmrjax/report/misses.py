@@ -1,7 +1,7 @@
-"""The report's tables of what is missed: by kind of defect, and by defect and condition.
+"""The report's tables of missed defects: by kind of defect, and by defect and condition.
 
-Reads the aggregate results.json (see evaluate.py and metrics/misses.py). As in report_tables.py,
-rows of formatted cells, no HTML.
+The numbers are those of metrics/misses.py. As in tables.py, the result is rows of formatted cells
+without HTML.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mmrjax.report import tables as report_tables
+from mmrjax.report import tables as tables_lib
 from mmrjax.report.tables import Cell
 
 NAMES = ("image_auroc", "missed_at_5", "missed_at_1")
@@ -30,45 +30,45 @@ class Table:
     rows: list[tuple[list[str], list[Cell]]]
 
 
-def by_defect(aggregate: Mapping, footnotes: report_tables.Footnotes) -> list[Table]:
-    """Per method: every kind of defect, over all images; of joined data sets, in each of them."""
+def by_defect(aggregate: Mapping, footnotes: tables_lib.Footnotes) -> list[Table]:
+    """Per method: every kind of defect over all images, or in each of the joined data sets."""
     tables = []
-    for method, content in aggregate["methods"].items():
+    for content in aggregate["methods"].values():
         rows, several = [], len(content["metrics"]) > 1
         for key, domains in content["metrics"].items():
             places = [name for name in domains if name != "all"]
             joined = bool(content.get("combinations")) and len(places) > 1
             for place in places if joined else ["all"]:
-                where = place if joined else report_tables.short_key(key) if several else ""
+                where = place if joined else tables_lib.short_key(key) if several else ""
                 kinds = (domains.get(place) or {}).get("defects") or {}
                 for kind, entry in kinds.items():
                     label = f"{where}, {kind}" if where else kind
                     rows.append(([label, _images(entry)], _cells(entry, footnotes)))
         if rows:
-            title = report_tables.method_title(method)
-            tables.append(Table(title, ("defect", "images (groups)"), rows))
+            tables.append(Table(content["title"], ("defect", "images (groups)"), rows))
     return tables
 
 
-def combinations(aggregate: Mapping, footnotes: report_tables.Footnotes) -> list[Table]:
-    """Per method: every defect under every condition, and the means of those that trained or not.
+def combinations(aggregate: Mapping, footnotes: tables_lib.Footnotes) -> list[Table]:
+    """Per method: every defect under every condition, and the means with and without training.
 
     Empty but for the cross-domain tracks.
     """
     tables, heads = [], ("data set", "condition", "defect", "good / defective", "combination")
-    for method, content in aggregate["methods"].items():
+    for content in aggregate["methods"].values():
         entries = content.get("combinations") or []
         rows = []
-        for one in entries:
-            counts = f"{one['good']} / {_images(one)}"
-            texts = [one["part"], one["condition"], one["defect"], counts, _trained(one["unseen"])]
-            rows.append((texts, _cells(one, footnotes)))
-        if any(one["unseen"] for one in entries):
+        for entry in entries:
+            place = [entry[name] for name in ("part", "condition", "defect")]
+            counts = f"{entry['good']} / {_images(entry)}"
+            texts = [*place, counts, _trained(entry["unseen"])]
+            rows.append((texts, _cells(entry, footnotes)))
+        if any(entry["unseen"] for entry in entries):
             for unseen in (False, True):
                 means = [_mean(entries, unseen, name) for name in NAMES]
                 rows.append((["mean", "", "", "", _trained(unseen)], means))
         if rows:
-            tables.append(Table(report_tables.method_title(method), heads, rows))
+            tables.append(Table(content["title"], heads, rows))
     return tables
 
 
@@ -80,11 +80,11 @@ def _images(entry: Mapping) -> str:
     return f"{entry['images']} ({entry['groups']})"
 
 
-def _cells(entry: Mapping, footnotes: report_tables.Footnotes) -> list[Cell]:
-    return [report_tables.cell(entry, name, footnotes) for name in NAMES]
+def _cells(entry: Mapping, footnotes: tables_lib.Footnotes) -> list[Cell]:
+    return [tables_lib.cell(entry, name, footnotes) for name in NAMES]
 
 
 def _mean(entries: list[Mapping], unseen: bool, name: str) -> Cell:
-    values = [one[name]["mean"] for one in entries if one["unseen"] == unseen]
-    defined = [value for value in values if report_tables.is_number(value)]
-    return Cell(report_tables.percent(float(np.mean(defined)) if defined else None))
+    values = [entry[name]["mean"] for entry in entries if entry["unseen"] == unseen]
+    defined = [value for value in values if tables_lib.is_number(value)]
+    return Cell(tables_lib.percent(float(np.mean(defined)) if defined else None))

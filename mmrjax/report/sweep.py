@@ -7,7 +7,7 @@ writes. report/page.py renders the page; main.py prints the table.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from mmrjax.report import charts, tables
+from mmrjax.report import charts, files, tables
 
 AVERAGES = {
     "domains": "mean over domains, then over categories",
@@ -20,9 +20,9 @@ JUDGED = (
 )
 
 
-def page(content: Mapping) -> dict:
+def page(content: Mapping, about: Mapping[str, files.MethodInfo]) -> dict:
     """Everything the templates of a sweep show."""
-    rows = _rows(content)
+    rows = _rows(content, about)
     titles = [tables.metric(name).title for name in content["metrics"]]
     return {
         "title": content["title"],
@@ -38,14 +38,14 @@ def page(content: Mapping) -> dict:
     }
 
 
-def text_table(content: Mapping) -> str:
+def text_table(content: Mapping, about: Mapping[str, files.MethodInfo]) -> str:
     """The table as plain text, in percent."""
     with_paper = _with_paper(content)
     head = ["row"]
     for name in _heads(content, content["metrics"]):
         head += [name, "paper"] if with_paper else [name]
     lines = [head]
-    for row in _rows(content):
+    for row in _rows(content, about):
         cells = [(ours, paper) if with_paper else (ours,) for ours, paper in row["cells"]]
         lines.append([row["label"], *(text for pair in cells for text in pair)])
     return tables.aligned(lines)
@@ -64,12 +64,12 @@ def _heads(content: Mapping, names: Iterable[str]) -> list[str]:
     return ["mean", *names] if _is_judged(content) else [*names]
 
 
-def _rows(content: Mapping) -> list[dict]:
+def _rows(content: Mapping, about: Mapping[str, files.MethodInfo]) -> list[dict]:
     """One line per row and method; a row that has not run yet has one line.
 
     The lines of a judged table are ranked: an undefined metric and a row without a run come last.
     """
-    lines = _lines(content)
+    lines = _lines(content, about)
     if not _is_judged(content):
         return lines
     for line in lines:
@@ -78,12 +78,12 @@ def _rows(content: Mapping) -> list[dict]:
     return sorted(lines, key=lambda line: (line["mean"] is None, -(line["mean"] or 0.0)))
 
 
-def _lines(content: Mapping) -> list[dict]:
+def _lines(content: Mapping, about: Mapping[str, files.MethodInfo]) -> list[dict]:
     lines = []
     several = any(len(row["methods"]) > 1 for row in content["rows"])
     for row in content["rows"]:
         for method, measured in row["methods"].items() or [("", {})]:
-            name = tables.method_title(method)
+            name = about[method].title if method in about else method
             values = measured.get("metrics", {})
             lines.append(
                 {

@@ -1,8 +1,8 @@
 """The report's tables: metrics by method, category and domain, as rows of formatted cells.
 
-Reads the aggregate results.json (see evaluate.py) as nested dicts. Fractions 0..1 come in, percent
-with one decimal goes out; a missing value is a dash with the reason in a footnote. No HTML: the
-templates of report.html and report.md get the same rows, so both always say the same.
+`aggregate` is results.json of a work directory as `files.read_workdir` returns it: nested dicts.
+Fractions 0..1 become percent with one decimal; a missing value becomes a dash with the reason in a
+footnote. The rows hold no HTML: the templates of report.html and report.md show the same rows.
 """
 
 import dataclasses
@@ -14,8 +14,6 @@ import numpy as np
 
 DASH = "–"
 NOT_METRICS = ("counts", "reasons", "ci95", "error_at_most", "defects")
-
-METHOD_TITLES = {"mmr": "MMR", "patchcore": "PatchCore", "mmr_plus": "MMR+", "aminet": "AMI-Net"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +131,8 @@ class Footnotes:
         return self.texts.index(text) + 1
 
 
-def method_title(name: str) -> str:
-    """A method's name as the papers write it."""
-    return METHOD_TITLES.get(name, name)
-
-
 def metric(name: str) -> Metric:
-    """A metric's texts; one that is not known here goes by its own name."""
+    """A metric's texts; an unknown metric goes by its own name."""
     return METRICS.get(name, Metric(name, "", name, ""))
 
 
@@ -174,16 +167,22 @@ def interval(ci95: object) -> str:
     return f"{percent(ci95[0])}{DASH}{percent(ci95[1])}"
 
 
+def spread(number: Mapping) -> str:
+    """The standard deviation over several seeds, or nothing."""
+    several = len(number.get("seeds") or {}) > 1 and is_number(number.get("std"))
+    return percent(number["std"]) if several else ""
+
+
 def entry(metrics: Mapping, domain: str, name: str) -> Mapping:
-    """{"mean", "std", "ci95", "seeds"} of one number; empty when it was not measured."""
+    """{"mean", "std", "ci95", "seeds"} of one number; empty if it was not measured."""
     return (metrics.get(domain) or {}).get(name) or {}
 
 
 def metric_names(aggregate: Mapping) -> list[str]:
     """The metrics of the tables: the known ones in their order, then any others in the file."""
-    found = [name for _, _, _, values in _values(aggregate) for name in values]
-    extra = sorted(set(found) - set(METRICS) - set(NOT_METRICS))
-    return [name for name in METRICS if name in found] + extra
+    names = {name for *_, values in _values(aggregate) for name in values}
+    extra = sorted(names - set(METRICS) - set(NOT_METRICS))
+    return [name for name in METRICS if name in names] + extra
 
 
 def categories(aggregate: Mapping) -> list[str]:
@@ -203,7 +202,7 @@ def metric_tables(aggregate: Mapping, footnotes: Footnotes) -> list[Table]:
     """The main table, one block per method."""
     names, keys = metric_names(aggregate), categories(aggregate)
     tables = []
-    for method, content in aggregate["methods"].items():
+    for content in aggregate["methods"].values():
         rows = []
         for key in (key for key in keys if key in content["metrics"]):
             metrics = content["metrics"][key]
@@ -218,19 +217,20 @@ def metric_tables(aggregate: Mapping, footnotes: Footnotes) -> list[Table]:
                 cells = [cell(values, name, footnotes) for name in names]
                 rows.append(Row(label, css, cells, values.get("counts") or {}))
         summary = _summary_rows(content.get("summary") or {}, names, aggregate)
-        tables.append(Table(method_title(method), rows, summary))
+        tables.append(Table(content["title"], rows, summary))
     return tables
 
 
 def seed_table(aggregate: Mapping) -> list[Row]:
-    """Every seed's own numbers; empty when no method has more than one seed."""
+    """Every seed's own numbers; empty if no method has more than one seed."""
     names, rows = metric_names(aggregate), []
     for method, key, domain, values in _values(aggregate):
         seeds = dict.fromkeys(
             s for name in names for s in (values.get(name) or {}).get("seeds") or {}
         )
         if len(seeds) > 1:
-            where = f"{method_title(method)}, {short_key(key)}, {domain_title(domain)}"
+            title = aggregate["methods"][method]["title"]
+            where = f"{title}, {short_key(key)}, {domain_title(domain)}"
             for seed in seeds:
                 numbers = [((values.get(n) or {}).get("seeds") or {}).get(seed) for n in names]
                 cells = [Cell(percent(number)) for number in numbers]
@@ -242,7 +242,7 @@ def shift_costs(aggregate: Mapping) -> list[Table]:
     """Per method and domain: its mean minus the reference domain's, in points, over categories."""
     reference, names = aggregate.get("reference_domain"), metric_names(aggregate)
     tables = []
-    for method, content in aggregate["methods"].items():
+    for content in aggregate["methods"].values():
         rows = []
         shared = [m for m in content["metrics"].values() if reference in m]
         domains = dict.fromkeys(d for m in shared for d in ordered_domains(m, reference))
@@ -255,7 +255,7 @@ def shift_costs(aggregate: Mapping) -> list[Table]:
                 cells.append(Cell(_signed(float(np.mean(costs))) if costs else DASH))
             rows.append(Row(domain_title(domain), "domain", cells))
         if rows:
-            tables.append(Table(method_title(method), rows, []))
+            tables.append(Table(content["title"], rows, []))
     return tables
 
 
@@ -267,7 +267,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def _values(aggregate: Mapping) -> Iterator[tuple[str, str, str, Mapping]]:
-    """(method, key, domain, values) of everything in results.json."""
+    """(method, key, domain, values) of every domain in results.json."""
     for method, content in aggregate["methods"].items():
         for key, metrics in content["metrics"].items():
             for domain in ordered_domains(metrics, aggregate.get("reference_domain")):
@@ -276,13 +276,11 @@ def _values(aggregate: Mapping) -> Iterator[tuple[str, str, str, Mapping]]:
 
 def cell(values: Mapping, name: str, footnotes: Footnotes) -> Cell:
     """One measured number, or a dash with its footnote."""
-    one = values.get(name) or {}
-    if not is_number(one.get("mean")):
+    number = values.get(name) or {}
+    if not is_number(number.get("mean")):
         reason = (values.get("reasons") or {}).get(name) or "not measured in this run"
         return Cell(DASH, note=footnotes.number(reason), reason=reason)
-    several = len(one.get("seeds") or {}) > 1 and is_number(one.get("std"))
-    std = percent(one["std"]) if several else ""
-    return Cell(percent(one["mean"]), std, interval(one.get("ci95")))
+    return Cell(percent(number["mean"]), spread(number), interval(number.get("ci95")))
 
 
 def _summary_rows(summary: Mapping, names: list[str], aggregate: Mapping) -> list[Row]:
@@ -312,7 +310,7 @@ def _summary_rows(summary: Mapping, names: list[str], aggregate: Mapping) -> lis
 
 
 def _common_folder(paths: list[str]) -> str:
-    """What non-empty paths share before their last part: "set/tile/" of set/tile/a, set/tile/b."""
+    """The folders that all non-empty paths share: "set/tile/" of set/tile/a and set/tile/b."""
     folders = [path.split("/")[:-1] for path in paths if path]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
     return "".join(f"{parts[0]}/" for parts in shared)

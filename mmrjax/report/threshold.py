@@ -1,8 +1,8 @@
 """The threshold on the page: verdicts per domain at it, and the scores that the slider counts.
 
-The threshold is that of the run's held-out good images (calibrate.py). Where a run has none, the
-slider starts where the classes cross, which uses the labels, and the page says so. Called by
-report.py; the script of the page (templates/report.js) counts again when the slider moves.
+The threshold is that of the run's held-out good images (mmrjax/evaluate/calibrate.py). A run
+without one starts the slider at the score where the classes cross. That score uses the labels, and
+the page says so. The script of the page (templates/report.js) counts anew when the slider moves.
 """
 
 import json
@@ -15,48 +15,64 @@ from mmrjax.report import files, pictures, tables
 LEVELS = 400  # positions of the slider
 
 
-def panel(run: files.Run, title: str) -> dict | None:
-    """What the template shows of one run, or None when it has no scores."""
-    scores = np.asarray(run.scores.get("score", ()), float)
-    finite = np.isfinite(scores)
-    if not finite.any():
+def start(run: files.Run) -> float | None:
+    """The threshold at which the slider starts; None for a run without finite scores."""
+    columns = _finite(run)
+    if columns is None:
         return None
-    scores, domains = scores[finite], run.scores["domain"][finite]
-    is_anomaly = run.scores["label"][finite] == "anomaly"
-    calibration = run.results.get("calibration") or {}
-    threshold = calibration.get("threshold")
-    start = threshold if threshold is not None else pictures.crossing_score(scores, is_anomaly)
-    start = float(scores.max()) if start is None else float(start)
+    scores, is_anomaly, _ = columns
+    threshold = (run.results.get("calibration") or {}).get("threshold")
+    if threshold is None:
+        threshold = pictures.crossing_score(scores, is_anomaly)
+    return float(scores.max() if threshold is None else threshold)
+
+
+def panel(run: files.Run) -> dict | None:
+    """What the template shows of a run; None for a run without finite scores."""
+    columns = _finite(run)
+    if columns is None:
+        return None
+    scores, is_anomaly, domains = columns
+    calibration, threshold = run.results.get("calibration") or {}, start(run)
     names = [name for name in dict.fromkeys(domains.tolist()) if name]
     chosen = {"all": np.ones(len(scores), bool)}
     if len(names) > 1:
         chosen |= {name: domains == name for name in names}
-    kept = {
+    by_domain = {
         name: {
-            "good": scores[own & ~is_anomaly].tolist(),
-            "anomaly": scores[own & is_anomaly].tolist(),
+            "good": scores[rows & ~is_anomaly].tolist(),
+            "anomaly": scores[rows & is_anomaly].tolist(),
         }
-        for name, own in chosen.items()
+        for name, rows in chosen.items()
     }
     levels = np.quantile(scores, np.linspace(0, 1, min(LEVELS, len(scores))))
-    levels = sorted({*levels.tolist(), start})
+    levels = sorted({*levels.tolist(), threshold})
     return {
-        "title": title,
+        "title": run.title,
         "run": run.path,
-        "data": json.dumps({"threshold": start, "levels": levels, "domains": kept}),
-        "start": levels.index(start),
+        "data": json.dumps({"threshold": threshold, "levels": levels, "domains": by_domain}),
+        "start": levels.index(threshold),
         "last": len(levels) - 1,
-        "shown": f"{start:.5g}",
-        "rows": [_row(name, own, start, calibration) for name, own in kept.items()],
-        "calibrated": threshold is not None,
+        "shown": f"{threshold:.5g}",
+        "rows": [_row(name, own, threshold, calibration) for name, own in by_domain.items()],
+        "calibrated": calibration.get("threshold") is not None,
         "sentence": _sentence(calibration),
     }
+
+
+def _finite(run: files.Run) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(scores, is_anomaly, domains) of the images with a finite score; None if there is none."""
+    scores = np.asarray(run.scores.get("score", ()), float)
+    finite = np.isfinite(scores)
+    if not finite.any():
+        return None
+    return scores[finite], run.scores["label"][finite] == "anomaly", run.scores["domain"][finite]
 
 
 def _row(name: str, own: Mapping, threshold: float, calibration: Mapping) -> dict:
     """Counts and rates of one domain; the interval is that of the evaluation."""
     flagged = sum(score > threshold for score in own["good"])
-    found = sum(score > threshold for score in own["anomaly"])
+    detected = sum(score > threshold for score in own["anomaly"])
     n_good, n_bad = len(own["good"]), len(own["anomaly"])
     measured = (calibration.get("domains") or {}).get(name) or {}
     low, high = measured.get("fpr_ci95") or (None, None)
@@ -64,10 +80,10 @@ def _row(name: str, own: Mapping, threshold: float, calibration: Mapping) -> dic
     return {
         "domain": name,
         "label": tables.domain_title(name),
-        "counts": [n_good - flagged, flagged, found, n_bad - found],
+        "counts": [n_good - flagged, flagged, detected, n_bad - detected],
         "fpr": tables.percent(flagged / n_good if n_good else None),
         "interval": interval,
-        "found": tables.percent(found / n_bad if n_bad else None),
+        "found": tables.percent(detected / n_bad if n_bad else None),
     }
 
 

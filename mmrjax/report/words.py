@@ -1,7 +1,8 @@
-"""The report's numbers as sentences for someone who reads nothing else: plain text, no HTML.
+"""The report's numbers as sentences for a reader who reads nothing else: plain text, no HTML.
 
-Reads the aggregate results.json (see evaluate.py) as nested dicts. The wording is careful where the
-numbers are: a difference whose interval contains zero is not called one. Called by report.py.
+`aggregate` is results.json of a work directory as `files.read_workdir` returns it: nested dicts. A
+sentence claims no more than its number: the methods count as equal if the interval of their
+difference contains zero.
 """
 
 import math
@@ -11,19 +12,17 @@ import numpy as np
 
 from mmrjax.report import tables
 
-# What the published tables of a method were made with: {fact: start of the weights file's name}.
-PAPER_WEIGHTS = {"teacher": "wide_resnet50_2-95faca4d", "student": "mae_visualize_vit_base"}
-
+ROLES = ("teacher", "student")  # networks whose weights a run's facts name
 FALSE_ALARMS = 0.05  # share of good images that the headline sentence lets be rejected
 
 
 def detection_rate(scores: np.ndarray, is_anomaly: np.ndarray) -> float | None:
     """Share of defective images above all but 5 % of the good ones.
 
-    It is read off the test scores and only describes them; no threshold is taken from it.
+    The rate only describes the test scores; no threshold is taken from it.
 
     Returns:
-        A fraction, or None with fewer than 20 good images or no defective one.
+        A fraction, or None with fewer than 20 good images or without a defective image.
     """
     good, bad = np.sort(scores[~is_anomaly])[::-1], scores[is_anomaly]
     if good.size < 1 / FALSE_ALARMS or not bad.size:
@@ -32,44 +31,39 @@ def detection_rate(scores: np.ndarray, is_anomaly: np.ndarray) -> float | None:
     return float(np.mean(bad > cut))
 
 
-def headline_cell(aggregate: Mapping, method: str) -> tables.Cell:
-    """The one number of a method: image AUROC of its only category, else the mean over all."""
-    one = _headline(aggregate["methods"][method], "image_auroc")
-    several = len(one.get("seeds") or {}) > 1 and tables.is_number(one.get("std"))
-    return tables.Cell(
-        tables.percent(one.get("mean")), tables.percent(one["std"]) if several else ""
-    )
+def headline_cell(content: Mapping) -> tables.Cell:
+    """The main number of a method: image AUROC of its only category, else the mean over all."""
+    number = _headline(content, "image_auroc")
+    return tables.Cell(tables.percent(number.get("mean")), tables.spread(number))
 
 
-def answer(aggregate: Mapping, method: str, found: float | None) -> list[str]:
-    """What a method achieves, as sentences for someone who reads nothing else.
+def answer(aggregate: Mapping, method: str, rate: float | None) -> list[str]:
+    """What a method achieves, as sentences.
 
     Args:
         aggregate: results.json of the work directory.
-        method: its key there.
-        found: `detection_rate`, mean over runs; None leaves that sentence out.
+        method: a key of its "methods".
+        rate: `detection_rate`, mean over runs; None leaves that sentence out.
     """
-    content, title = aggregate["methods"][method], tables.method_title(method)
+    content = aggregate["methods"][method]
+    title = content["title"]
     metrics, keys = content["metrics"], list(content["metrics"])
     several = len(keys) > 1
     main = _headline(content, "image_auroc")
     sentences = []
-    if found is not None:
+    if rate is not None:
         sentences.append(
-            f"{title} finds {tables.percent(found)} % of the defective images when "
+            f"{title} finds {tables.percent(rate)} % of the defective images when "
             f"{100 * FALSE_ALARMS:.0f} % of the good ones may be rejected by mistake."
         )
     if tables.is_number(main.get("mean")):
-        who = "It" if found is not None else title
+        who = "It" if rate is not None else title
         seeds = len(main.get("seeds") or {})
         details = ["image AUROC"]
         details += [f"mean over {len(keys)} categories"] if several else []
         details += [f"mean ± std over {seeds} seeds"] if seeds > 1 else []
-        details += (
-            [f"95 % interval {tables.interval(main['ci95'])} %"]
-            if tables.interval(main.get("ci95"))
-            else []
-        )
+        interval = tables.interval(main.get("ci95"))
+        details += [f"95 % interval {interval} %"] if interval else []
         sentences.append(
             f"{who} scores a defective image above a good one in {_with_std(main)} % of all pairs "
             f"({'; '.join(details)}; guessing gives 50 %)."
@@ -84,7 +78,7 @@ def answer(aggregate: Mapping, method: str, found: float | None) -> list[str]:
 
 
 def protocol(facts: Mapping) -> dict[str, str]:
-    """How a run's numbers came about, as {term: text}: mode, truth, weights and versions.
+    """The origin of a run's numbers as {term: text}: mode, truth, weights and versions.
 
     Args:
         facts: of the run's results.json.
@@ -93,32 +87,36 @@ def protocol(facts: Mapping) -> dict[str, str]:
     terms = {"metric mode": "metrics_mode", "masks": "masks", "labels": "labels"}
     lines = {term: str(truth[name]) for term, name in terms.items() if name in truth}
     lines["evaluated"] = "the weights of the last epoch; no score chose them"
-    for role in PAPER_WEIGHTS:
-        one = facts.get(role) or {}
-        if one:
-            digest = f", sha256 {one['sha256']}" if one.get("sha256") else ""
-            what = one.get("name") or ""
-            lines[role] = f"{what} {_source(one)}".strip() + digest
+    for role in ROLES:
+        weights = facts.get(role) or {}
+        if weights:
+            digest = f", sha256 {weights['sha256']}" if weights.get("sha256") else ""
+            lines[role] = f"{weights.get('name') or ''} {_source(weights)}".strip() + digest
     if facts.get("versions"):
         lines["versions"] = ", ".join(f"{name} {text}" for name, text in facts["versions"].items())
     return lines
 
 
-def departures(facts: Mapping) -> list[str]:
-    """What keeps a run's numbers from being the paper's: weights that are random or others."""
-    found = []
-    for role, wanted in PAPER_WEIGHTS.items():
-        one = facts.get(role) or {}
-        # A file of `mmrjax.convert` holds the same weights as the one it was converted from.
-        original = one.get("converted_from") or one
+def departures(facts: Mapping, paper_weights: Mapping[str, str]) -> list[str]:
+    """The networks whose weights are random or others than the paper's, a sentence each.
+
+    Args:
+        facts: of the run's results.json.
+        paper_weights: {role: start of the weights file's name}, of the run's method.
+    """
+    sentences = []
+    for role, wanted in paper_weights.items():
+        weights = facts.get(role) or {}
+        # A file of `mmrjax.convert` holds the same weights as the file that it was converted from.
+        original = weights.get("converted_from") or weights
         published = str(original.get("source") or "").startswith(wanted)
-        # The publisher's hash, where the name carries one: a renamed file is not the paper's.
+        # Some names carry the publisher's hash: a renamed file is not the paper's.
         _, _, digits = wanted.partition("-")
-        if one and not (published and str(original.get("sha256") or "").startswith(digits)):
-            kind = "random weights" if _is_random(one) else "weights other than the paper's"
-            name = f" {one['name']}" if one.get("name") else ""
-            found.append(f"the {role}{name} has {kind} ({_source(one)}; paper: {wanted})")
-    return found
+        if weights and not (published and str(original.get("sha256") or "").startswith(digits)):
+            kind = "random weights" if _is_random(weights) else "weights other than the paper's"
+            name = f" {weights['name']}" if weights.get("name") else ""
+            sentences.append(f"the {role}{name} has {kind} ({_source(weights)}; paper: {wanted})")
+    return sentences
 
 
 def _is_random(weights: Mapping) -> bool:
@@ -126,18 +124,24 @@ def _is_random(weights: Mapping) -> bool:
 
 
 def _source(weights: Mapping) -> str:
-    """Where weights are from: a file's name, the one it was converted from, or what drew them."""
+    """The origin of weights: a file, the file that it was converted from, or the initialiser."""
     name = str(weights.get("source") or weights.get("init") or "of unknown origin")
     original = weights.get("converted_from")
     return f"{name} (converted from {original['source']})" if original else name
 
 
-def comparison_sentence(one: Mapping, several_keys: bool) -> str:
-    """A paired comparison in words, honest about what the interval allows to say."""
-    a, b = tables.method_title(one["a"]), tables.method_title(one["b"])
-    name = tables.metric(one["metric"]).title
-    head = f"{name} on {one['key']}: " if several_keys else f"{name}: "
-    difference, ci95 = one.get("difference"), one.get("ci95")
+def comparison_sentence(comparison: Mapping, a: str, b: str, several_keys: bool) -> str:
+    """A paired comparison in words that claim no more than its interval allows.
+
+    Args:
+        comparison: of results.json.
+        a: title of its first method.
+        b: title of its second method.
+        several_keys: names the category.
+    """
+    name = tables.metric(comparison["metric"]).title
+    head = f"{name} on {comparison['key']}: " if several_keys else f"{name}: "
+    difference, ci95 = comparison.get("difference"), comparison.get("ci95")
     if not tables.is_number(difference):
         return f"{head}{a} and {b} cannot be compared: the metric is undefined for one of them."
     head += f"{a} is {_points(difference)} {b}"
@@ -152,9 +156,12 @@ def comparison_sentence(one: Mapping, several_keys: bool) -> str:
 
 def comparison_rows(aggregate: Mapping) -> list[dict]:
     """The comparisons of results.json, each with its sentence."""
-    comparisons = aggregate.get("comparisons") or []
+    titles = {name: content["title"] for name, content in aggregate["methods"].items()}
     several = len(tables.categories(aggregate)) > 1
-    return [{**one, "sentence": comparison_sentence(one, several)} for one in comparisons]
+    return [
+        {**row, "sentence": comparison_sentence(row, titles[row["a"]], titles[row["b"]], several)}
+        for row in aggregate.get("comparisons") or []
+    ]
 
 
 def _headline(content: Mapping, name: str) -> Mapping:
@@ -169,12 +176,12 @@ def _headline(content: Mapping, name: str) -> Mapping:
 def _why(content: Mapping) -> str:
     """The reason of a missing image AUROC, as the end of a sentence."""
     reasons = [(m.get("all") or {}).get("reasons") or {} for m in content["metrics"].values()]
-    found = [r["image_auroc"] for r in reasons if r.get("image_auroc")]
-    return f" ({found[0]})" if found else ""
+    known = [r["image_auroc"] for r in reasons if r.get("image_auroc")]
+    return f" ({known[0]})" if known else ""
 
 
 def _weakest(metrics: Mapping, summary: Mapping, reference: str | None) -> list[str]:
-    """Where a method is weakest, and what that costs against the reference domain."""
+    """The category or domain of the lowest image AUROC, and its loss against the reference."""
     if len(metrics) > 1:
         worst = (summary.get("image_auroc") or {}).get("worst") or {}
         if not tables.is_number(worst.get("value")):
@@ -194,10 +201,10 @@ def _weakest(metrics: Mapping, summary: Mapping, reference: str | None) -> list[
     return [text + ")."]
 
 
-def _with_std(one: Mapping) -> str:
+def _with_std(number: Mapping) -> str:
     """`82.1` or, over several seeds, `82.1 ± 0.6`."""
-    several = len(one.get("seeds") or {}) > 1 and tables.is_number(one.get("std"))
-    return tables.percent(one["mean"]) + (f" ± {tables.percent(one['std'])}" if several else "")
+    spread = tables.spread(number)
+    return tables.percent(number["mean"]) + (f" ± {spread}" if spread else "")
 
 
 def _points(value: float, short: bool = False) -> str:

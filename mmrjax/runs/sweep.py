@@ -73,7 +73,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, run_all: RunAll) -> tuple[dic
         }
         content = _content(config, rows, finished)
         files.write_text(workdir / "results.json", json.dumps(content, indent=1))
-        return content, str(report.write_report(workdir))
+        return content, str(report.write_report(workdir, methods.METHODS))
 
     for i, row in enumerate(rows):
         logging.info("row %d of %d: %s", i + 1, len(rows), row.label)
@@ -124,7 +124,7 @@ def _measured(aggregate: dict, root: pathlib.Path, config: ConfigDict) -> dict:
             },
             "seeds": sorted({one["seed"] for one in content["runs"]}),
             "protocol": words.protocol(facts),
-            "departures": words.departures(facts),
+            "departures": words.departures(facts, methods.METHODS[method].paper_weights),
         }
     return measured
 

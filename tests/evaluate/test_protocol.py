@@ -8,11 +8,10 @@ import pytest
 
 from mmrjax import main
 from mmrjax.data import records as records_lib
-from mmrjax.report import words
 
 # Otherwise as in test_main.py, so that its compiled programs serve here too.
 FIELDS = ("train.seeds=1", "eval.save_maps=true", "calibration.fraction=0.5")
-METHODS = {"mmr": "checkpoints", "patchcore": "fitted"}
+METHODS = {"mmr": "checkpoints/train", "patchcore": "fitted"}
 
 
 def with_permuted_truth(records):
@@ -89,7 +88,7 @@ def test_the_permutation_was_real_and_only_the_metrics_saw_it(runs, method):
 
 
 def test_what_is_evaluated_is_the_last_epoch(runs):
-    step, _ = saved(folder(runs[0], "mmr") / "checkpoints")
+    step, _ = saved(folder(runs[0], "mmr") / METHODS["mmr"])
     log = (folder(runs[0], "mmr") / "metrics.jsonl").read_text().splitlines()
     assert json.loads(log[-1])["epoch"] == 3  # of four
     assert step == json.loads(log[-1])["step"] + 1
@@ -112,77 +111,3 @@ def test_the_report_states_its_protocol(runs, page):
     ):
         assert stated in text, stated
     assert "seed 1;" in text or "seed <b>1</b>" in text
-
-
-# --- the words alone
-
-TEACHER = {
-    "name": "wide_resnet50_2",
-    "source": "wide_resnet50_2-95faca4d.pth",
-    "sha256": "95faca4d" + "0" * 56,
-    "random": False,
-}
-STUDENT = {"init": "mae", "source": "mae_visualize_vit_base.pth", "sha256": "ab" * 32}
-PAPER = {"teacher": TEACHER, "student": STUDENT}
-
-
-def test_the_papers_own_weights_are_no_departure():
-    assert words.departures(PAPER) == []
-    assert words.departures({"teacher": TEACHER}) == []  # PatchCore has no student
-
-
-@pytest.mark.parametrize(
-    ("role", "changes", "said"),
-    [
-        ("teacher", {"random": True, "source": "random, seed 0"}, "has random weights (random, se"),
-        ("teacher", {"sha256": "0" * 64}, "has weights other than the paper's"),
-        ("teacher", {"name": "resnet18", "source": "r18.npz"}, "resnet18 has weights other than"),
-        ("student", {"init": "scratch", "source": None}, "the student has random weights"),
-        ("student", {"init": "x", "source": "vit.npz"}, "student has weights other .*vit.npz"),
-    ],
-)
-def test_random_and_other_weights_are_said_plainly(role, changes, said):
-    (text,) = words.departures({**PAPER, role: PAPER[role] | changes})
-    assert all(part in text for part in said.split(".*"))
-
-
-CONVERTED = {  # by mmrjax.convert from the paper's files
-    "teacher": TEACHER
-    | {
-        "source": "wrn.safetensors",
-        "sha256": "1" * 64,
-        "converted_from": {name: TEACHER[name] for name in ("source", "sha256")},
-    },
-    "student": {
-        "init": "vit.safetensors",
-        "source": "vit.safetensors",
-        "sha256": "2" * 64,
-        "converted_from": {name: STUDENT[name] for name in ("source", "sha256")},
-    },
-}
-
-
-def test_a_converted_copy_of_the_papers_weights_is_no_departure():
-    assert words.departures(CONVERTED) == []
-    line = words.protocol(CONVERTED)["teacher"]
-    assert "wrn.safetensors (converted from wide_resnet50_2-95faca4d.pth), sha256 111" in line
-
-
-@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"source": "resnet.pth"}])
-def test_a_converted_copy_of_other_weights_is_one(change):
-    teacher = CONVERTED["teacher"]
-    other = {**teacher, "converted_from": teacher["converted_from"] | change}
-    (text,) = words.departures({**CONVERTED, "teacher": other})
-    assert "has weights other than the paper's" in text
-
-
-def test_the_protocol_names_the_weights_files_with_their_hashes():
-    lines = words.protocol({**PAPER, "versions": {"jax": "0.10.2"}})
-    assert lines["teacher"] == f"{TEACHER['name']} {TEACHER['source']}, sha256 {TEACHER['sha256']}"
-    assert lines["student"] == f"{STUDENT['source']}, sha256 {STUDENT['sha256']}"
-    assert lines["versions"] == "jax 0.10.2"
-
-
-def test_a_run_without_facts_still_has_words():
-    assert words.departures({}) == []
-    assert list(words.protocol({})) == ["evaluated"]

@@ -10,6 +10,8 @@ import re
 import numpy as np
 import pytest
 
+from mmrjax import methods
+from mmrjax.report import __main__ as program
 from mmrjax.report import files, tables, words
 from mmrjax.report import page as report
 from mmrjax.report import pictures as visualize
@@ -20,7 +22,7 @@ KEY = "toy/part"
 VOID = {"meta", "link", "img", "br", "rect", "circle", "hr", "input"}
 
 
-# A work directory as evaluate.py writes it: two methods, domains and seeds, nulls with reasons.
+# A work directory as a run writes it: two methods, domains and seeds, nulls with reasons.
 
 
 def write_json(path, content):
@@ -144,9 +146,10 @@ def fake_workdir(root, categories=("part",), random=False, notes=()):
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
     root = tmp_path_factory.mktemp("workdir")
-    aggregate = fake_workdir(root)
-    path = report.write_report(root)
+    fake_workdir(root)
+    path = report.write_report(root, methods.METHODS)
     assert path == root / "report.html"
+    aggregate, _ = files.read_workdir(root, methods.METHODS)
     return aggregate, path.read_text(encoding="utf-8"), (root / "report.md").read_text("utf-8")
 
 
@@ -328,7 +331,7 @@ def test_page_has_a_viewport_and_styles_for_dark_phone_and_print(rendered):
 @pytest.mark.parametrize("random", [True, False])
 def test_banner_shouts_exactly_when_the_teacher_is_random(tmp_path, random):
     fake_workdir(tmp_path, random=random)
-    text = report.write_report(tmp_path).read_text("utf-8")
+    text = report.write_report(tmp_path, methods.METHODS).read_text("utf-8")
     alarms = [a for a in Page(text).all("div") if a.get("id") == "random-teacher"]
     assert len(alarms) == random
     markdown = (tmp_path / "report.md").read_text("utf-8")
@@ -340,7 +343,7 @@ def test_notes_of_runs_and_methods_are_shown_once_with_their_methods(tmp_path, r
     aggregate = fake_workdir(tmp_path, notes=["few images"])
     aggregate["methods"]["patchcore"]["notes"] = ["odd method"]
     write_json(tmp_path / "results.json", aggregate)
-    page = Page(report.write_report(tmp_path).read_text("utf-8"))
+    page = Page(report.write_report(tmp_path, methods.METHODS).read_text("utf-8"))
     assert page.text.count("MMR, PatchCore: few images") == 1
     assert page.text.count("PatchCore: odd method") == 1
 
@@ -356,7 +359,7 @@ def test_run_without_any_of_its_files_is_reported_with_what_is_left_out(tmp_path
     (folder / "maps" / "gallery.json").write_text('{"scale": [0')
     (tmp_path / "patchcore/part/seed54/maps/000_heat.png").unlink()
     (tmp_path / "patchcore/part/seed54/maps/001_image.png").write_bytes(b"not a picture")
-    page = Page(report.write_report(tmp_path).read_text("utf-8"))
+    page = Page(report.write_report(tmp_path, methods.METHODS).read_text("utf-8"))
     assert "mmr/part/seed54: scores.csv is absent" in page.text
     assert "mmr/part/seed54: maps/gallery.json cannot be read" in page.text
     assert "patchcore/part/seed54: maps/000_heat.png is absent or damaged" in page.text
@@ -369,7 +372,7 @@ def test_last_log_line_cut_by_a_killed_run_is_dropped(tmp_path):
     fake_workdir(tmp_path)
     with open(tmp_path / "mmr/part/seed54/metrics.jsonl", "a") as file:
         file.write('{"step": 40, "lo')
-    page = Page(report.write_report(tmp_path).read_text("utf-8"))
+    page = Page(report.write_report(tmp_path, methods.METHODS).read_text("utf-8"))
     assert "metrics.jsonl" not in page.text
     assert "MMR: training loss" in [a["aria-label"] for a in page.all("svg")]
 
@@ -387,7 +390,7 @@ def test_run_with_good_images_only_says_so(tmp_path):
         folder = tmp_path / run["path"]
         write_scores(folder, np.linspace(0, 1, 30), np.zeros(30, bool), ["same"] * 30)
         write_json(folder / "curves.json", {"all": {}, "same": {}})
-    page = Page(report.write_report(tmp_path).read_text("utf-8"))
+    page = Page(report.write_report(tmp_path, methods.METHODS).read_text("utf-8"))
     assert "MMR: image AUROC is undefined here (only good images)." in page.text
     assert "No curves" in page.text
     assert "30 good, 0 defective" in page.text
@@ -395,21 +398,32 @@ def test_run_with_good_images_only_says_so(tmp_path):
 
 def test_missing_or_damaged_aggregate_is_one_clear_error(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"no results\.json in"):
-        report.write_report(tmp_path)
+        report.write_report(tmp_path, methods.METHODS)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
-        report.write_report(tmp_path)
-    assert report.main([f"--workdir={tmp_path}"]) == 1
+        report.write_report(tmp_path, methods.METHODS)
+    assert program.main([f"--workdir={tmp_path}"]) == 1
     assert "is damaged" in capsys.readouterr().err
 
 
 def test_rendering_again_from_the_command_line_gives_the_same_page(tmp_path, capsys):
     fake_workdir(tmp_path)
-    first = report.write_report(tmp_path).read_bytes()
-    assert report.main([f"--workdir={tmp_path}"]) == 0
+    first = report.write_report(tmp_path, methods.METHODS).read_bytes()
+    assert program.main([f"--workdir={tmp_path}"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_bytes() == first
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_unknown_method_goes_by_its_name_and_departs_from_nothing(tmp_path):
+    fake_workdir(tmp_path)
+    known = Page(report.write_report(tmp_path, methods.METHODS).read_text("utf-8")).text
+    assert "PatchCore" in known
+    assert "Unlike the paper's model" in known
+    unknown = Page(report.write_report(tmp_path, {}).read_text("utf-8")).text
+    assert "PatchCore" not in unknown
+    assert "patchcore finds" in unknown
+    assert "Unlike the paper's model" not in unknown
 
 
 # Several categories, size
@@ -418,7 +432,7 @@ def test_rendering_again_from_the_command_line_gives_the_same_page(tmp_path, cap
 def test_several_categories_fold_away_and_share_the_byte_budget(tmp_path, monkeypatch):
     names = ("bolt", "nut", "washer")
     fake_workdir(tmp_path, categories=names)
-    full = report.write_report(tmp_path).read_text("utf-8")
+    full = report.write_report(tmp_path, methods.METHODS).read_text("utf-8")
     page = Page(full)
     folded = [a for a in page.all("details") if a.get("class") == "category"]
     assert len(folded) == 3
@@ -428,7 +442,7 @@ def test_several_categories_fold_away_and_share_the_byte_budget(tmp_path, monkey
     monkeypatch.setattr(files, "PICTURE_SIZES", ((288, 84), (4, 10)))
     per_category = sum(len(a["src"]) for a in page.all("img")) // 3
     monkeypatch.setattr(report, "PAGE_BYTES", 2 * per_category)  # enough for two, not for three
-    small = report.write_report(tmp_path).read_text("utf-8")
+    small = report.write_report(tmp_path, methods.METHODS).read_text("utf-8")
     assert len(small) < len(full)
     assert len(Page(small).all("figure")) == 3 * 2 * 9, "smaller pictures, not fewer"
 

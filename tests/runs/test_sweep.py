@@ -377,7 +377,9 @@ def test_a_judged_table_is_ranked_by_the_mean_of_its_metrics(judged):
     workdir, _ = judged[0]
     lines = [
         line.split()
-        for line in report_sweep.text_table(read(workdir / "results.json")).splitlines()
+        for line in report_sweep.text_table(
+            read(workdir / "results.json"), methods.METHODS
+        ).splitlines()
     ]
     assert lines[0] == ["row", "mean", "image_auroc", "pixel_auroc"]
     values = [[float(text) for text in line[-3:]] for line in lines[1:]]
@@ -399,7 +401,7 @@ def test_a_row_that_has_not_run_or_lacks_a_metric_is_ranked_last():
 
     rows = [row("a"), row("b", 0.9, None), row("c", 0.6, 0.5), row("d", 0.7, 0.6)]
     content = {"judge": "held_out_defects", "metrics": ["image_auroc", "pixel_auroc"], "rows": rows}
-    table = report_sweep.text_table(content)
+    table = report_sweep.text_table(content, methods.METHODS)
     assert [line.split()[0] for line in table.splitlines()] == ["row", "d", "c", "a", "b"]
     assert "65.0" in table
     assert table.count("not run yet") == 3
