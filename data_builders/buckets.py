@@ -2,7 +2,7 @@
 
 Through gcsfs, by which etils' epath and Orbax reach buckets too. Here it is asked directly, because
 it lists a whole tree in one request. This module knows neither records (see remote.py) nor runs
-(see mmrjax/runtime/staging.py), and both packages use it.
+(see mmrjax/runs/staging.py), and both packages use it.
 """
 
 import contextlib

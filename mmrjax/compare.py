@@ -13,8 +13,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mmrjax.runs import paired
-from mmrjax.runtime import command_line, files, staging
+from mmrjax.runs import paired, staging
+from mmrjax.runtime import command_line, files
 
 
 def table(a: paired.Scores, b: paired.Scores) -> str:
@@ -62,7 +62,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _scores(place: str) -> paired.Scores:
     """The scores of all seeds in a folder or bucket."""
-    with staging.opened(place, "/scores.csv") as folder:
+    with staging.opened(place, "/scores.csv") as stage:
+        folder = stage.folder
         seeds = [path for path in sorted(folder.glob("seed*")) if files.is_run_name(path.name)]
         if not seeds:
             raise FileNotFoundError(

@@ -19,13 +19,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from data_builders import buckets
 from mmrjax.data import geometry
 from mmrjax.methods import mmr
 from mmrjax.models import resnet
 from mmrjax.models import student as student_lib
-from mmrjax.runs import restore
-from mmrjax.runtime import command_line, files, staging
+from mmrjax.runs import restore, staging
+from mmrjax.runtime import checkpoint, command_line, files
 from mmrjax.weights import layouts, source, storage, torch_names
 
 # What a file of our format holds, by --kind.
@@ -63,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.output.exists():
         raise ValueError(f"--output={arguments.output} exists; choose another name or delete it")
-    convert = from_torch if arguments.verb == "from-torch" else to_torch
-    with _opened(arguments.input) as path:
-        lines = convert(arguments.kind, arguments.arch, path, arguments.output)
+    with _opened(arguments.input) as (path, store):
+        own = (arguments.kind, arguments.arch, path, arguments.output)
+        lines = from_torch(*own) if arguments.verb == "from-torch" else to_torch(*own, store)
     print("\n".join([*lines, f"wrote {arguments.output}"]))
     return 0
 
@@ -100,15 +99,15 @@ def _path(text: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _opened(place: str) -> Iterator[pathlib.Path]:
-    """The file or run folder that --input means; a copy of it where it is in a bucket."""
-    if not buckets.is_remote(place):
-        yield _path(place)
+def _opened(place: str) -> Iterator[tuple[pathlib.Path, checkpoint.Store | None]]:
+    """The file or run folder of --input, a copy if it is in a bucket; and the run's checkpoints."""
+    if not files.is_remote(place):
+        yield _path(place), None
     elif pathlib.PurePath(place).suffix in source.SUFFIXES:
-        yield source.remote_file(place)
+        yield source.remote_file(place), None
     else:
-        with staging.opened(place, ".json") as folder:
-            yield folder
+        with staging.opened(place, ".json") as stage:
+            yield stage.folder, stage.store(stage.folder)
 
 
 def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> list[str]:
@@ -178,7 +177,13 @@ def _check(state: layouts.State, kind: str, arch: str, what: str) -> None:
     torch_names.check_student(state, like, kind == "mmr", what)
 
 
-def to_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> list[str]:
+def to_torch(
+    kind: str,
+    arch: str,
+    path: pathlib.Path,
+    output: pathlib.Path,
+    store: checkpoint.Store | None = None,
+) -> list[str]:
     """Converts a file of ours, or what a run folder holds, to a PyTorch file.
 
     Args:
@@ -186,6 +191,7 @@ def to_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> 
       arch: "", or what it must be.
       path: a file in our format, or <workdir>/mmr/<category>/seed<k>.
       output: .safetensors or .pth, with the facts that tensors do not show beside them.
+      store: of a run's checkpoints; None is `path`.
 
     Returns:
       Lines for people.
@@ -193,7 +199,10 @@ def to_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> 
     Raises:
       FileNotFoundError, ValueError: nothing there, or damaged, or something else than `kind`.
     """
-    variables, facts, grid = _of_run(path, kind) if path.is_dir() else (*storage.read(path), None)
+    if path.is_dir():
+        variables, facts, grid = _of_run(path, kind, store)
+    else:
+        variables, facts, grid = (*storage.read(path), None)
     arch = _known_arch(kind, arch, facts, path)
     if kind == "teacher":
         state = torch_names.teacher_to_torch(variables, resnet.architecture(arch))
@@ -211,7 +220,9 @@ def to_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -> 
     return [f"tensors {len(state)}", *known]
 
 
-def _of_run(folder: pathlib.Path, kind: str) -> tuple[dict, dict[str, str], tuple[int, int] | None]:
+def _of_run(
+    folder: pathlib.Path, kind: str, store: checkpoint.Store | None
+) -> tuple[dict, dict[str, str], tuple[int, int] | None]:
     """(variables, facts, grid of patches) of a run's teacher or student."""
     config = restore.read_config(folder)
     if kind == "teacher":
@@ -220,7 +231,7 @@ def _of_run(folder: pathlib.Path, kind: str) -> tuple[dict, dict[str, str], tupl
         if about["licence"]:  # None of random weights
             facts["licence"] = about["licence"]
         return variables, facts, None
-    variables, step = restore.student(config, folder)
+    variables, step = restore.student(config, folder, store)
     if "attention" in variables:
         raise ValueError(
             f"--input={folder}: the heads of this student see a part of the image each "

@@ -30,11 +30,11 @@ from mmrjax.data import tracks
 from mmrjax.evaluate import results as evaluate
 from mmrjax.report import page, tables
 from mmrjax.report import sweep as report_sweep
-from mmrjax.runs import aggregate, sweep
+from mmrjax.runs import aggregate, staging, sweep
 from mmrjax.runs import records as records_lib
 from mmrjax.runs import run as run_lib
 from mmrjax.runs import workdir as workdir_lib
-from mmrjax.runtime import command_line, devices, files, logs, processes, staging, trackers
+from mmrjax.runtime import command_line, devices, files, logs, processes, trackers
 from mmrjax.runtime import config as config_lib
 
 
@@ -58,11 +58,11 @@ def _run(argv: Sequence[str]) -> int:
             )
         else:
             devices.show_cores(batch_sizes(config))
-        with staging.opened(arguments.workdir) as workdir:
+        with staging.opened(arguments.workdir) as stage:
             if config.sweep.rows:
-                table, report_path = run_sweep(config, workdir, arguments.mode)
+                table, report_path = run_sweep(config, stage, arguments.mode)
             else:
-                results, report_path = run_all(config, workdir, arguments.mode)
+                results, report_path = run_all(config, stage, stage.folder, arguments.mode)
                 table = results_table(results)
     except processes.Interrupted as e:
         message, number = e.args
@@ -82,7 +82,7 @@ def _run(argv: Sequence[str]) -> int:
         return 1
     if processes.is_first():
         print(table)
-        print(f"\nreport: {staging.named(str(report_path))} ({time.monotonic() - started:.0f} s)")
+        print(f"\nreport: {stage.named(str(report_path))} ({time.monotonic() - started:.0f} s)")
     return 0
 
 
@@ -97,7 +97,7 @@ def batch_sizes(config: ConfigDict) -> set[int]:
 
 
 def _complain(line: str) -> None:
-    print(staging.named(f"{processes.own_name()}{line}"), file=sys.stderr)
+    print(f"{processes.own_name()}{line}", file=sys.stderr)
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
@@ -147,8 +147,20 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
     return config, arguments
 
 
-def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict, pathlib.Path]:
-    """Every method, category and seed in turn; then the aggregate and the report."""
+def run_all(
+    config: ConfigDict, stage: staging.Stage, workdir: pathlib.Path, mode: str
+) -> tuple[dict, pathlib.Path]:
+    """Every method, category and seed in turn; then the aggregate and the report.
+
+    Args:
+      config: of this call.
+      stage: of the whole command.
+      workdir: its folder, or that of a row of a sweep.
+      mode: "train" or "evaluate".
+
+    Returns:
+      (content of results.json, path of the report).
+    """
     logging.info("jax %s on %s", jax.__version__, devices.available())
     for part, _, _ in tracks.combinations(config.data.held_out):
         build.load_builder(part.split("/")[0])  # a misspelled one would hold nothing out
@@ -169,7 +181,9 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
             runs = [run for run in wanted if run[1] == category]
         for name, _, seed in runs:
             path = workdir_lib.run_path(name, category, seed)
-            run_lib.Run(config, name, records, seed, workdir / path, root / path).perform(mode)
+            store = stage.store(workdir / path)
+            run = run_lib.Run(config, name, records, seed, workdir / path, root / path, store)
+            run.perform(mode)
     results = processes.first(
         lambda: aggregate.aggregate(root, config.title, config.data.reference_domain)
     )
@@ -177,9 +191,11 @@ def run_all(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[dict,
     return results, pathlib.Path(path)
 
 
-def run_sweep(config: ConfigDict, workdir: pathlib.Path, mode: str) -> tuple[str, pathlib.Path]:
+def run_sweep(config: ConfigDict, stage: staging.Stage, mode: str) -> tuple[str, pathlib.Path]:
     """Every row of `config.sweep` as an ordinary run; (table, path of the comparison)."""
-    content, path = sweep.run(config, workdir, lambda own, folder: run_all(own, folder, mode))
+    content, path = sweep.run(
+        config, stage.folder, lambda own, folder: run_all(own, stage, folder, mode)
+    )
     return report_sweep.text_table(content, methods.METHODS), path
 
 

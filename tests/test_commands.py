@@ -55,9 +55,9 @@ RUN_BY = {
     "test_keep_waits_runs_and_asks_again_when_the_machines_are_taken_away",
     r"export TPU_.*": "tests/test_cluster_scripts.py::test_a_request_that_fails_is_said",
     r"scripts/slurm.sh .*": "tests/test_cluster_scripts.py::test_slurm_dry_run_prints_the_step",
-    r"python -m mmrjax.main .*gs://.*": "tests/runtime/test_staging.py::"
+    r"python -m mmrjax.main .*gs://.*": "tests/runs/test_staging.py::"
     "test_the_killed_run_went_on_from_its_checkpoint",
-    r"python -m mmrjax.predict .*gs://.*": "tests/runtime/test_staging.py::"
+    r"python -m mmrjax.predict .*gs://.*": "tests/runs/test_staging.py::"
     "test_predict_scores_as_the_folder_does",
     r"python -m mmrjax.main .*--distributed.*": "tests/runtime/test_distributed.py::"
     "test_distributed_alone_leaves_it_to_environment_and_cluster",

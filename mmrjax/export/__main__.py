@@ -30,7 +30,8 @@ from mmrjax import methods
 from mmrjax.data import geometry
 from mmrjax.models import winograd
 from mmrjax.runs import detector as detector_lib
-from mmrjax.runtime import command_line, files, staging
+from mmrjax.runs import staging
+from mmrjax.runtime import command_line, files
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5  # of scores and maps; relative where the map exceeds 1

@@ -35,7 +35,8 @@ from mmrjax.evaluate import calibrate
 from mmrjax.predict import video
 from mmrjax.report import pictures as visualize
 from mmrjax.runs import detector as detector_lib
-from mmrjax.runtime import command_line, files, logs, staging
+from mmrjax.runs import staging
+from mmrjax.runtime import command_line, files, logs
 
 SOME_UNREADABLE = 3  # exit status
 COLUMNS = ("path", "score", "threshold", "verdict", "p_value", "boxes")

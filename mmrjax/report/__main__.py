@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from mmrjax import methods
 from mmrjax.report import page
-from mmrjax.runtime import command_line, staging
+from mmrjax.runs import staging
+from mmrjax.runtime import command_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def render() -> int:
-        with staging.opened(options.workdir) as workdir:
-            print(staging.named(str(page.write_report(workdir, methods.METHODS))))
+        with staging.opened(options.workdir) as stage:
+            print(stage.named(str(page.write_report(stage.folder, methods.METHODS))))
         return 0
 
     return command_line.run(render)

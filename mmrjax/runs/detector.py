@@ -24,8 +24,8 @@ from data_builders import images as image_files
 from mmrjax.data import geometry
 from mmrjax.evaluate import calibrate, scoring
 from mmrjax.methods import base
-from mmrjax.runs import restore
-from mmrjax.runtime import devices, files, staging
+from mmrjax.runs import restore, staging
+from mmrjax.runtime import devices, files
 
 FULL_SCALE = 65535  # of 16-bit images, where nothing else is said
 THREADS = 4  # that decode and resize
@@ -246,11 +246,11 @@ def load(
     Raises:
       FileNotFoundError, ValueError: no run, several, or one that cannot be read, saying what to do.
     """
-    with staging.opened(workdir, ".json") as folder:
-        run = restore.find_run(folder)
+    with staging.opened(workdir, ".json") as stage:
+        run = restore.find_run(stage.folder)
         if show_cores:
             devices.show_cores([restore.read_config(run).eval.batch_size])
-        trained, config = restore.trained(run)
+        trained, config = restore.trained(run, stage.store(run))
         calibration = calibrate.read(run / "calibration.json")
         gallery = files.read_json(run / "maps" / "gallery.json") or {}
     scale = tuple(gallery["scale"]) if "scale" in gallery else None

@@ -39,17 +39,20 @@ def find_run(workdir: pathlib.Path) -> pathlib.Path:
     return runs[0]
 
 
-def trained(folder: pathlib.Path) -> tuple[base.Trained, ConfigDict]:
+def trained(
+    folder: pathlib.Path, store: checkpoint.Store | None = None
+) -> tuple[base.Trained, ConfigDict]:
     """A run ready to score images, and its configuration; on as many devices as share a batch.
 
     Args:
       folder: <workdir>/<method>/<category>/seed<k>.
+      store: of the run's checkpoints; None is `folder`.
 
     Raises:
       FileNotFoundError: no run, no weights of the teacher, or nothing trained yet.
       ValueError, RuntimeError: the run is damaged or does not fit.
     """
-    folder = folder.resolve()
+    folder, store = folder.resolve(), store or checkpoint.Store(folder)
     config, name = read_config(folder), folder.parent.parent.name
     config.student.init = "scratch"  # what it began with is no longer needed
     method = methods.create(name, config)
@@ -60,18 +63,17 @@ def trained(folder: pathlib.Path) -> tuple[base.Trained, ConfigDict]:
         frozen = mesh_lib.replicate(frozen, mesh)
         variables, _ = method.init(jax.random.key(0), frozen)
     if method.stage_names:
-        variables, step = _last_state(method, variables, folder, mesh)
+        variables, step = _last_state(method, variables, folder, store, mesh)
         if not (folder / "results.json").exists():
             logging.warning("%s: not trained to the end, this is step %d", folder, step)
     if method.fit is not None:
-        variables |= _fitted(folder, mesh)
+        variables |= _fitted(folder, store, mesh)
     return base.Trained(method, variables, frozen, facts, mesh), config
 
 
-def _fitted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict:
-    directory = folder / begun.FITTED
-    if checkpoint.present(directory):
-        with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
+def _fitted(folder: pathlib.Path, store: checkpoint.Store, mesh: jax.sharding.Mesh) -> dict:
+    if store.present(begun.FITTED):
+        with store.open(begun.FITTED, read_only=True) as checkpoints:
             restored = checkpoints.restore(mesh_lib.replicated(mesh))
         if restored is not None:
             return restored[1]
@@ -79,7 +81,11 @@ def _fitted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict:
 
 
 def _last_state(
-    method: base.Method, variables: dict, folder: pathlib.Path, mesh: jax.sharding.Mesh
+    method: base.Method,
+    variables: dict,
+    folder: pathlib.Path,
+    store: checkpoint.Store,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[dict, int]:
     """(variables, step) of the newest intact checkpoint of the method's last stage.
 
@@ -87,20 +93,21 @@ def _last_state(
       method: the run's method.
       variables: as `Method.init` draws them, or their shapes.
       folder: the run's folder.
+      store: the run's checkpoints.
       mesh: on which the variables are laid.
     """
-    directory = folder / begun.CHECKPOINTS
-    saved = checkpoint.stages(directory)
+    saved = store.stages(begun.CHECKPOINTS)
     stage = next((name for name in reversed(method.stage_names) if name in saved), None)
     if stage is None:
         raise FileNotFoundError(f"{folder} has no checkpoints of a trained student")
-    with checkpoint.Checkpoints(directory / stage, read_only=True) as checkpoints:
+    directory = f"{begun.CHECKPOINTS}/{stage}"
+    with store.open(directory, read_only=True) as checkpoints:
         restored = checkpoints.restore(mesh_lib.replicated(mesh))
     if restored is None:
-        raise FileNotFoundError(f"{directory / stage} holds no finished checkpoint")
+        raise FileNotFoundError(f"{store.root / directory} holds no finished checkpoint")
     step, tree = restored
     found = step_lib.variables_of(tree)
-    checkpoint.check_leaves(found, variables, directory / stage / str(step))
+    checkpoint.check_leaves(found, variables, store.root / directory / str(step))
     return found, step
 
 
@@ -129,7 +136,9 @@ def read_config(folder: pathlib.Path) -> ConfigDict:
     return config
 
 
-def student(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, int]:
+def student(
+    config: ConfigDict, folder: pathlib.Path, store: checkpoint.Store | None = None
+) -> tuple[dict, int]:
     """The student of an MMR or MMR+ run's newest intact checkpoint, on the host, and its step.
 
     Raises:
@@ -141,7 +150,9 @@ def student(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, int]:
     config.student.init = "scratch"  # what it began with is no longer needed
     method = (kind if kind and issubclass(kind, mmr.MMR) else mmr.MMR)(config)
     variables = layouts.hollow(lambda key: method.init(key, {})[0])
-    variables, step = _last_state(method, variables, folder, mesh_lib.make_mesh(1))
+    variables, step = _last_state(
+        method, variables, folder, store or checkpoint.Store(folder), mesh_lib.make_mesh(1)
+    )
     return jax.device_get(variables), step
 
 

@@ -16,7 +16,7 @@ from mmrjax.data import judge, splits
 from mmrjax.data import records as records_lib
 from mmrjax.evaluate import results as results_lib
 from mmrjax.runs import workdir as workdir_lib
-from mmrjax.runtime import files, processes, staging, trackers
+from mmrjax.runtime import checkpoint, files, processes, trackers
 from mmrjax.train import loop
 
 
@@ -31,6 +31,7 @@ class Run:
       seed: seed of everything that is drawn.
       folder: <workdir>/<method>/<category>/seed<k>, with checkpoints and metrics.jsonl.
       results: folder of the evaluation: `folder`, or that of another view of the run.
+      store: of the checkpoints.
     """
 
     config: ConfigDict
@@ -39,6 +40,7 @@ class Run:
     seed: int
     folder: pathlib.Path
     results: pathlib.Path
+    store: checkpoint.Store
 
     def perform(self, mode: str) -> None:
         """Trains and evaluates, unless that is done; holds its folders meanwhile.
@@ -65,7 +67,7 @@ class Run:
 
         def settle() -> tuple[dict, bool]:
             settled = workdir_lib.settle(
-                self.config, self.method, self.folder, self.records.digest, mode
+                self.config, self.method, self.folder, self.records.digest, mode, self.store
             )
             return settled.to_dict(), workdir_lib.is_finished(self.results, settled)
 
@@ -80,14 +82,16 @@ class Run:
         if note:
             logging.warning("%s/%s: %s", self.records.dataset, self.records.category, note)
         method = methods.create(self.method, config)
-        trained = loop.train(method, train, self.seed, self.folder, mode == "evaluate", labelled)
+        trained = loop.train(
+            method, train, self.seed, self.folder, mode == "evaluate", labelled, self.store
+        )
         trained.facts["notes"] = [*filter(None, (note, judge.note(config)))]
         if self.results != self.folder:  # another view: the report there shows the same training
             processes.first(self._copy_training)
         results = results_lib.evaluate(trained, test, held_out, config, self.seed, self.results)
         if self.results == self.folder:
             processes.first(lambda: trackers.tell_results(config, self.folder, results))
-        staging.send(self.results)
+        self.store.send()
 
     def split(self) -> tuple[records_lib.Records, ...]:
         """Views of the records: (train, held out, labelled, test).

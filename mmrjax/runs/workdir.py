@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from mmrjax import methods
 from mmrjax.evaluate import results as evaluate
 from mmrjax.metrics import misses
+from mmrjax.runtime import checkpoint, files
 from mmrjax.runtime import config as config_lib
-from mmrjax.runtime import files
 from mmrjax.train import begun
 
 # What may change between two calls on one work directory without touching what was trained.
@@ -101,7 +101,14 @@ def check(config: ConfigDict, workdir: pathlib.Path) -> None:
             )
 
 
-def settle(config: ConfigDict, name: str, run: pathlib.Path, digest: str, mode: str) -> ConfigDict:
+def settle(
+    config: ConfigDict,
+    name: str,
+    run: pathlib.Path,
+    digest: str,
+    mode: str,
+    store: checkpoint.Store | None = None,
+) -> ConfigDict:
     """Holds the configuration against the run's config.json, or writes that.
 
     Args:
@@ -110,6 +117,7 @@ def settle(config: ConfigDict, name: str, run: pathlib.Path, digest: str, mode: 
       run: directory of the run.
       digest: digest of the records; a run belongs to the data it was trained on.
       mode: with "evaluate", what is stored wins over `config` in every field that shaped training.
+      store: of the run's checkpoints; None is `run`.
 
     Returns:
       The configuration to go on with.
@@ -120,7 +128,7 @@ def settle(config: ConfigDict, name: str, run: pathlib.Path, digest: str, mode: 
     """
     path = run / "config.json"
     stored = files.read_json(path)
-    was_begun = begun.has_saved(run)
+    was_begun = begun.has_saved(store or checkpoint.Store(run))
     if was_begun and stored is None:
         raise ValueError(
             f"{path} is absent or damaged, so nothing tells what the checkpoints beside it were "

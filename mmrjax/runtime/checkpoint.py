@@ -11,6 +11,7 @@ by all. A checkpoint does not depend on how its arrays were split.
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 import zlib
@@ -23,33 +24,67 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from data_builders import buckets
-from mmrjax.runtime import files, mesh, processes, staging
+from mmrjax.runtime import files, mesh, processes
 
 
-def present(directory: pathlib.Path) -> bool:
-    """Whether there is a checkpoint in a directory, whole or not."""
-    place = staging.origin(directory.absolute())
-    return place.is_dir() and any(path.name.isdigit() for path in place.iterdir())
+class Store:
+    """Where a run keeps its checkpoints: folders in the run's own, here or in a bucket."""
 
+    def __init__(
+        self,
+        root: os.PathLike,
+        send: Callable[[], None] = lambda: None,
+        naming: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
+        """Touches nothing.
 
-def stages(directory: pathlib.Path) -> list[str]:
-    """Names of the folders in a directory that hold checkpoints, sorted."""
-    place = staging.origin(directory.absolute())
-    found = [path.name for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
-    return sorted(name for name in found if present(directory / name))
+        Args:
+          root: the run's folder, or its address.
+          send: brings the run's other files there, which a checkpoint needs to be of use; called by
+            all processes.
+          naming: a context that makes one line of what a client of the storage raises.
+        """
+        self.root, self.send, self.naming = epath.Path(root), send, naming
+
+    def open(self, name: str, keep: int = 2, read_only: bool = False) -> "Checkpoints":
+        """The checkpoints in the folder `name`, with the arguments of `Checkpoints`."""
+        return Checkpoints(self.root / name, keep, read_only, self.send, self.naming)
+
+    def present(self, name: str) -> bool:
+        """Whether there is a checkpoint in the folder `name`, whole or not."""
+        folder = self.root / name
+        return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+    def stages(self, name: str) -> list[str]:
+        """Names of the folders in the folder `name` that hold checkpoints, sorted."""
+        folder = self.root / name
+        inner = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted(stage for stage in inner if self.present(f"{name}/{stage}"))
 
 
 class Checkpoints:
     """The checkpoints of one run, each named by its step; a tree of arrays each."""
 
-    def __init__(self, directory: pathlib.Path, keep: int = 2, read_only: bool = False):
-        """Opens (or creates) `directory`; the latest `keep` checkpoints stay.
+    def __init__(
+        self,
+        directory: os.PathLike,
+        keep: int = 2,
+        read_only: bool = False,
+        before_save: Callable[[], None] = lambda: None,
+        naming: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
+        """Opens (or creates) a directory.
 
-        With `read_only` nothing in it is touched: a run that is still training may own it.
+        Args:
+          directory: a folder, or an address in a bucket.
+          keep: the latest checkpoints that stay.
+          read_only: touches nothing in the directory: a run that still trains may own it.
+          before_save: called before a checkpoint is saved.
+          naming: a context that makes one line of what a client of the storage raises.
         """
-        self._folder, self._read_only = directory.absolute(), read_only
-        self._directory = staging.origin(self._folder)
+        is_here = not files.is_remote(directory)
+        self._directory = epath.Path(pathlib.Path(directory).absolute() if is_here else directory)
+        self._read_only, self._before_save, self._naming = read_only, before_save, naming
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             create=not read_only,
@@ -70,11 +105,10 @@ class Checkpoints:
     def save(self, step: int, tree) -> None:
         """Starts to save a tree of jax.Arrays; returns as soon as it is copied from the devices.
 
-        The save before this one is waited for, so that the host holds the copies of one. To a
-        bucket, the files of the run go first: a checkpoint without them could not be used.
+        The previous save is waited for, so that the host holds the copies of one tree only.
         """
         self.wait()
-        staging.send(self._folder)
+        self._before_save()
         parts, leaves = _copied(tree), _describe(tree)
 
         def meta() -> dict:
@@ -103,11 +137,6 @@ class Checkpoints:
             if not (reason := files.full_disk(e)):
                 raise
             raise OSError(f"no checkpoint could be written to {self._directory} ({reason})") from e
-
-    def _naming(self) -> contextlib.AbstractContextManager:
-        """Makes one line of what a bucket's clients raise."""
-        address = str(self._directory)
-        return buckets.naming(address) if buckets.is_remote(address) else contextlib.nullcontext()
 
     def restore(self, target) -> tuple[int, object] | None:
         """Restores the newest intact checkpoint.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import jax
 
-from mmrjax.runtime import files, staging
+from mmrjax.runtime import files
 
 INTERRUPTED = 130  # as shells say of a program that Ctrl-C has ended
 
@@ -33,7 +33,7 @@ def run(program: Callable[[], int], ending: str = "") -> int:
     except (ValueError, RuntimeError, OSError) as e:
         if os.environ.get("MMRJAX_TRACEBACK"):
             raise
-        print(staging.named(f"error: {files.explain(e)}{ending}"), file=sys.stderr)
+        print(f"error: {files.explain(e)}{ending}", file=sys.stderr)
         return 1
 
 

@@ -12,7 +12,7 @@ import jax
 import tqdm
 from absl import flags, logging
 
-from mmrjax.runtime import files, processes, staging
+from mmrjax.runtime import files, processes
 from mmrjax.runtime import trackers as trackers_lib
 
 LINE_SECONDS = 15.0  # between plain lines when there is no terminal
@@ -32,18 +32,10 @@ def setup() -> None:
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
-    handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(_is_for_people)
     if not isinstance(sys.unraisablehook, _QuietOrbax):
         sys.unraisablehook = _QuietOrbax(sys.unraisablehook)
-
-
-class _Formatter(std_logging.Formatter):
-    """Names a bucket where the folder stands for it that a command works in."""
-
-    def format(self, record: std_logging.LogRecord) -> str:
-        """The line."""
-        return staging.named(super().format(record))
 
 
 def _is_for_people(record: std_logging.LogRecord) -> bool:

@@ -17,18 +17,18 @@ LABELLED = "labelled.json"  # the sha256 of the labelled defects that it is trai
 CHECKPOINTS, FITTED = "checkpoints", "fitted"  # folders of a run
 
 
-def has_saved(folder: pathlib.Path) -> bool:
+def has_saved(store: checkpoint.Store) -> bool:
     """Whether a run holds anything trained or fitted."""
-    return checkpoint.present(folder / FITTED) or bool(checkpoint.stages(folder / CHECKPOINTS))
+    return store.present(FITTED) or bool(store.stages(CHECKPOINTS))
 
 
-def hold_teacher(folder: pathlib.Path, sha256: str | None) -> None:
+def hold_teacher(folder: pathlib.Path, store: checkpoint.Store, sha256: str | None) -> None:
     """Notes the teacher's weights when a run begins; a begun run refuses others.
 
     Raises:
       ValueError: the run was begun with weights of another sha256.
     """
-    path, begun = folder / TEACHER, has_saved(folder)
+    path, begun = folder / TEACHER, has_saved(store)
     used = (files.read_json(path) or {}).get("sha256", sha256)
     if begun and used != sha256:
         raise ValueError(
@@ -39,7 +39,7 @@ def hold_teacher(folder: pathlib.Path, sha256: str | None) -> None:
         files.write_text(path, json.dumps({"sha256": sha256}))
 
 
-def hold_extras(folder: pathlib.Path, arrays: dict, facts: dict) -> None:
+def hold_extras(folder: pathlib.Path, store: checkpoint.Store, arrays: dict, facts: dict) -> None:
     """Notes a method's extras, such as labelled defects; a begun run refuses others.
 
     Raises:
@@ -50,7 +50,7 @@ def hold_extras(folder: pathlib.Path, arrays: dict, facts: dict) -> None:
         digest.update(np.ascontiguousarray(array).tobytes())
     path, sha256 = folder / LABELLED, digest.hexdigest()
     noted = (files.read_json(path) or {}).get("sha256", sha256)
-    if has_saved(folder) and noted != sha256:
+    if has_saved(store) and noted != sha256:
         raise ValueError(
             f"{folder} was begun with other labelled defects (sha256 {noted[:8]}…, now "
             f"{sha256[:8]}…); put the first ones back, or use another --workdir"

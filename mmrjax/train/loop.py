@@ -37,6 +37,7 @@ class Training:
     records: Records  # good training images
     seed: int
     folder: pathlib.Path
+    store: checkpoint.Store
     mesh: jax.sharding.Mesh
     evaluate_only: bool
 
@@ -100,6 +101,7 @@ def train(
     folder: pathlib.Path,
     evaluate_only: bool = False,
     labelled: Records | None = None,
+    store: checkpoint.Store | None = None,
 ) -> base.Trained:
     """Trains a method with one seed, or picks up where a killed run stopped.
 
@@ -107,9 +109,10 @@ def train(
       method: with its configuration.
       records: the good images to train on.
       seed: seed of initial values, order, crops and masks.
-      folder: the run's folder; checkpoints/<stage>/, fitted/ and metrics.jsonl go there.
+      folder: the run's folder; metrics.jsonl goes there.
       evaluate_only: refuse to train what is not finished.
       labelled: defective records that a method may learn from, if it can.
+      store: for checkpoints/<stage>/ and fitted/; None keeps them in `folder`.
 
     Raises:
       ValueError: bad configuration or weights, too few images, or an unfinished run with
@@ -118,21 +121,22 @@ def train(
     """
     method.check_run(method.config, len(records))
     stages = method.stages(records)
+    store = store or checkpoint.Store(folder)
     mesh = _make_mesh(method.config, stages)
     labelled = records.take([]) if labelled is None else labelled
     with method.precision():
         frozen, facts = method.load_frozen()
         sha256 = facts.get("teacher", {}).get("sha256")
-        processes.first(lambda: begun.hold_teacher(folder, sha256))
+        processes.first(lambda: begun.hold_teacher(folder, store, sha256))
         frozen = mesh_lib.replicate(frozen, mesh)
         key_init, key_train, key_fit = jax.random.split(jax.random.key(seed), 3)
         variables, init_facts = method.init(key_init, frozen)
         parameters = {"trained": _count(variables["params"]), "frozen": _count(frozen)}
         facts |= {**init_facts, "parameters": parameters, "compute_dtype": str(method.dtype)}
-        extras, notes = _extras(method, records, labelled, folder, evaluate_only)
+        extras, notes = _extras(method, records, labelled, folder, store, evaluate_only)
         facts |= notes
         used = frozen | mesh_lib.replicate(extras, mesh)  # in training; scoring does without extras
-        training = Training(method, used, records, seed, folder, mesh, evaluate_only)
+        training = Training(method, used, records, seed, folder, store, mesh, evaluate_only)
         facts["seconds"] = {}
         if method.prepare is not None:
             views = Views(training, _evenly(records, PREPARED), "preparing")
@@ -157,7 +161,7 @@ def _make_mesh(config: ConfigDict, stages: list[base.Stage]) -> jax.sharding.Mes
     return mesh
 
 
-def _extras(method, records, labelled, folder, evaluate_only) -> tuple[dict, dict]:
+def _extras(method, records, labelled, folder, store, evaluate_only) -> tuple[dict, dict]:
     """The method's extras and facts about them; only the facts when nothing is trained."""
     if evaluate_only:  # the defects may be gone
         facts = processes.first(lambda: files.read_json(folder / begun.LABELLED) or {})
@@ -165,7 +169,7 @@ def _extras(method, records, labelled, folder, evaluate_only) -> tuple[dict, dic
         return {}, facts
     arrays, facts = method.extras(records, labelled)
     if arrays:
-        processes.first(lambda: begun.hold_extras(folder, arrays, facts))
+        processes.first(lambda: begun.hold_extras(folder, store, arrays, facts))
     return arrays, facts
 
 
@@ -212,8 +216,8 @@ def _run_stage(
     state = step_lib.create(variables, stage)
     shardings = step_lib.shardings(state, training.mesh)
     state = mesh_lib.put(state, shardings)
-    folder = training.folder / begun.CHECKPOINTS / stage.name
-    with checkpoint.Checkpoints(folder, training.config.ckpt.keep) as checkpoints:
+    folder = f"{begun.CHECKPOINTS}/{stage.name}"
+    with training.store.open(folder, training.config.ckpt.keep) as checkpoints:
         start, tree = checkpoints.restore(step_lib.to_tree(state)) or (0, None)
         state = state if tree is None else step_lib.from_tree(state, tree)
         if 0 < start < total:
@@ -275,7 +279,7 @@ def _loop(training, stage, step_fn, state, start, total, key, checkpoints, first
 def _fit(training: Training, variables: dict, key: jax.Array) -> tuple[dict, bool]:
     """Fits, or restores a finished fit; (variables, whether it was done now)."""
     config, records = training.config, training.records
-    with checkpoint.Checkpoints(training.folder / begun.FITTED, config.ckpt.keep) as checkpoints:
+    with training.store.open(begun.FITTED, config.ckpt.keep) as checkpoints:
         restored = checkpoints.restore(mesh_lib.replicated(training.mesh))
         if restored is not None:
             return {**variables, **restored[1]}, False

@@ -232,7 +232,7 @@ def params_of(folder, stage):
 
 def test_a_second_stage_trains_its_own_part_and_leaves_the_rest_bit_for_bit(tiny_config, tmp_path):
     trained = run_toy(TwoStageToy, tiny_config, tmp_path)
-    assert checkpoint.stages(tmp_path / begun.CHECKPOINTS) == ["both", "decoder"]
+    assert checkpoint.Store(tmp_path).stages(begun.CHECKPOINTS) == ["both", "decoder"]
     first_step, first, _ = params_of(tmp_path, "both")
     second_step, second, tree = params_of(tmp_path, "decoder")
     assert first_step == second_step == 6  # of each stage: optimiser and step begin anew

@@ -7,6 +7,7 @@ import pytest
 
 from mmrjax import methods
 from mmrjax.data.records import Records
+from mmrjax.runtime import checkpoint
 from mmrjax.train import begun, loop
 
 FIRST, OTHER = "1" * 64, "2" * 64
@@ -15,28 +16,30 @@ FIRST, OTHER = "1" * 64, "2" * 64
 @pytest.mark.parametrize("stage", ["checkpoints/train", "fitted"])
 @pytest.mark.parametrize("other", [OTHER, None])
 def test_a_begun_run_refuses_another_teacher(tmp_path, stage, other):
-    begun.hold_teacher(tmp_path, FIRST)
+    begun.hold_teacher(tmp_path, checkpoint.Store(tmp_path), FIRST)
     (tmp_path / stage / "6").mkdir(parents=True)
-    begun.hold_teacher(tmp_path, FIRST)
+    begun.hold_teacher(tmp_path, checkpoint.Store(tmp_path), FIRST)
     with pytest.raises(ValueError, match=r"sha256 11111111…, the file has .* another --workdir"):
-        begun.hold_teacher(tmp_path, other)
+        begun.hold_teacher(tmp_path, checkpoint.Store(tmp_path), other)
 
 
 def test_a_run_without_checkpoints_may_take_another_teacher(tmp_path):
-    begun.hold_teacher(tmp_path, FIRST)
-    begun.hold_teacher(tmp_path, OTHER)
+    begun.hold_teacher(tmp_path, checkpoint.Store(tmp_path), FIRST)
+    begun.hold_teacher(tmp_path, checkpoint.Store(tmp_path), OTHER)
     (tmp_path / "checkpoints" / "train" / "1").mkdir(parents=True)
-    begun.hold_teacher(tmp_path, OTHER)
+    begun.hold_teacher(tmp_path, checkpoint.Store(tmp_path), OTHER)
 
 
 def test_a_begun_run_refuses_other_labelled_defects(tmp_path):
     first, other = ({"labelled": {"masks": np.full((2, 4, 4), x)}} for x in (True, False))
-    begun.hold_extras(tmp_path, other, {"labelled_too_large": 1})
-    begun.hold_extras(tmp_path, first, {"labelled_too_large": 0})  # nothing was trained yet
+    begun.hold_extras(tmp_path, checkpoint.Store(tmp_path), other, {"labelled_too_large": 1})
+    begun.hold_extras(
+        tmp_path, checkpoint.Store(tmp_path), first, {"labelled_too_large": 0}
+    )  # nothing was trained yet
     (tmp_path / "checkpoints" / "train" / "6").mkdir(parents=True)
-    begun.hold_extras(tmp_path, first, {"labelled_too_large": 0})
+    begun.hold_extras(tmp_path, checkpoint.Store(tmp_path), first, {"labelled_too_large": 0})
     with pytest.raises(ValueError, match=r"begun with other labelled defects.*another --workdir"):
-        begun.hold_extras(tmp_path, other, {"labelled_too_large": 1})
+        begun.hold_extras(tmp_path, checkpoint.Store(tmp_path), other, {"labelled_too_large": 1})
     noted = json.loads((tmp_path / begun.LABELLED).read_text())
     assert noted["labelled_too_large"] == 0
 

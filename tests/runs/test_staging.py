@@ -20,8 +20,8 @@ import mmrjax
 from mmrjax import compare, convert, main
 from mmrjax.export import __main__ as export
 from mmrjax.predict import __main__ as predict
-from mmrjax.report import page
-from mmrjax.runtime import staging
+from mmrjax.report import __main__ as report
+from mmrjax.runs import staging
 from mmrjax.weights import source
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -58,14 +58,16 @@ def place(bucket, request):
 
 def test_what_is_written_is_there_for_the_next_command(place):
     address, content = place
-    with staging.opened(address) as folder:
+    with staging.opened(address) as stage:
+        folder = stage.folder
         (folder / "a").mkdir()
         (folder / "a" / "x.json").write_text("1")
         (folder / "b.txt").write_text("2")
         (folder / "half.txt.part").write_text("never sent")
     assert content() == {"a/x.json": "1", "b.txt": "2"}
     assert not folder.exists()
-    with staging.opened(address) as folder:
+    with staging.opened(address) as stage:
+        folder = stage.folder
         assert (folder / "a" / "x.json").read_text() == "1"
         (folder / "b.txt").unlink()
     assert content() == {"a/x.json": "1"}
@@ -74,39 +76,49 @@ def test_what_is_written_is_there_for_the_next_command(place):
 def test_only_what_has_changed_is_sent_the_oldest_first(place, bucket):
     address, _ = place
     numbers = lambda: {name.rpartition("/")[2]: n for name, (_, n) in bucket[1].items()}  # noqa: E731
-    with staging.opened(address) as folder:
+    with staging.opened(address) as stage:
+        folder = stage.folder
         for age, name in enumerate(("c", "a", "b")):
             (folder / name).write_text("1")
             os.utime(folder / name, ns=(age, age))
-        staging.send(folder / "c")
+        stage.send()
         first = numbers()
         assert first["c"] < first["a"] < first["b"]
         (folder / "a").write_text("2")
-        staging.send(folder)
+        stage.send()
         assert numbers()["a"] > first["a"]
         assert numbers() | {"a": first["a"]} == first
 
 
 def test_checkpoints_and_maps_stay_in_the_bucket(place):
     address, content = place
-    left = ("s/checkpoints/3/d", "s/fitted/0/d", "s/checkpoints-damaged-4/d", "s/maps/maps.npy")
-    with staging.opened(address) as folder:
+    left = (
+        "s/checkpoints/train/3/d",
+        "s/fitted/0/d",
+        "s/checkpoints/train-damaged-4/d",
+        "s/maps/maps.npy",
+    )
+    with staging.opened(address) as stage:
+        folder = stage.folder
         for name in (*left, "s/maps/gallery.json", "checkpoints.txt"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text("1")
-    with staging.opened(address) as folder:
+    with staging.opened(address) as stage:
+        folder = stage.folder
         found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         assert found == {"s/maps/gallery.json", "checkpoints.txt"}
-        assert str(staging.origin(folder / "s/checkpoints")) == f"{address}s/checkpoints"
+        assert str(stage.store(folder / "s").root) == f"{address}s"
     assert {*left} < {*content()}
 
 
 def test_who_only_reads_gets_what_it_asked_for_and_sends_nothing(place):
     address, content = place
-    with staging.opened(address) as folder:
+    with staging.opened(address) as stage:
+        folder = stage.folder
         (folder / "a.json").write_text("1")
         (folder / "b.csv").write_text("2")
-    with staging.opened(address, ".json") as folder:
+    with staging.opened(address, ".json") as stage:
+        folder = stage.folder
         assert [path.name for path in folder.iterdir()] == ["a.json"]
         (folder / "a.json").write_text("3")
     assert content() == {"a.json": "1", "b.csv": "2"}
@@ -116,14 +128,34 @@ def test_an_error_loses_nothing_and_names_the_address(place):
     address, content = place
 
     def work() -> None:
-        with staging.opened(address) as folder:
+        with staging.opened(address) as stage:
+            folder = stage.folder
             (folder / "a.json").write_text("1")
             raise ValueError(f"{folder}/a.json is wrong")
 
     with pytest.raises(ValueError, match="is wrong") as error:
         work()
     assert content() == {"a.json": "1"}
-    assert staging.named(str(error.value)) == f"{address}a.json is wrong"
+    assert str(error.value) == f"{address}a.json is wrong"
+
+
+def test_log_lines_and_errors_of_the_system_name_the_address(place):
+    address, _ = place
+    handler, lines = logging.get_absl_handler(), []
+    before = list(handler.filters)
+
+    def work() -> None:
+        with staging.opened(address) as stage:
+            path = stage.folder / "absent"
+            line = std_logging.makeLogRecord({"msg": "%s: slow", "args": (path,), "levelno": 30})
+            handler.filter(line)
+            lines.append(line.getMessage())
+            path.read_text()
+
+    with pytest.raises(FileNotFoundError, match=f"'{address}absent'"):
+        work()
+    assert lines == [f"{address}absent: slow"]
+    assert handler.filters == before
 
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(place, bucket):
@@ -139,10 +171,10 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(place, bucket):
 
 
 def test_a_folder_is_used_as_it_is(tmp_path):
-    with staging.opened(str(tmp_path)) as folder:
-        assert folder == tmp_path
-        assert staging.origin(folder / "checkpoints").as_posix() == f"{tmp_path}/checkpoints"
-        staging.send(folder)
+    with staging.opened(str(tmp_path)) as stage:
+        assert stage.folder == tmp_path
+        assert stage.store(tmp_path / "run").root == tmp_path / "run"
+        stage.send()
     assert tmp_path.is_dir()
 
 
@@ -281,7 +313,7 @@ def test_load_takes_an_address(trained, tiny_raw):
 def test_report_is_written_again_in_the_bucket(trained, bucket, capsys):
     _, objects = bucket
     expected = objects.pop("runs/report.html")[0]
-    assert page.main([f"--workdir={trained[0]}"]) == 0
+    assert report.main([f"--workdir={trained[0]}"]) == 0
     assert objects["runs/report.html"][0] == expected
     assert capsys.readouterr().out.strip() == f"{trained[0]}/report.html"
 
@@ -329,7 +361,7 @@ def programs(tiny_raw, tiny_fields, tmp_path):
             fields = tiny_fields(tiny_raw, f"{address}/records")
             return main.main(arguments(tmp_path / "runs", fields))
         if name == "report":
-            return page.main([f"--workdir={address}/runs"])
+            return report.main([f"--workdir={address}/runs"])
         if name == "compare":
             return compare.main([f"{address}/runs/mmr/parts", f"{address}/runs/mmr/parts"])
         out = f"--output={tmp_path / 'out.safetensors'}"
