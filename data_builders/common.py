@@ -37,6 +37,7 @@ _REQUIRED_KEYS = {"id", "image", "label"}
 _KNOWN_KEYS = _REQUIRED_KEYS | {"mask", "defect", "domain", "group", "frame", "source", "twin"}
 
 Example = dict[str, Any]
+Examples = Iterator[tuple[str, Example | Callable[[], Example]]]  # (split, example or its maker)
 
 
 def record_features() -> tfds.features.FeaturesDict:
@@ -114,9 +115,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {c: folder for c, folder in folders.items() if (folder / cls.MUST_HOLD).is_dir()}
 
     @abc.abstractmethod
-    def examples(
-        self, raw_dir: pathlib.Path | None, category: str
-    ) -> Iterator[tuple[str, Example | Callable[[], Example]]]:
+    def examples(self, raw_dir: pathlib.Path | None, category: str) -> Examples:
         """Yields (split, example) with split "train" or "test".
 
         Args:
@@ -129,9 +128,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           called when the record is written, under the progress bar.
         """
 
-    def file_examples(
-        self, raw_dir: pathlib.Path, category: str
-    ) -> Iterator[tuple[str, Example | Callable[[], Example]]]:
+    def file_examples(self, raw_dir: pathlib.Path, category: str) -> Examples:
         """Yields (split, example) of whole image files, for `check`, in which a file is named.
 
         The same as `examples`, unless these are parts of files.
@@ -294,6 +291,23 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _log_download_done(self) -> None:
         pass
+
+
+def file_example(
+    path: pathlib.Path, raw_dir: pathlib.Path, defect: str, mask: pathlib.Path | None, **other: Any
+) -> Example:
+    """Returns the example of an image file, named after its place.
+
+    Args:
+      path: the image.
+      raw_dir: folder that the name begins below.
+      defect: type of defect, or "good"; the label follows from it.
+      mask: its file; None for good images.
+      **other: features that are not the defaults.
+    """
+    label = "good" if defect == "good" else "anomaly"
+    own = {"id": path.relative_to(raw_dir).as_posix(), "image": path, "mask": mask}
+    return {**own, "label": label, "defect": defect, **other}
 
 
 def published_counts(

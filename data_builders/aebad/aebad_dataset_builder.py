@@ -8,7 +8,7 @@ Training images have no domain: their conditions differ from the test's of the s
 
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -61,13 +61,10 @@ class Builder(common.RecordBuilder):
         """Counts by domain and label."""
         return " ".join(filter(None, (split, record["domain"], record["label"])))
 
-    def examples(
-        self, raw_dir: pathlib.Path, category: str
-    ) -> Iterator[tuple[str, common.Example]]:
+    def examples(self, raw_dir: pathlib.Path, category: str) -> common.Examples:
         """Yields the published split of one part."""
         part = _blades if category == "s" else _videos
-        for split, example in part(raw_dir / self.FOLDERS[category]):
-            yield split, {"id": example["image"].relative_to(raw_dir).as_posix(), **example}
+        yield from part(raw_dir / self.FOLDERS[category], raw_dir)
 
 
 def frame_numbers(paths: Sequence[pathlib.Path]) -> list[int]:
@@ -84,45 +81,27 @@ def frame_numbers(paths: Sequence[pathlib.Path]) -> list[int]:
     return numbers
 
 
-def _blades(folder: pathlib.Path) -> Iterator[tuple[str, common.Example]]:
+def _blades(folder: pathlib.Path, raw_dir: pathlib.Path) -> common.Examples:
     """AeBAD_S: the sub-folders of train/good are used together."""
     for path in files.list_images(folder / "train" / "good"):
-        yield "train", {"image": path, "label": "good"}
+        yield "train", common.file_example(path, raw_dir, "good", None)
     for type_folder in files.list_folders(folder / "test"):
         for domain_folder in files.list_folders(type_folder):
             defect, domain = type_folder.name, domain_folder.name
             masks = folder / "ground_truth" / defect / domain
             for path in files.list_images(domain_folder):
-                yield (
-                    "test",
-                    {
-                        "image": path,
-                        "mask": None if defect == "good" else masks / path.name,
-                        "label": "good" if defect == "good" else "anomaly",
-                        "defect": defect,
-                        "domain": domain,
-                    },
-                )
+                mask = None if defect == "good" else masks / path.name
+                yield "test", common.file_example(path, raw_dir, defect, mask, domain=domain)
 
 
-def _videos(folder: pathlib.Path) -> Iterator[tuple[str, common.Example]]:
+def _videos(folder: pathlib.Path, raw_dir: pathlib.Path) -> common.Examples:
     """AeBAD_V: neighbouring frames are near-duplicates, so a video is one group."""
-    for video in files.list_folders(folder / "train" / "good"):
-        yield from (("train", frame) for frame in _frames(video, video.name, "good", ""))
+    parts = [("train", video, video, "good") for video in files.list_folders(folder / "train/good")]
     for video in files.list_folders(folder / "test"):
-        for type_folder in files.list_folders(video):
-            frames = _frames(type_folder, video.name, type_folder.name, video.name)
-            yield from (("test", frame) for frame in frames)
-
-
-def _frames(folder: pathlib.Path, video: str, defect: str, domain: str) -> Iterator[common.Example]:
-    paths = files.list_images(folder)
-    for path, number in zip(paths, frame_numbers(paths), strict=True):
-        yield {
-            "image": path,
-            "label": "good" if defect == "good" else "anomaly",
-            "defect": defect,
-            "domain": domain,
-            "group": video,
-            "frame": number,
-        }
+        parts += [("test", video, kind, kind.name) for kind in files.list_folders(video)]
+    for split, video, frames, defect in parts:
+        paths = files.list_images(frames)
+        for path, number in zip(paths, frame_numbers(paths), strict=True):
+            other = {"group": video.name, "frame": number}
+            other["domain"] = video.name if split == "test" else ""
+            yield split, common.file_example(path, raw_dir, defect, None, **other)

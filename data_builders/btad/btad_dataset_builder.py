@@ -4,7 +4,6 @@ Images and masks mix .bmp and .png, so a mask is found by its stem: that of 000.
 """
 
 import pathlib
-from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
@@ -33,23 +32,15 @@ class Builder(common.RecordBuilder):
         "on for 02 and 03."
     )
 
-    def examples(
-        self, raw_dir: pathlib.Path, category: str
-    ) -> Iterator[tuple[str, common.Example]]:
+    def examples(self, raw_dir: pathlib.Path, category: str) -> common.Examples:
         """Yields the published split."""
         folder = raw_dir / category
         masks = _by_stem(folder / "ground_truth" / "ko")
         for split, kind in (("train", "ok"), ("test", "ok"), ("test", "ko")):
+            defect = "good" if kind == "ok" else "anomaly"
             for path in files.list_images(folder / split / kind):
-                yield (
-                    split,
-                    {
-                        "id": path.relative_to(raw_dir).as_posix(),
-                        "image": path,
-                        "mask": masks.get(path.stem) if kind == "ko" else None,
-                        "label": "good" if kind == "ok" else "anomaly",
-                    },
-                )
+                mask = masks.get(path.stem) if kind == "ko" else None
+                yield split, common.file_example(path, raw_dir, defect, mask)
 
 
 def _by_stem(folder: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -6,7 +6,7 @@ background, the light or the camera. `sample` draws the images, this module writ
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import tensorflow_datasets as tfds
@@ -40,9 +40,7 @@ class Builder(common.RecordBuilder):
         """Counts by domain and label."""
         return " ".join(filter(None, (split, record["domain"], record["label"])))
 
-    def examples(
-        self, raw_dir: pathlib.Path | None, category: str
-    ) -> Iterator[tuple[str, Callable[[], common.Example]]]:
+    def examples(self, raw_dir: pathlib.Path | None, category: str) -> common.Examples:
         """Yields all images, to be drawn when their record is written; each is its own group."""
         for recipe in sample.recipes():
             yield recipe.split, functools.partial(_example, recipe)

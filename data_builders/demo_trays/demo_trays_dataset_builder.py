@@ -5,7 +5,7 @@ Called by `build`; the blades are those of `demo_parts`, with a seed of their ow
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -35,9 +35,7 @@ class Builder(common.RecordBuilder):
         }
     }
 
-    def examples(
-        self, raw_dir: pathlib.Path | None, category: str
-    ) -> Iterator[tuple[str, Callable[[], common.Example]]]:
+    def examples(self, raw_dir: pathlib.Path | None, category: str) -> common.Examples:
         """Yields all trays, to be drawn when their record is written; each is its own group."""
         for index, (split, defect, number) in enumerate(plan()):
             yield split, functools.partial(_example, index, split, defect, number)

@@ -6,7 +6,6 @@ Its name is the category; a directory of several directories in MVTec's layout i
 import hashlib
 import pathlib
 import re
-from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -73,9 +72,7 @@ class Builder(common.RecordBuilder):
         """Counts by type of defect."""
         return f"{split} {record['defect']}"
 
-    def examples(
-        self, raw_dir: pathlib.Path, category: str
-    ) -> Iterator[tuple[str, common.Example]]:
+    def examples(self, raw_dir: pathlib.Path, category: str) -> common.Examples:
         """Yields what `layout` understood, and logs it in one line."""
         items, description = layout.read_layout(self.category_folders(raw_dir)[category])
         self.log(description)
@@ -84,17 +81,10 @@ class Builder(common.RecordBuilder):
         if largest:  # the same is needed wherever such images are scored later
             self.log(f"white of 16-bit images: {self.full_scale} (predict: --full_scale)")
         for item in items:
+            other = {"domain": item.domain} | ({"group": item.group} if item.group else {})
             yield (
                 item.split,
-                {
-                    "id": item.path.relative_to(raw_dir).as_posix(),
-                    "image": item.path,
-                    "mask": item.mask,
-                    "label": "good" if item.defect == "good" else "anomaly",
-                    "defect": item.defect,
-                    "domain": item.domain,
-                    **({"group": item.group} if item.group else {}),
-                },
+                common.file_example(item.path, raw_dir, item.defect, item.mask, **other),
             )
 
 

@@ -6,7 +6,7 @@ defective training images become records too: protocols that train on good ones 
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -45,9 +45,7 @@ class Builder(common.RecordBuilder):
         """Any mask pixel above 0 is defect."""
         return grey > 0
 
-    def examples(
-        self, raw_dir: pathlib.Path, category: str
-    ) -> Iterator[tuple[str, Callable[[], common.Example]]]:
+    def examples(self, raw_dir: pathlib.Path, category: str) -> common.Examples:
         """Yields the published split; the label is read when a record is written."""
         for split in ("train", "test"):
             for path in files.list_images(raw_dir / split, recursive=False):
@@ -62,9 +60,4 @@ class Builder(common.RecordBuilder):
                 "unpack the archive again, or move the image away"
             )
         is_good = not self.binarise(images.read_grey(mask)).any()
-        return {
-            "id": path.relative_to(raw_dir).as_posix(),
-            "image": path,
-            "mask": mask,
-            "label": "good" if is_good else "anomaly",
-        }
+        return common.file_example(path, raw_dir, "good" if is_good else "anomaly", mask)

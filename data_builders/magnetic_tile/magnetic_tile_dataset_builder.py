@@ -6,7 +6,7 @@ Training images are the good images of 70 % of the defect-free tiles; everything
 
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -50,9 +50,7 @@ class Builder(common.RecordBuilder):
         """Counts by type of defect."""
         return f"{split} {record['defect']}"
 
-    def examples(
-        self, raw_dir: pathlib.Path, category: str
-    ) -> Iterator[tuple[str, common.Example]]:
+    def examples(self, raw_dir: pathlib.Path, category: str) -> common.Examples:
         """Yields all images with their tile as group; see `tile_groups` for the split."""
         paths = [
             path
@@ -66,18 +64,11 @@ class Builder(common.RecordBuilder):
         groups = tile_groups.tile_groups(numbers, map(images.read_grey, paths))
         train = tile_groups.train_groups(groups, is_good)
         for path, name, good, group in zip(paths, names, is_good, groups.tolist(), strict=True):
-            yield (
-                "train" if group in train else "test",
-                {
-                    "id": path.relative_to(raw_dir).as_posix(),
-                    "image": path,
-                    "mask": None if good else path.with_suffix(".png"),
-                    "label": "good" if good else "anomaly",
-                    "defect": "good" if good else path.parent.parent.name[3:].lower(),
-                    "domain": f"exp{name['exposure']}",
-                    "group": str(group),
-                },
-            )
+            defect = "good" if good else path.parent.parent.name[3:].lower()
+            mask = None if good else path.with_suffix(".png")
+            other = {"domain": f"exp{name['exposure']}", "group": str(group)}
+            split = "train" if group in train else "test"
+            yield split, common.file_example(path, raw_dir, defect, mask, **other)
 
 
 def _parse(path: pathlib.Path) -> re.Match[str]:

@@ -1,7 +1,6 @@
 """MVTec AD: 15 categories, each `train/good`, `test/<type>` and `ground_truth/<type>`."""
 
 import pathlib
-from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
@@ -40,23 +39,12 @@ class Builder(common.RecordBuilder):
         "bottle/ground_truth/<type>, and so on for the other categories."
     )
 
-    def examples(
-        self, raw_dir: pathlib.Path, category: str
-    ) -> Iterator[tuple[str, common.Example]]:
+    def examples(self, raw_dir: pathlib.Path, category: str) -> common.Examples:
         """Yields the published split; a mask is `ground_truth/<type>/<stem>_mask.png`."""
         folder = raw_dir / category
         for split in ("train", "test"):
             for type_folder in files.list_folders(folder / split):
                 masks = folder / "ground_truth" / type_folder.name
-                is_good = type_folder.name == "good"
                 for path in files.list_images(type_folder):
-                    yield (
-                        split,
-                        {
-                            "id": path.relative_to(raw_dir).as_posix(),
-                            "image": path,
-                            "mask": None if is_good else masks / f"{path.stem}_mask.png",
-                            "label": "good" if is_good else "anomaly",
-                            "defect": type_folder.name,
-                        },
-                    )
+                    mask = masks / f"{path.stem}_mask.png" if type_folder.name != "good" else None
+                    yield split, common.file_example(path, raw_dir, type_folder.name, mask)

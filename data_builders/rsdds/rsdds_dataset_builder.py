@@ -9,7 +9,7 @@ defect lies in it or within MARGIN pixels. Its `group` is the strip, and whole s
 """
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import cv2
@@ -43,9 +43,7 @@ class Builder(common.RecordBuilder):
         "dataset' and 'Type-II RSDDs dataset', each with 'Rail surface images' and 'GroundTruth'."
     )
 
-    def file_examples(
-        self, raw_dir: pathlib.Path, category: str
-    ) -> Iterator[tuple[str, common.Example]]:
+    def file_examples(self, raw_dir: pathlib.Path, category: str) -> common.Examples:
         """Yields whole strips; 70 % of them, drawn by seed 0, train."""
         folder = raw_dir / self.FOLDERS[category]
         strips = files.list_images(folder / _IMAGES)
@@ -57,12 +55,9 @@ class Builder(common.RecordBuilder):
             mask = folder / _MASKS / path.name
             if not mask.is_file():
                 raise ValueError(f"{path}: its mask {mask} is missing; every strip has one")
-            name = path.relative_to(raw_dir).as_posix()
-            yield split, {"id": name, "image": path, "mask": mask, "label": "anomaly"}
+            yield split, common.file_example(path, raw_dir, "anomaly", mask)
 
-    def examples(
-        self, raw_dir: pathlib.Path, category: str
-    ) -> Iterator[tuple[str, common.Example]]:
+    def examples(self, raw_dir: pathlib.Path, category: str) -> common.Examples:
         """Yields the tiles of each strip, from top to bottom; `id` ends with the first row."""
         for split, strip in self.file_examples(raw_dir, category):
             pixels = images.read_rgb(strip["image"])

@@ -60,22 +60,13 @@ class Builder(common.RecordBuilder):
         """Masks hold numbers of defect classes, small ones that look black: all but 0 is defect."""
         return grey != 0
 
-    def examples(
-        self, raw_dir: pathlib.Path, category: str
-    ) -> Iterator[tuple[str, common.Example]]:
+    def examples(self, raw_dir: pathlib.Path, category: str) -> common.Examples:
         """Yields the published one-class split of one object."""
         for row in _read_split(raw_dir / SPLIT_FILE):
             if row["object"] == category:
-                label = _LABELS[row["label"]]
-                yield (
-                    row["split"],
-                    {
-                        "id": row["image"],
-                        "image": raw_dir / row["image"],
-                        "mask": None if label == "good" else raw_dir / row["mask"],
-                        "label": label,
-                    },
-                )
+                label, path = _LABELS[row["label"]], raw_dir / row["image"]
+                mask = None if label == "good" else raw_dir / row["mask"]
+                yield row["split"], common.file_example(path, raw_dir, label, mask)
 
 
 def _read_split(path: pathlib.Path) -> Iterator[dict[str, str]]:
