@@ -205,8 +205,7 @@ class Checkpoints:
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
             meta = restored["meta"]
-            # Else a flipped bit would tell of another model. Older versions wrote none.
-            if meta.pop("crc", None) not in (None, _crc(meta)):
+            if meta.pop("crc") != _crc(meta):  # a flipped bit would look like another model
                 raise ValueError("checksum of its metadata")
             return meta
         except Exception as e:  # Orbax raises whatever its parsers raise on damaged files

@@ -7,12 +7,10 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from absl import logging
 
 from mmrjax.runtime import checkpoint, mesh
-from mmrjax.train import step as state
 
 # Orbax leaves coroutines of failed reads behind, which pytest reports at some later time.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -38,7 +36,7 @@ def log(caplog):
     logger.removeHandler(caplog.handler)
 
 
-def make_state(seed: int, width: int = 64) -> state.TrainState:
+def make_state(seed: int, width: int = 64) -> dict:
     """A training state with every kind of leaf: scalar, weights, moments, tables."""
     rng = np.random.default_rng(seed)
     params = {
@@ -46,9 +44,8 @@ def make_state(seed: int, width: int = 64) -> state.TrainState:
         "bias": jnp.asarray(rng.normal(size=width), jnp.float32),
     }
     variables = {"params": params, "positions": {"table": jnp.full((5, 3), float(seed))}}
-    made = state.create(variables, optax.adamw(1e-3))
-    moments = jax.tree.map(lambda x: x + seed, made.opt_state)
-    return made.replace(step=jnp.asarray(seed, jnp.int32), opt_state=moments)
+    moments = jax.tree.map(lambda x: x + seed, params)
+    return {"step": jnp.asarray(seed, jnp.int32), **variables, "opt_state": {"mu": moments}}
 
 
 def save(folder, *seeds: int, keep: int = 2) -> None:
@@ -93,10 +90,11 @@ def metadata_file(step):
 
 
 def change_metadata(step, change):
-    """Their own checksum goes, without which older versions wrote them."""
+    """With a checksum of their own that fits."""
     meta = json.loads(metadata_file(step).read_text())
     del meta["crc"]
     change(meta)
+    meta["crc"] = checkpoint._crc(meta)
     metadata_file(step).write_text(json.dumps(meta))
 
 
@@ -107,7 +105,6 @@ def test_state_comes_back_bit_for_bit(folder):
     save(folder, 7)
     step, restored = restore(folder)
     assert step == 7
-    assert isinstance(restored, state.TrainState)
     assert_bitwise_equal(restored, make_state(7))
 
 
@@ -171,7 +168,7 @@ def test_training_goes_on_while_checksums_are_taken_and_nothing_is_committed_bef
 ):
     monkeypatch.setattr(mesh, "FSDP_ELEMENTS", 1)
     devices = mesh.make_mesh(2, fsdp=fsdp)
-    where = state.shardings(make_state(5), devices)
+    where = mesh.fsdp_shardings(make_state(5), devices)
     train_step = jax.jit(
         lambda s: jax.tree.map(lambda x: x * 0 + 9, s), donate_argnums=0, out_shardings=where
     )
@@ -271,11 +268,11 @@ def test_flipped_bit_that_the_storage_does_not_notice_is_found_by_the_checksum(f
 
     def flip(meta):
         assert meta["checksums"] == checkpoint.checksums(make_state(8))
-        meta["checksums"][".params['bias']"] ^= 1
+        meta["checksums"]["['params']['bias']"] ^= 1
 
     change_metadata(folder / "8", flip)
     assert restore(folder)[0] == 3
-    assert any("checksum of [\".params['bias']\"]" in r.getMessage() for r in log.records)
+    assert any("checksum of [\"['params']['bias']\"]" in r.getMessage() for r in log.records)
 
 
 def test_flipped_bit_in_the_metadata_is_damage_and_not_another_model(folder):
@@ -288,12 +285,6 @@ def test_flipped_bit_in_the_metadata_is_damage_and_not_another_model(folder):
             step, restored = checkpoints.restore(make_state(0))
         assert step == 3, whole[place - 5 : place + 5]
     assert_bitwise_equal(restored, make_state(3))
-
-
-def test_metadata_without_a_checksum_of_their_own_are_read_as_older_versions_wrote_them(folder):
-    save(folder, 3)
-    change_metadata(folder / "3", lambda meta: None)
-    assert restore(folder)[0] == 3
 
 
 @pytest.mark.parametrize("damage", [truncate, remove])
