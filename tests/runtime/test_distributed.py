@@ -56,7 +56,7 @@ def start_two(devices: int, *arguments_of_each: list[str]) -> list[tuple[int, st
         port = str(free.getsockname()[1])
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    environment["PYTHONPATH"] = str(SCRIPT.parent.parent)
+    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
     started = []
     for index, (role, *arguments) in enumerate(arguments_of_each):
         # -P: in the script's own folder, tests/data_builders would stand before ours.
