@@ -27,7 +27,6 @@ from ml_collections import ConfigDict
 from data_builders import build
 from mmrjax import methods
 from mmrjax.data import tracks
-from mmrjax.evaluate import results as evaluate
 from mmrjax.report import page, tables
 from mmrjax.report import sweep as report_sweep
 from mmrjax.runs import aggregate, staging, sweep
@@ -209,13 +208,13 @@ def results_table(results: dict) -> str:
                 cells = []
                 for name in names:
                     spread = values[name]["std"]
-                    text = evaluate.percent(values[name]["mean"])
+                    text = tables.percent(values[name]["mean"])
                     cells.append(text if spread is None else f"{text} ± {100 * spread:.1f}")
                 rows.append([method, key, domain, *cells])
         if sum(len(domains) for domains in content["metrics"].values()) > 1:
             means = [content["summary"].get(name, {}).get("mean") for name in names]
             rows.append(
-                [method, "mean", "over domains, then categories", *map(evaluate.percent, means)]
+                [method, "mean", "over domains, then categories", *map(tables.percent, means)]
             )
     return tables.aligned(rows)
 

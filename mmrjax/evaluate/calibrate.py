@@ -1,13 +1,14 @@
 """Thresholds from good images that were held out of training: split-conformal prediction.
 
-A new good image is exchangeable with the held-out ones, so the probability that its score exceeds
-the threshold is at most the rate asked for, whatever the distribution of scores (Vovk et al. 2005).
-Photographs of one part are not exchangeable one by one; so each group weighs as much as any other,
-and the guarantee is for an image of a new group (Lee, Barber and Willett 2023, arXiv 2306.06342:
-hierarchical conformal prediction). With one image a group that is the usual split-conformal rule.
+A new good image is exchangeable with the held-out ones, so its score exceeds the threshold with a
+probability of at most the target rate, whatever the distribution of scores (Vovk et al. 2005).
+Photographs of one part are not exchangeable one by one. Each group of photographs therefore weighs
+as much as any other, and the guarantee is for an image of a new group (Lee, Barber and Willett
+2023, arXiv 2306.06342: hierarchical conformal prediction). With one image a group, the rule is the
+usual split-conformal one.
 
-Nothing is promised under a domain shift: what the rate becomes there is measured (evaluate.py), and
-a few good images of the new domain recalibrate (predict.py). No defective image is ever used.
+Nothing is promised under a domain shift: results.py measures the rate there, and a few good images
+of the new domain recalibrate (mmrjax.predict --recalibrate). No defective image is ever used.
 """
 
 import dataclasses
@@ -26,12 +27,12 @@ ROUNDING = 1e-9  # of sums of weights such as 1/3
 
 
 class TooFew(ValueError):
-    """There are too few held-out images for the false-positive rate that is asked for."""
+    """Too few held-out images for the target false-positive rate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What the model says of held-out good images.
+    """Scores of held-out good images, and the thresholds that follow from them.
 
     Attributes:
       ids: names of the n images.
@@ -39,7 +40,7 @@ class Calibration:
       scores: float [n], image scores.
       peaks: float [n], the largest value of each map.
       floor: the usual value of a good pixel: the median over images of their maps' medians.
-      source: where the images come from, for people.
+      source: the origin of the images, a text for people.
     """
 
     ids: Sequence[str]
@@ -76,14 +77,14 @@ class Calibration:
         return threshold(self.peaks, self.groups, target_fpr)
 
     def p_values(self, scores: np.ndarray) -> np.ndarray:
-        """Conformal p-values float [m]: at most a exactly where `threshold(a)` is exceeded."""
+        """Conformal p-values float [m]: at most a if and only if a score exceeds `threshold(a)`."""
         above = _weight_above(self.scores, self.groups, np.asarray(scores, np.float64), equal=True)
         return (1 + above) / (len(set(self.groups)) + 1)
 
     def scale(self, target_fpr: float) -> tuple[float, float]:
-        """Fixed colour scale: the usual good pixel has no colour, the threshold half of it.
+        """Colour scale: the usual good pixel at its low end, the threshold in the middle.
 
-        With too few images for the rate, the largest value seen stands for the threshold.
+        With too few images for the rate, the largest peak replaces the threshold.
         """
         try:
             middle = self.pixel_threshold(target_fpr)
@@ -92,7 +93,7 @@ class Calibration:
         return self.floor, self.floor + 2 * max(middle - self.floor, 1e-6)
 
     def report(self, target_fpr: float) -> dict:
-        """What it amounts to at a rate, for results.json and the report; `reason` if refused."""
+        """Threshold and promised rate for results.json; a `reason` if there is no threshold."""
         facts = {
             "source": self.source,
             "images": len(self.ids),
@@ -111,7 +112,7 @@ class Calibration:
         return facts
 
     def write(self, path: pathlib.Path) -> None:
-        """Writes it as JSON."""
+        """Writes the calibration as JSON."""
         rows = zip(self.ids, self.groups, self.scores, self.peaks, strict=True)
         names = ("id", "group", "score", "peak")
         content = {
@@ -126,7 +127,7 @@ class Calibration:
 
 
 def read(path: pathlib.Path) -> Calibration | None:
-    """The calibration in a file; None where there is no file.
+    """The calibration in a file; None if there is no file.
 
     Raises:
       ValueError: the file is damaged.
@@ -155,8 +156,8 @@ def threshold(scores: np.ndarray, groups: Sequence[str], target_fpr: float) -> f
       A score; a new image is called anomalous when its own is larger.
 
     Raises:
-      TooFew: the number of groups allows no rate so small, saying what they allow.
-      ValueError: the rate is none.
+      TooFew: the groups allow no rate so small; the message names the smallest rate.
+      ValueError: `target_fpr` is not in (0, 1).
     """
     if not 0 < target_fpr < 1:
         raise ValueError(f"target_fpr={target_fpr}: a rate lies between 0 and 1, such as 0.05")
@@ -169,8 +170,8 @@ def threshold(scores: np.ndarray, groups: Sequence[str], target_fpr: float) -> f
             f"{_percent(target_fpr)}: that needs {groups_needed(target_fpr)}"
         )
     scores = np.asarray(scores, np.float64)
-    kept = promised_rate(scores, groups, scores) <= target_fpr + ROUNDING
-    return float(scores[kept].min())
+    allowed = promised_rate(scores, groups, scores) <= target_fpr + ROUNDING
+    return float(scores[allowed].min())
 
 
 def promised_rate(scores: np.ndarray, groups: Sequence[str], at) -> np.ndarray | float:
@@ -188,7 +189,7 @@ def groups_needed(target_fpr: float) -> int:
 def rates_at(
     threshold: float, scores: np.ndarray, is_anomaly: np.ndarray, rows: Mapping[str, np.ndarray]
 ) -> dict[str, dict]:
-    """What a threshold does to test images, by domain.
+    """False-positive rate and detected share of test images at a threshold, by domain.
 
     Args:
       threshold: images that score higher are called anomalous.
@@ -197,27 +198,28 @@ def rates_at(
       rows: {domain: bool [n]}.
 
     Returns:
-      {domain: counts of good and anomaly, how many of them were flagged, the false-positive rate
-      with its exact 95 % interval (Clopper and Pearson), the share found}; null without images.
+      {domain: counts of good and anomaly and of the flagged ones among them, the false-positive
+      rate with its exact 95 % interval (Clopper and Pearson), the share of detected anomalies}; None
+      if a count is 0.
     """
     flagged = scores > threshold
     out = {}
     for domain, own in rows.items():
         good, bad = own & ~is_anomaly, own & is_anomaly
-        false, found = int((flagged & good).sum()), int((flagged & bad).sum())
+        false, detected = int((flagged & good).sum()), int((flagged & bad).sum())
         n_good, n_bad = int(good.sum()), int(bad.sum())
         interval = None
         if n_good:
-            found_interval = stats.binomtest(false, n_good).proportion_ci(method="exact")
-            interval = [float(found_interval.low), float(found_interval.high)]
+            ends = stats.binomtest(false, n_good).proportion_ci(method="exact")
+            interval = [float(ends.low), float(ends.high)]
         out[domain] = {
             "good": n_good,
             "good_flagged": false,
             "fpr": false / n_good if n_good else None,
             "fpr_ci95": interval,
             "anomaly": n_bad,
-            "anomaly_flagged": found,
-            "found": found / n_bad if n_bad else None,
+            "anomaly_flagged": detected,
+            "found": detected / n_bad if n_bad else None,
         }
     return out
 
@@ -225,7 +227,7 @@ def rates_at(
 def _weight_above(
     scores: np.ndarray, groups: Sequence[str], at: np.ndarray, equal: bool
 ) -> np.ndarray:
-    """How many groups lie above each of `at`; a group counts with the share of its images."""
+    """Number of groups above each score in `at`; a group counts by the share of its images."""
     _, inverse, counts = np.unique(np.asarray(groups, str), return_inverse=True, return_counts=True)
     order = np.argsort(scores, kind="stable")
     weights = (1 / counts[inverse])[order]

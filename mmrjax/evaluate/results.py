@@ -1,8 +1,8 @@
 """Evaluation of one trained run: scores of the test set (scoring.py), metrics, pictures.
 
-Writes FILES and the pictures of the gallery, results.json last; each file appears whole or not at
-all, so a killed evaluation is simply done again. Scores are raw float32: nothing is normalised, no
-threshold is fitted, no test label reaches the model.
+`evaluate` writes FILES and the pictures of the gallery, results.json last. Each file appears
+complete or not at all, and an evaluation without results.json is repeated. Scores are raw float32:
+nothing is normalised, and no test label reaches the model or a threshold.
 """
 
 import csv
@@ -25,14 +25,14 @@ from mmrjax.data.records import ANOMALY, Records
 from mmrjax.evaluate import calibrate, scoring
 from mmrjax.methods import base
 from mmrjax.metrics import misses
-from mmrjax.report import pictures
+from mmrjax.report import pictures, tables
 from mmrjax.runtime import files, processes
 
 SCHEMA = 1
 CALIBRATION = "calibration.json"
 FILES = ("scores.csv", "curves.json", "maps/gallery.json", "results.json")
 PACKAGES = ("mmrjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
-
+LOGGED = ("image_auroc", "pixel_auroc", "aupro_0.3", "pro_mmr")
 
 # The rule that turns a mask at native size into ground truth, by eval.metrics_mode (quirk 16).
 GROUND_TRUTH = {
@@ -55,12 +55,21 @@ def evaluate(
     seed: int,
     folder: pathlib.Path,
 ) -> dict:
-    """Evaluates a run and writes its files into `folder`; returns results.json's content.
+    """Evaluates a run and writes its files into `folder`.
 
-    All processes score; the first one measures and writes. From the good images `held_out`, which
-    were not trained on, comes a threshold (see calibrate.py). The column "unseen" of the test
-    images' table tells whose combination of defect and condition was kept from training (see
-    data/tracks.py).
+    All processes score; the first one measures and writes.
+
+    Args:
+      trained: the run's model.
+      records: the test images. A column "unseen" of their table tells whose combination of defect
+        and condition was kept from training (data/tracks.py).
+      held_out: good images that were not trained on; the threshold comes from them.
+      config: of the run.
+      seed: of the run.
+      folder: of the run, or of another view of the run.
+
+    Returns:
+      The content of results.json.
     """
     started = time.monotonic()
     scorer = scoring.Scorer(trained, config)
@@ -68,18 +77,20 @@ def evaluate(
     maps_file = folder / "maps" / "maps.npy" if keep_maps else None
     calibration = scorer.calibration(held_out)
     streaming = scoring.streams(config, len(records))
-    found = (scorer.histograms if streaming else scorer.everything)(records, maps_file)
-    gallery = processes.first(lambda: _gallery_rows(found, config))
-    shown = found.shown(gallery)  # may score these once more
+    predicted = (scorer.histograms if streaming else scorer.everything)(records, maps_file)
+    gallery = processes.first(lambda: _gallery_rows(predicted, config))
+    shown = predicted.shown(gallery)  # the streaming form scores these images once more
     seconds = time.monotonic() - started
-    return processes.first(
-        lambda: _write(trained, records, config, seed, folder, found, shown, calibration, seconds)
-    )
+    parts = (predicted, shown, calibration, seconds)
+    return processes.first(lambda: _write(trained, records, config, seed, folder, *parts))
 
 
-def _gallery_rows(found: scoring.Predictions | scoring.Histograms, config: ConfigDict) -> list[int]:
-    is_anomaly, _ = _labels(found, config.eval.metrics_mode)
-    chosen = pictures.choose_gallery(found.scores, is_anomaly, config.report.gallery // 3)
+def _gallery_rows(
+    predicted: scoring.Predictions | scoring.Histograms, config: ConfigDict
+) -> list[int]:
+    """Rows of the images that the gallery shows."""
+    is_anomaly, _ = _labels(predicted, config.eval.metrics_mode)
+    chosen = pictures.choose_gallery(predicted.scores, is_anomaly, config.report.gallery // 3)
     return [int(i) for i, _ in chosen]
 
 
@@ -89,94 +100,94 @@ def _write(
     config: ConfigDict,
     seed: int,
     folder: pathlib.Path,
-    found: scoring.Predictions | scoring.Histograms,
+    predicted: scoring.Predictions | scoring.Histograms,
     shown: tuple,
     calibration: calibrate.Calibration | None,
     scoring_seconds: float,
 ) -> dict:
-    """Measures what was `found` and writes all files; `shown` holds the gallery's arrays."""
+    """Measures the predictions and writes all files; `shown` holds the gallery's arrays."""
     started = time.monotonic()
-    is_anomaly, ground_truth = _labels(found, config.eval.metrics_mode)
-    key = f"{records.dataset}/{records.category}"
-    domains, curves = {}, {}
-    rows_of = domain_rows(found.table["domain"])
-    for domain, rows in rows_of.items():
-        measured = found.measure(rows, is_anomaly, config.eval.bootstrap, config.eval.tiny_side)
-        domains[domain], curves[domain] = measured.report(), measured.curves()
-        domains[domain]["defects"] = _by_defect(found, rows, is_anomaly, config)
+    is_anomaly, ground_truth = _labels(predicted, config.eval.metrics_mode)
+    key, name = f"{records.dataset}/{records.category}", trained.method.name
+    rows_of = domain_rows(predicted.table["domain"])
+    domains, curves = _measure(predicted, rows_of, is_anomaly, config)
     seconds = {"scoring": scoring_seconds, "metrics": time.monotonic() - started}
-    facts = _facts(trained, seconds) | {
-        "ground_truth": ground_truth,
-        "pixel_metrics": "exact" if isinstance(found, scoring.Predictions) else "streaming",
-        "error_at_most": metrics.largest_errors(domains.values()),
-        "eval": eval_fields(config),
-    }
     table = {
-        **found.table,
+        **predicted.table,
         "label": np.where(is_anomaly, "anomaly", "good"),
-        "record_label": np.where(found.table["label"] == ANOMALY, "anomaly", "good"),
-        "score": found.scores,
+        "record_label": np.where(predicted.table["label"] == ANOMALY, "anomaly", "good"),
+        "score": predicted.scores,
     }
     files.write_text(folder / "scores.csv", _scores_csv(table))
     files.write_text(folder / "curves.json", json.dumps(curves))
-    count = config.report.gallery // 3
-    scale = found.scale()
+    scale = predicted.scale()
     if calibration is not None:
         calibration.write(folder / CALIBRATION)
         scale = calibration.scale(config.calibration.target_fpr)
-    pictures.write_gallery(folder / "maps", *shown, table, scale, count)
+    pictures.write_gallery(folder / "maps", *shown, table, scale, config.report.gallery // 3)
     results = {
         "schema": SCHEMA,
         "dataset": records.dataset,
         "category": records.category,
-        "method": trained.method.name,
+        "method": name,
         "seed": seed,
         "metrics": {key: domains},
-        "combinations": _combinations(found, is_anomaly, config),
-        "calibration": _calibrated(calibration, config, found.scores, is_anomaly, rows_of),
-        "facts": facts,
+        "combinations": _combinations(predicted, is_anomaly, config),
+        "calibration": _calibrated(calibration, config, predicted.scores, is_anomaly, rows_of),
+        "facts": _facts(trained, seconds)
+        | {
+            "ground_truth": ground_truth,
+            "pixel_metrics": "exact" if isinstance(predicted, scoring.Predictions) else "streaming",
+            "error_at_most": metrics.largest_errors(domains.values()),
+            "eval": eval_fields(config),
+        },
     }
     files.write_text(folder / "results.json", json.dumps(results, indent=1))
-    logging.info(
-        "%s %s seed %d: image AUROC %s, pixel AUROC %s, aupro_0.3 %s, pro_mmr %s",
-        trained.method.name,
-        key,
-        seed,
-        *(
-            percent(domains["all"][m])
-            for m in ("image_auroc", "pixel_auroc", "aupro_0.3", "pro_mmr")
-        ),
-    )
+    values = [tables.percent(domains["all"][metric]) for metric in LOGGED]
+    text = "%s %s seed %d: image AUROC %s, pixel AUROC %s, aupro_0.3 %s, pro_mmr %s"
+    logging.info(text, name, key, seed, *values)
     return results
 
 
-def _by_defect(found, rows: np.ndarray, is_anomaly: np.ndarray, config: ConfigDict) -> dict:
-    """What is missed of each kind of defect, of the images where `rows` [n] is true."""
-    defect, group = found.table["defect"], found.table["group"]
-    columns = (column[rows] for column in (found.scores, is_anomaly, defect, group))
+def _measure(
+    predicted: scoring.Predictions | scoring.Histograms,
+    rows_of: dict[str, np.ndarray],
+    is_anomaly: np.ndarray,
+    config: ConfigDict,
+) -> tuple[dict, dict]:
+    """({domain: metrics}, {domain: curves}) of the images of each domain."""
+    domains, curves = {}, {}
+    for domain, rows in rows_of.items():
+        measured = predicted.measure(rows, is_anomaly, config.eval.bootstrap, config.eval.tiny_side)
+        domains[domain], curves[domain] = measured.report(), measured.curves()
+        domains[domain]["defects"] = _by_defect(predicted, rows, is_anomaly, config)
+    return domains, curves
+
+
+def _by_defect(predicted, rows: np.ndarray, is_anomaly: np.ndarray, config: ConfigDict) -> dict:
+    """Metrics of each kind of defect, over the images whose `rows` [n] is true."""
+    defect, group = predicted.table["defect"], predicted.table["group"]
+    columns = (column[rows] for column in (predicted.scores, is_anomaly, defect, group))
     return metrics.by_defect(*columns, bootstrap=config.eval.bootstrap)
 
 
-def _combinations(found, is_anomaly: np.ndarray, config: ConfigDict) -> list[dict]:
+def _combinations(predicted, is_anomaly: np.ndarray, config: ConfigDict) -> list[dict]:
     """Each kind of defect under each condition of each data set, for the cross-domain tracks.
 
-    Held against the good images of the same data set and condition.
+    The good images of the same data set and condition are the negatives.
     """
     if not config.data.protocol.startswith("track_"):
         return []
-    entries, table = [], found.table
+    entries, table = [], predicted.table
     condition = table.get("condition", table["domain"])
     part = table.get("part", np.full(len(condition), ""))
     for place in sorted(set(zip(part.tolist(), condition.tolist(), strict=True))):
         rows = (part == place[0]) & (condition == place[1])
-        for defect, entry in _by_defect(found, rows, is_anomaly, config).items():
+        for defect, entry in _by_defect(predicted, rows, is_anomaly, config).items():
             own = rows & is_anomaly & (table["defect"] == defect)
             names = {"part": place[0], "condition": place[1], "defect": defect}
-            good = {
-                "good": int((rows & ~is_anomaly).sum()),
-                "unseen": bool(table["unseen"][own].all()),
-            }
-            entries.append({**names, **good, **entry})
+            good, unseen = int((rows & ~is_anomaly).sum()), bool(table["unseen"][own].all())
+            entries.append({**names, "good": good, "unseen": unseen, **entry})
     return entries
 
 
@@ -187,7 +198,7 @@ def domain_rows(domain: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def eval_fields(config: ConfigDict) -> dict:
-    """The fields on which an evaluation's files depend, beside the trained model."""
+    """The settings on which an evaluation's files depend, beside the trained model."""
     view = geometry.View.of(config, evaluation=True)
     tiny_side = config.eval.tiny_side
     return {
@@ -210,7 +221,7 @@ def _calibrated(
     is_anomaly: np.ndarray,
     rows: dict[str, np.ndarray],
 ) -> dict | None:
-    """The threshold and what it does to the test images of each domain; why, if there is none."""
+    """The threshold and its rates on the test images of each domain, or the reason for none."""
     target, fraction = config.calibration.target_fpr, config.calibration.fraction
     if not fraction:
         return None
@@ -229,17 +240,12 @@ def _calibrated(
     return facts | {"domains": domains}
 
 
-def percent(value: float | None) -> str:
-    """A fraction as percent with one decimal, or a dash."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
 def _labels(
-    found: scoring.Predictions | scoring.Histograms, mode: str
+    predicted: scoring.Predictions | scoring.Histograms, mode: str
 ) -> tuple[np.ndarray, dict[str, object]]:
-    """The labels that the metrics use, bool [n], and what was decided, for results.json."""
-    recorded = found.table["label"] == ANOMALY
-    emptied = recorded & found.table["has_mask"] & found.empty_view
+    """The labels that the metrics use, bool [n], and the facts about them for results.json."""
+    recorded = predicted.table["label"] == ANOMALY
+    emptied = recorded & predicted.table["has_mask"] & predicted.empty_view
     relabelled = emptied if mode == metrics.OFFICIAL_MODE else np.zeros_like(emptied)
     facts = {
         "metrics_mode": mode,
