@@ -246,8 +246,8 @@ def _loop(training, stage, step_fn, state, start, total, key, checkpoints, first
     rates = np.zeros(stage.epochs) if stage.rates is None else stage.rates
     step, last_save = start, time.monotonic()
     with (
-        trackers.opened(config, training.folder, "train") as told,
-        logs.TrainLog(training.folder / LOG, *sizes, stage.rate_field, told, first) as log,
+        trackers.opened(config, training.folder, "train") as tracked,
+        logs.TrainLog(training.folder / LOG, *sizes, stage.rate_field, tracked, first) as log,
         processes.StopRequest() as stop,
     ):
         frozen = placement.place(training.frozen, training.method.dtype)
