@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from mmrjax import methods
-from mmrjax.methods import aminet
+from mmrjax.methods import aminet, clustering
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import logs
 
@@ -91,7 +91,7 @@ def test_gradient_of_the_clustering_is_that_of_finite_differences():
     tokens, centres = draw(1, 5, 4, seed=2), draw(1, 3, 4, seed=3)
 
     def value(centres):
-        return aminet.cluster_loss(jnp.asarray(tokens), centres, squared=False)[0]
+        return clustering.cluster_loss(jnp.asarray(tokens), centres, squared=False)[0]
 
     def slow(c):
         within = np.mean([min(slow_distance(t, x) for x in c) for t in tokens[0]])
@@ -158,7 +158,7 @@ def test_mask_equals_a_loop_over_clusters(scale):
 def test_random_mask_hides_the_whole_part_of_a_share():
     share = jnp.asarray([0.0, 0.29, 0.999])
     noise = jnp.asarray(np.random.default_rng(0).random((3, 16)))
-    hidden = np.asarray(~aminet.random_visible(share, noise)).sum(axis=1)
+    hidden = np.asarray(~clustering.random_visible(share, noise)).sum(axis=1)
     assert hidden.tolist() == [0, 4, 15]
 
 
@@ -206,7 +206,8 @@ def test_maps_and_score_of_a_non_square_image_equal_scipy():
         np.testing.assert_allclose(got[name][0], want[name], atol=1e-5)
     total = got["length"] * got["direction"]
     score = np.std(want["length"] * want["direction"])  # divided by the number of pixels
-    assert aminet.deviation_score(total)[0] == pytest.approx(score, rel=1e-4)
+    method = aminet.AMINet(config_lib.load("configs/folder.py"))
+    assert method.score(total)[0] == pytest.approx(score, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -227,21 +228,21 @@ def test_map_is_the_product_of_its_parts_and_repeats(wide):
 
 def test_decay_reaches_every_parameter_with_torchs_default(wide):
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "mask_token": jnp.ones(2)}
-    tx = wide.optimiser(steps_per_epoch=1)
+    tx = wide.stages(range(20))[0].tx
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     moved = optax.apply_updates(params, updates)
     for leaf in jax.tree.leaves(moved):
         np.testing.assert_allclose(leaf, 1 - 1e-4 * 0.01, rtol=0, atol=1e-7)
 
 
-def test_fields_of_its_own_stand_in_for_the_shared_ones(wide, tiny_config):
+def test_its_stage_trains_by_fields_of_its_own(wide, tiny_config):
+    (stage,) = wide.stages(range(20))
+    own = tiny_config.aminet
+    assert (stage.epochs, stage.augment, stage.plan.batch_size) == (2, "none", own.batch_size)
     assert tiny_config.train.epochs == 4
-    assert wide.config.train.epochs == tiny_config.aminet.epochs == 2
-    assert wide.config.train.augment == "none"
-
-
-def test_advice_names_the_learning_rate_that_the_method_reads():
-    assert "aminet.learning_rate" in logs.remedy(aminet.AMINet.own["optim.learning_rate"])
+    np.testing.assert_allclose(stage.rates, own.learning_rate)
+    assert "aminet.learning_rate" in logs.remedy(stage.rate_field)
+    assert stage.batch_field == "aminet.batch_size"
 
 
 def test_image_sizes_that_do_not_fill_patches_are_refused(tiny_config):

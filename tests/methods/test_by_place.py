@@ -13,11 +13,13 @@ class Grey(base.Method):
     """The map is the picture's red; the score is its mean, which nothing by place keeps."""
 
     name = "grey"
-    trains = False
 
     def predict(self, variables, frozen, images):
         half = images[..., 0] / 2
-        return {"map": 2 * half, "score": half.mean((1, 2)), "parts": {"a": half, "b": half}}
+        return {"map": 2 * half, "parts": {"a": half, "b": half}}
+
+    def score(self, maps):
+        return maps.mean((1, 2))
 
 
 def pictures(n, seed=0):
@@ -37,7 +39,8 @@ def grey(tiny_config):
 
 def fit(method, *batches):
     count = sum(n for _, n in batches)
-    return method.fit({"params": {}}, {}, list(batches), count, jax.random.key(0))
+    batches = [(jnp.asarray(images) / 255.0, n) for images, n in batches]
+    return method.fit({"params": {}}, {}, batches, count, jax.random.key(0))
 
 
 def test_statistics_are_those_of_all_images_at_once():
@@ -72,8 +75,9 @@ def test_a_defect_at_a_quiet_place_beats_a_larger_difference_at_a_busy_one(grey)
     new[1, 6, 6] = 150 + 40  # two where it is not
     found = grey.predict(variables, {}, jnp.asarray(new) / 255)
     assert np.unravel_index(found["map"][0].argmax(), (8, 8)) == (2, 1)
-    assert found["score"][0] > 2 * found["score"][1]
-    np.testing.assert_allclose(found["score"], np.asarray(found["map"]).max((1, 2)))
+    score = grey.score(found["map"])
+    assert score[0] > 2 * score[1]
+    np.testing.assert_allclose(score, np.asarray(found["map"]).max((1, 2)))
     np.testing.assert_allclose(found["map"], sum(found["parts"].values()), rtol=1e-6)
 
 
@@ -86,11 +90,14 @@ def test_training_maps_have_mean_zero_and_deviation_one(grey):
 
 
 def test_a_single_image_and_a_bank_of_all_patches_are_refused(tiny_config):
-    by_place.check("mmr", tiny_config, 2)
+    config = tiny_config.copy_and_resolve_references()
+    config.score.by_place = True
+    kinds = {name: by_place.of(methods.METHODS[name]) for name in ("mmr", "patchcore")}
+    kinds["mmr"].check_run(config, 2)
     with pytest.raises(ValueError, match=r"score.by_place .* needs two or more, not 1"):
-        by_place.check("mmr", tiny_config, 1)
+        kinds["mmr"].check_run(config, 1)
     with pytest.raises(ValueError, match=r"coreset=0.2 .* give at most 0.1, or score.by_place"):
-        by_place.check("patchcore", tiny_config, 9)
+        kinds["patchcore"].check_run(config, 9)
 
 
 @pytest.mark.parametrize("name", sorted(methods.METHODS))
@@ -100,13 +107,13 @@ def test_any_method_learns_places_after_its_own_training_or_fit(tiny_config, nam
     config.score.by_place = True
     method = methods.create(name, config)
     assert isinstance(method, methods.METHODS[name])
-    assert (method.trains, method.fits, method.score_is_peak) == (plain.trains, True, True)
+    assert method.stage_names == plain.stage_names
     frozen = method.load_frozen()[0]
     variables = method.init(jax.random.key(0), frozen)[0]
     images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
-    fitted = method.fit(variables, frozen, [(images, 5)], 5, jax.random.key(1))
-    assert set(fitted) - set(variables) == ({"memory"} if plain.fits else set()) | {"places"}
     scaled = jnp.asarray(images) / 255.0
+    fitted = method.fit(variables, frozen, [(scaled, 5)], 5, jax.random.key(1))
+    assert set(fitted) - set(variables) == ({"memory"} if plain.fit else set()) | {"places"}
     before = jax.jit(plain.predict)(fitted, frozen, scaled)["parts"]
     after = jax.jit(method.predict)(fitted, frozen, scaled)
     for part, maps in before.items():

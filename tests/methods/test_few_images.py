@@ -69,8 +69,9 @@ def test_a_folder_of_good_images_is_enough(
 
 def test_photographs_of_one_part_count_once():
     table = {"group": np.array(["a", "a", "b", "b", "b"])}
-    records = records_lib.Records("folder", "parts", table, [], [], "0")
-    assert "5 good images of 2 parts only" in splits.few(records, np.arange(5))
-    assert "1 good image only" in splits.few(records, np.arange(1))
-    table["group"] = np.arange(splits.FEW).astype(str)
-    assert splits.few(records, np.arange(splits.FEW)) == ""
+    records = records_lib.Records("folder", "parts", table, "0", {}, [("train", 0)] * 5)
+    assert "5 good images of 2 parts only" in splits.few(records)
+    assert "1 good image only" in splits.few(records.take([0]))
+    table = {"group": np.arange(splits.FEW).astype(str)}
+    many = records_lib.Records("folder", "parts", table, "0", {}, [("train", 0)] * splits.FEW)
+    assert splits.few(many) == ""

@@ -1,19 +1,24 @@
 """MMR+: with every switch off it is MMR bit for bit; what each switch does to a step."""
 
+import dataclasses
+
 import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mmrjax import methods
+from mmrjax.data import augment
 from mmrjax.data.defects import bank as defect_bank
+from mmrjax.data.defects import rows as rows_lib
 from mmrjax.data.defects import synthesise as defects
+from mmrjax.methods import base as base_lib
 from mmrjax.methods import contrast as losses_plus
-from mmrjax.methods import losses, mmr_plus
+from mmrjax.methods import hybrid_heads, losses, mmr_plus, optim
 from mmrjax.models import attention, resnet
 from mmrjax.runtime import mesh as mesh_lib
-from mmrjax.train import loop
 from mmrjax.train import step as state
 
 OFF = {
@@ -27,7 +32,7 @@ STEPS_PER_EPOCH = 2
 DOMAIN = np.arange(20, dtype=np.int32) % 3
 
 
-def dark_square(key, images, foreground, settings, bank=None):
+def dark_square(key, images, foreground, settings, bank=None, chances=None):
     """In place of the synthesiser, which is tested apart: a black square of 8 px."""
     corner = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, images.shape[1] - 8))(key)
     place = jnp.arange(images.shape[1]) - corner[..., None]  # [b, 2, h]
@@ -77,11 +82,17 @@ def run(method, steps=3, devices=1, first=0):
     mesh = mesh_lib.make_mesh(devices)
     frozen = mesh_lib.replicate(method.load_frozen()[0], mesh)
     variables, _ = method.init(jax.random.key(0), frozen)
-    tx = method.optimiser(STEPS_PER_EPOCH)
-    step = state.make_train_step(method, tx, whole, STEPS_PER_EPOCH, mesh)
+    options = method.config.train
+    stage = base_lib.Stage(
+        "train",
+        options.epochs,
+        dataclasses.replace(method.plan(Table(domain=DOMAIN.astype(str))), domain=DOMAIN),
+        optim.optimiser(method.config.optim, options.epochs, STEPS_PER_EPOCH),
+    )
+    step = state.make_train_step(method, stage, whole, STEPS_PER_EPOCH, mesh)
     resident = {"image": pictures(), "size": np.tile(np.int32([[64, 64]]), (20, 1))}
     resident = mesh_lib.replicate({**resident, "domain": DOMAIN}, mesh)
-    current = state.create(variables, tx)
+    current = state.create(variables, stage)
     current = mesh_lib.replicate(current.replace(step=jnp.int32(first)), mesh)
     logs = []
     for i in range(steps):
@@ -200,13 +211,13 @@ def batch_of(b=8):
 def test_defects_are_offered_the_part_alone_cropped_as_the_picture(make, monkeypatch):
     """The fourth channel of the canvas comes through crop and flip as the picture does."""
     method = make(synthetic_every=4, foreground="otsu")
-    assert method.plan(Table(), np.arange(20)).foreground
-    assert not make(foreground="otsu").plan(Table(), np.arange(20)).foreground
+    plan = method.plan(Table())
+    assert plan.foreground
+    assert not make(foreground="otsu").plan(Table()).foreground
     offered = {}
 
-    def loss(variables, frozen, batch, key, progress):
-        method._synthesise(batch)
-        agree = (batch["image"].mean(axis=-1) > 0.5) == batch["foreground"]
+    def loss(stage, variables, frozen, batch, key, progress):
+        agree = (batch["normal"].mean(axis=-1) > 0.5) == batch["foreground"]
         part = batch["foreground"].mean()
         return jnp.sum(variables["params"]["kernel"]), ({}, {"agree": agree.mean(), "part": part})
 
@@ -216,18 +227,24 @@ def test_defects_are_offered_the_part_alone_cropped_as_the_picture(make, monkeyp
 
     monkeypatch.setattr(defects, "synthesise", synthesise)
     monkeypatch.setattr(method, "loss", loss)
-    tx = method.optimiser(2)
-    augment, one = loop.make_augment(method.config), mesh_lib.make_mesh(1)
-    step = state.make_train_step(method, tx, augment, 2, one)
+    stage = base_lib.Stage("train", 1, plan, optax.sgd(0.1))
+    crops, one = augment.make_augment(method.config, "rrc_flip"), mesh_lib.make_mesh(1)
+    step = state.make_train_step(method, stage, crops, 2, one)
     picture = np.zeros((2, 70, 80, 4), np.uint8)
     picture[:, 20:50, 30:60] = 255  # a white part, and its foreground
     resident = {"image": picture, "size": np.int32([[70, 80]] * 2)}
     chunk = {"index": np.int32([[0, 1] * 4]), "weight": np.ones((1, 8), np.float32)}
-    current = state.create({"params": {"kernel": jnp.ones((2, 2))}}, tx)
+    current = state.create({"params": {"kernel": jnp.ones((2, 2))}}, stage)
     _, logs = step(current, {}, resident, chunk, jax.random.key(0))
     assert offered["shape"] == (2, 64, 64)
     assert float(logs["agree"][0]) == 1
     assert 0.05 < float(logs["part"][0]) < 0.5
+
+
+def shown(method, batch, frozen=None):
+    """A batch as the step hands it to the loss."""
+    recipe = method.plan(Table(domain=np.array(["a", "b"] * 16))).defects
+    return batch if recipe is None else rows_lib.with_defects(recipe, batch, frozen or {})
 
 
 class Recorded:
@@ -252,7 +269,8 @@ class Recorded:
 
     def loss(self):
         progress = {"epoch": jnp.int32(9)}
-        loss, (_, logs) = self.method.loss({}, {}, batch_of(), jax.random.key(0), progress)
+        batch = shown(self.method, batch_of())
+        loss, (_, logs) = self.method.loss("train", {}, {}, batch, jax.random.key(0), progress)
         return float(loss), logs
 
 
@@ -288,20 +306,25 @@ def test_heads_of_contrasts_are_trained_and_ignored_by_the_score(make, trained):
     images = methods.mmr.resnet.normalise(batch_of()["image"])
     without = {n: v for n, v in current.params.items() if n != head}
     variables = {**current.variables, "params": without}
-    shape = jax.eval_shape(lambda v, x: method.whole(v, x)[3], variables, images).shape
+    shape = jax.eval_shape(lambda v, x: method.unmasked(v, x)[3], variables, images).shape
     assert shape == (8, 4, 4, 256)
 
 
 # --- attention
 
 
+def limits_of(method, epoch):
+    soft = method._epochs(method.options.soft_start)
+    return hybrid_heads.limits(method.options, method.student, batch_of(), jnp.int32(epoch), soft)
+
+
 def test_limits_grow_to_30_and_are_hard_afterwards(make):
     method = make(hybrid=True)  # a tenth of 20 epochs
-    got = [float(method._limits(batch_of(), jnp.int32(e))["penalty"]) for e in range(4)]
+    got = [float(limits_of(method, e)["penalty"]) for e in range(4)]
     assert got == [0, 15, attention.HARD, attention.HARD]
-    assert method._limits(batch_of(), jnp.int32(0)).keys() == {"penalty"}
-    assert make(hybrid=True, soft_start=0.0)._limits(batch_of(), jnp.int32(0)) == {}
-    assert make()._limits(batch_of(), jnp.int32(0)) == {}
+    assert limits_of(method, 0).keys() == {"penalty"}
+    assert limits_of(make(hybrid=True, soft_start=0.0), 0) == {}
+    assert limits_of(make(), 0) == {}
 
 
 def test_half_of_the_heads_are_local_rounded_down(make):
@@ -315,34 +338,37 @@ def test_half_of_the_heads_are_local_rounded_down(make):
 
 def test_random_keys_differ_by_image_in_training_and_are_the_same_in_every_score(make):
     method = make(hybrid=True, sampling="random")
-    sample = method._limits(batch_of(), jnp.int32(0))["sample"]
+    sample = limits_of(method, 0)["sample"]
     np.testing.assert_array_equal(sample.sum(axis=1), [4] * 8)  # a quarter of 16
     assert len({tuple(row) for row in np.asarray(sample).tolist()}) > 1
     variables, _ = method.init(jax.random.key(0), {})
     images = jnp.broadcast_to(batch_of()["image"][:1], (3, 64, 64, 3))
-    features = jax.jit(lambda v, x: method.whole(v, x)[3])(variables, images)
+    features = jax.jit(lambda v, x: method.unmasked(v, x)[3])(variables, images)
     assert np.abs(features - features[:1]).max() < 1e-5
 
 
 def test_large_grids_collect_keys_and_small_ones_mask(make):
-    method = make(hybrid=True)
-    assert not method._gathers((2, 224, 224, 3))
-    assert method._gathers((2, 448, 448, 3))
-    assert not make()._gathers((2, 448, 448, 3))
+    def gathers(side, **switches):
+        method = make(**switches)
+        return hybrid_heads.gathers(method.options, method.student, (2, side, side, 3))
+
+    assert not gathers(224, hybrid=True)
+    assert gathers(448, hybrid=True)
+    assert not gathers(448)
     for other in ({"sampling": "random"}, {"sampling": "full"}, {"layers": "alternate"}):
-        assert not make(hybrid=True, **other)._gathers((2, 448, 448, 3))
+        assert not gathers(448, hybrid=True, **other)
 
 
 def test_the_nearest_heads_are_chosen_on_training_images(make):
     method = make(hybrid=True, heads="by_distance")
-    assert method.prepares
+    assert method.prepare is not None
     frozen, _ = method.load_frozen()
     variables, _ = method.init(jax.random.key(0), frozen)
     blocks = variables["params"]["encoder"]["blocks"]["attn"]["qkv"]
     kernel = np.array(blocks["kernel"])  # [depth, d, 3 d]
     kernel[:, :, 8:16] *= 30  # queries of head 1: sharp attention, whatever it looks at
     blocks["kernel"] = jnp.asarray(kernel)
-    images = pictures()
+    images = jnp.asarray(pictures()) / 255.0
     found, facts = method.prepare(variables, frozen, [(images[:8], 8), (images[8:16], 3)])
     distances = np.array(facts["attention"]["mean_distances"])
     assert distances.shape == (2, 3)
@@ -356,13 +382,13 @@ def test_the_nearest_heads_are_chosen_on_training_images(make):
 
 
 def test_heads_are_chosen_by_distance_where_the_student_begins_pretrained(make, base):
-    assert not make(hybrid=True).prepares
+    assert make(hybrid=True).prepare is None
     config = base.copy_and_resolve_references()
     config.mmr_plus.hybrid = True
     config.student.init = "some_file.safetensors"
-    assert methods.create("mmr_plus", config).prepares
+    assert methods.create("mmr_plus", config).prepare is not None
     config.mmr_plus.heads = "fixed"
-    assert not methods.create("mmr_plus", config).prepares
+    assert methods.create("mmr_plus", config).prepare is None
 
 
 # --- batches and what does not fit
@@ -377,29 +403,34 @@ class Table:
     def __len__(self):
         return max(map(len, self.table.values()), default=32)
 
+    def take(self, rows):
+        return Table(**{name: column[rows] for name, column in self.table.items()})
+
+
+NONE = Table(id=np.array([], str))  # no labelled records
+
 
 def test_domains_of_a_data_set_and_of_joined_ones(make):
     names = np.array(["b", "a", "b", "c"] * 8)
-    plan = make(domain="coral").plan(Table(domain=names), np.delete(np.arange(32), np.s_[3::4]))
+    some = Table(domain=names).take(np.delete(np.arange(32), np.s_[3::4]))
+    plan = make(domain="coral").plan(some)
     np.testing.assert_array_equal(plan.domain, [1, 0, 1] * 8)
     assert plan.synthetic == 0
     part = np.repeat(["x/1", "y/2"], 16)
-    plan = make(synthetic_every=4, domain="supcon").plan(
-        Table(domain=names, part=part), np.arange(32)
-    )
+    plan = make(synthetic_every=4, domain="supcon").plan(Table(domain=names, part=part))
     np.testing.assert_array_equal(plan.domain, np.repeat([0, 1], 16))
     assert (plan.synthetic, plan.batch_size) == (2, 8)
-    assert make().plan(Table(domain=names), np.arange(4)).domain is None
+    assert make().plan(Table(domain=names)).domain is None
     with pytest.raises(ValueError, match="8 different training images, there are 4; lower"):
-        make(synthetic_every=4).plan(Table(domain=names), np.arange(4))
+        make(synthetic_every=4).stages(Table(domain=names[:4]))
 
 
 def test_one_domain_cannot_be_aligned(make):
     with pytest.raises(ValueError, match=r"two or more domains; all 3 are of 'a'; set mmr_plus.d"):
-        make(domain="coral").plan(Table(domain=np.array(["a"] * 3)), np.arange(3))
+        make(domain="coral").plan(Table(domain=np.array(["a"] * 3)))
     many = Table(domain=np.arange(17).astype(str))
-    with pytest.raises(ValueError, match="up to 16 domains, there are 17"):
-        make(domain="coral").plan(many, np.arange(17))
+    with pytest.raises(ValueError, match=r"coral of up to 16; all 17 are of"):
+        make(domain="coral").plan(many)
 
 
 @pytest.mark.parametrize(
@@ -407,34 +438,34 @@ def test_one_domain_cannot_be_aligned(make):
     [
         ({"contrast": "features"}, r"contrast=features needs synthetic defects; set .*=4, or"),
         ({"contrast": "tokens"}, "contrast=tokens needs synthetic"),
-        ({"domain": "supcon"}, r"domain=supcon needs synthetic .*domain=coral"),
+        ({"domain": "supcon"}, r"domain=supcon needs synthetic .*domain=none"),
         ({"synthetic_every": 3}, r"every 3th row of train.batch_size=8 cannot"),
     ],
 )
 def test_switches_that_do_not_fit_together_say_what_to_set(make, switches, message):
     with pytest.raises(ValueError, match=message):
-        make(**switches)
+        make(**switches).stages(Table())
 
 
 def test_joined_data_sets_take_turns_where_there_are_synthetic_rows(make):
     """Spec, section 6: of D data sets every batch holds 12/D real and 4/D synthetic ones."""
     part = np.repeat(["aebad/s", "rsdds/i"], [20, 40])
-    records, rows = Table(part=part, domain=part), np.arange(60)
-    plan = make(synthetic_every=4).plan(records, rows)
+    records = Table(part=part, domain=part)
+    plan = make(synthetic_every=4).plan(records)
     np.testing.assert_array_equal(plan.domain, [0] * 20 + [1] * 40)
     table, _ = plan.table(60, 0, 0)
     for row in table:  # two synthetic rows of eight, one of each data set
         assert sorted(plan.domain[row[::4]]) == [0, 1]
         assert np.bincount(plan.domain[np.delete(row, np.s_[::4])]).tolist() == [3, 3]
-    assert make().plan(records, rows).domain is None  # all off: as MMR
+    assert make().plan(records).domain is None  # all off: as MMR
 
 
 def test_a_surface_that_fills_the_picture_is_not_sought(make):
     part = np.repeat(["aebad/s", "rsdds/i"], 16)
     method = make(synthetic_every=4, foreground="otsu", surfaces=("rsdds",))
-    plan = method.plan(Table(part=part, domain=part), np.arange(32))
+    plan = method.plan(Table(part=part, domain=part))
     np.testing.assert_array_equal(plan.fills, [False] * 16 + [True] * 16)
-    assert make(synthetic_every=4, surfaces=("rsdds",)).plan(Table(), np.arange(32)).fills is None
+    assert make(synthetic_every=4, surfaces=("rsdds",)).plan(Table()).fills is None
 
 
 def test_labelled_defects_reach_only_pictures_of_their_data_set(make, monkeypatch):
@@ -449,17 +480,17 @@ def test_labelled_defects_reach_only_pictures_of_their_data_set(make, monkeypatc
     table = np.float32([[1, 0], [0, 1], [0, 0]])
     labelled = {"images": jnp.zeros((2, 8, 8, 3)), "masks": jnp.ones((2, 8, 8), bool)}
     batch = batch_of()
-    found = method._synthesise(batch, labelled | {"chances": jnp.asarray(table)})
+    found = shown(method, batch, {"labelled": labelled | {"chances": jnp.asarray(table)}})
     ((settings, bank, chances),) = offered
-    assert len(found.images) == 2  # of eight rows
+    assert int((found["kind"] >= 0).sum()) == 2  # of eight rows
     assert settings.kinds[-1] == "real"
     assert settings.real_share == 0.25
     assert bank.images.shape == (2, 8, 8, 3)
     np.testing.assert_array_equal(chances, table[np.asarray(DOMAIN[:8:4])])
     del batch["domain"]  # a single data set
-    method._synthesise(batch, labelled | {"chances": jnp.ones((1, 2))})
+    shown(method, batch, {"labelled": labelled | {"chances": jnp.ones((1, 2))}})
     np.testing.assert_array_equal(offered[1][2], np.ones((2, 2)))
-    assert method.keep_labelled(Table(), np.array([], int), np.arange(3)) == ({}, {})
+    assert method.extras(Table(), NONE) == ({}, {})
 
 
 def test_defects_of_a_folder_reach_pictures_of_every_data_set(make, tmp_path):
@@ -468,14 +499,14 @@ def test_defects_of_a_folder_reach_pictures_of_every_data_set(make, tmp_path):
     for name, array in (("a.png", image), ("a_mask.png", mask)):
         cv2.imwrite(str(tmp_path / name), array)
     part = np.repeat(["aebad/s", "rsdds/i"], [20, 40])
-    records, rows, none = Table(part=part, domain=part), np.arange(60), np.array([], int)
+    records = Table(part=part, domain=part)
     method = make(synthetic_every=4, defect_folder=str(tmp_path))
-    kept, facts = method.keep_labelled(records, none, rows)
+    kept, facts = method.extras(records, NONE)
     assert kept["labelled"]["masks"].sum() == 140
     np.testing.assert_array_equal(kept["labelled"]["chances"], [[1], [1]])
     assert facts["labelled_defects"] == {"any": {tmp_path.name: 1}}
     with pytest.raises(ValueError, match=r"defect_folder: no pairs of picture and mask in nowhere"):
-        make(synthetic_every=4, defect_folder="nowhere").keep_labelled(records, none, rows)
+        make(synthetic_every=4, defect_folder="nowhere").extras(records, NONE)
 
 
 WHOLE = {"synthetic_every": 4, "defect_labelled": 1.0, "defect_folder": "pairs"}
@@ -502,7 +533,11 @@ def two_losses(method, frozen):
     variables, _ = method.init(jax.random.key(0), frozen)
     batch = batch_of()
     progress = {"step": jnp.int32(10), "epoch": jnp.int32(5)}
-    loss, (_, logs) = jax.jit(method.loss)(variables, frozen, batch, jax.random.key(3), progress)
+    recipe = method.plan(Table()).defects
+    show = jax.jit(lambda batch, frozen: rows_lib.with_defects(recipe, batch, frozen))
+    loss, (_, logs) = jax.jit(method.loss, static_argnums=0)(
+        "train", variables, frozen, show(batch, frozen), jax.random.key(3), progress
+    )
     return variables, float(loss), logs, batch
 
 
@@ -561,23 +596,23 @@ def test_whole_pictures_are_kept_also_with_defects_too_large_to_cut_out(make, tm
     for i, truth in enumerate((mask, 0 * mask)):
         cv2.imwrite(str(tmp_path / f"{i}.png"), np.where(truth[..., None], 200, image))
         cv2.imwrite(str(tmp_path / f"{i}_mask.png"), truth)
-    records, rows, none = Table(), np.arange(3), np.array([], int)
+    records = Table()
     own = {"synthetic_every": 4, "defect_folder": str(tmp_path)}
-    kept, facts = make(**own, labelled_target="inpaint").keep_labelled(records, none, rows)
+    kept, facts = make(**own, labelled_target="inpaint").extras(records, NONE)
     kept = kept["labelled"]
     assert kept["images"].shape == (1, 64, 64, 3)  # the other has no defect
     assert kept["images"].max() == 200
     assert kept["twins"].max() < 100
     np.testing.assert_array_equal(kept["masks"][0], mask > 0)
     assert facts == {"labelled_pictures": {"any": {tmp_path.name: 1}}, "labelled_left_out": 1}
-    kept, _ = make(**own, labelled_target="ignore").keep_labelled(records, none, rows)
+    kept, _ = make(**own, labelled_target="ignore").extras(records, NONE)
     assert set(kept["labelled"]) == {"images", "masks", "tiny", "ignored", "chances"}
     (tmp_path / "0_mask.png").write_bytes((tmp_path / "1_mask.png").read_bytes())
     with pytest.raises(ValueError, match="has 2 pairs, and no mask with a defect in view"):
-        make(**own, labelled_target="ignore").keep_labelled(records, none, rows)
+        make(**own, labelled_target="ignore").extras(records, NONE)
     cv2.imwrite(str(tmp_path / "0_mask.png"), np.full_like(mask, 255))
     with pytest.raises(ValueError, match="the defects of all 1 labelled pictures fill them"):
-        make(**own, labelled_target="ignore").keep_labelled(records, none, rows)
+        make(**own, labelled_target="ignore").extras(records, NONE)
 
 
 def test_a_whole_picture_takes_rows_of_its_own_domain_alone(make, monkeypatch, base):
@@ -588,19 +623,21 @@ def test_a_whole_picture_takes_rows_of_its_own_domain_alone(make, monkeypatch, b
     found = defect_bank.Labelled(bank, np.array(["tile/t"] * 3), np.array(["crack"] * 3), domain, 0)
     monkeypatch.setattr(defect_bank, "from_records", lambda *_: found)
     monkeypatch.setitem(base.data, "labelled", True)
-    records, rows = Table(part=np.array(["tile/t"] * 4), domain=np.array(["exp1", "exp2"] * 2)), 4
+    records = Table(part=np.array(["tile/t"] * 4), domain=np.array(["exp1", "exp2"] * 2))
+    labelled = Table(id=np.arange(3))
     for switch, wanted in (("supcon", [[1, 0, 0], [0, 1, 1]]), ("none", [[1, 1, 1]])):
         method = make(synthetic_every=4, labelled_target="ignore", domain=switch)
-        kept, _ = method.keep_labelled(records, np.arange(3), np.arange(rows))
+        kept, _ = method.extras(records, labelled)
         np.testing.assert_array_equal(kept["labelled"]["chances"] > 0, wanted)
     method = make(synthetic_every=4, domain="supcon")  # cut out, they are part of the good picture
-    kept, _ = method.keep_labelled(records, np.arange(3), np.arange(rows))
+    kept, _ = method.extras(records, labelled)
     assert (kept["labelled"]["chances"] > 0).all()
 
 
 def test_a_target_for_labelled_defects_needs_some(make):
+    config = make(synthetic_every=4, labelled_target="ignore").config
     with pytest.raises(ValueError, match="labelled_target=ignore: there are no labelled defects"):
-        make(synthetic_every=4, labelled_target="ignore")
+        mmr_plus.MMRPlus.check(config)
     with pytest.raises(ValueError, match="pictures of defect_folder are of no known domain; set"):
         make(labelled_target="ignore", domain="supcon", **WHOLE)
 
@@ -608,12 +645,11 @@ def test_a_target_for_labelled_defects_needs_some(make):
 def test_what_is_drawn_is_what_the_configuration_says(make):
     own = {"noise_intensity": 0.1, "spatial_distribution": "edge"}
     method = make(synthetic_every=4, defect_kinds=("spot", "chip"), defect_tiny=0.3, **own)
-    assert method.settings == defects.DefectSettings(("spot", "chip"), 0.3, **own)
+    recipe = method.plan(Table()).defects
+    assert recipe.settings == defects.DefectSettings(("spot", "chip"), 0.3, **own)
 
 
 def test_labelled_defects_are_for_synthetic_rows_alone(make, tmp_path):
-    assert make(defect_folder=str(tmp_path)).keep_labelled(Table(), np.arange(2), np.arange(3)) == (
-        {},
-        {},
-    )
-    assert make().keep_labelled(Table(), np.arange(2), np.arange(3)) == ({}, {})
+    labelled = Table(id=np.arange(2))
+    assert make(defect_folder=str(tmp_path)).extras(Table(), labelled) == ({}, {})
+    assert make().extras(Table(), labelled) == ({}, {})

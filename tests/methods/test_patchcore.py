@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from mmrjax.methods import anomaly_map, patchcore
+from mmrjax.methods import anomaly_map, memory_bank, patch_embedding, patchcore
+
+
+def unit(images):
+    return jnp.asarray(images) / 255.0
 
 
 def slow_greedy(points, rows, start):
@@ -22,33 +26,33 @@ def slow_greedy(points, rows, start):
 def test_coreset_equals_a_slow_greedy_selection():
     points = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
     key = jax.random.key(5)
-    got = patchcore.greedy_coreset(jnp.asarray(points), 30, key, projection=6, start_points=10)
+    got = memory_bank.greedy_coreset(jnp.asarray(points), 30, key, projection=6, start_points=10)
     start = jax.random.choice(jax.random.split(key)[1], 200, (10,), replace=False)
     assert np.asarray(got).tolist() == slow_greedy(points, 30, np.asarray(start))
 
 
 def test_coreset_keeps_both_clusters_and_has_no_duplicates():
     points = jnp.asarray([[0.0, 0], [1, 0], [10, 0], [11, 0]])
-    got = patchcore.greedy_coreset(points, 2, jax.random.key(0), projection=2, start_points=1)
+    got = memory_bank.greedy_coreset(points, 2, jax.random.key(0), projection=2, start_points=1)
     assert {bool(i >= 2) for i in np.asarray(got)} == {True, False}
     same = jnp.zeros((9, 3))
-    every = patchcore.greedy_coreset(same, 9, jax.random.key(0), projection=3, start_points=2)
+    every = memory_bank.greedy_coreset(same, 9, jax.random.key(0), projection=3, start_points=2)
     assert sorted(np.asarray(every).tolist()) == list(range(9))
 
 
-@pytest.mark.parametrize("bank", [5, patchcore.BANK_ROWS_PER_CHUNK + 3])
+@pytest.mark.parametrize("bank", [5, memory_bank.BANK_ROWS_PER_CHUNK + 3])
 def test_nearest_distance_equals_brute_force(bank):
     rng = np.random.default_rng(0)
     queries = rng.standard_normal((7, 4)).astype(np.float32)
     rows = rng.standard_normal((bank, 4)).astype(np.float32)
     want = ((queries[:, None] - rows[None]) ** 2).sum(axis=-1).min(axis=1)
-    got = patchcore.nearest_squared_distance(jnp.asarray(queries), jnp.asarray(rows))
+    got = memory_bank.nearest_squared_distance(jnp.asarray(queries), jnp.asarray(rows))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_a_bank_row_is_at_distance_zero():
     rows = jnp.asarray(100 * np.random.default_rng(0).standard_normal((50, 64)), jnp.float32)
-    got = patchcore.nearest_squared_distance(rows, rows)
+    got = memory_bank.nearest_squared_distance(rows, rows)
     assert float(got.min()) >= 0
     squares = np.sum(np.asarray(rows, np.float64) ** 2, axis=1)
     # |q|^2 - 2 q m + |m|^2 cancels: a few float32 roundings of |row|^2 remain.
@@ -57,7 +61,7 @@ def test_a_bank_row_is_at_distance_zero():
 
 @pytest.mark.parametrize(("n", "m"), [(4608, 1024), (9216, 1024), (2048, 1024), (10, 4), (3, 7)])
 def test_adaptive_pooling_bins(n, m):
-    matrix = patchcore.adaptive_pool_matrix(n, m)
+    matrix = patch_embedding.adaptive_pool_matrix(n, m)
     np.testing.assert_allclose(matrix.sum(axis=0), 1, rtol=1e-5)
     torch = pytest.importorskip("torch", reason="compares with torch's adaptive pooling")
     x = np.random.default_rng(0).standard_normal((2, n)).astype(np.float32)
@@ -70,7 +74,7 @@ def test_neighbourhoods_equal_torch_unfold():
     x = np.random.default_rng(0).standard_normal((2, 5, 6, 3)).astype(np.float32)
     unfolded = torch.nn.functional.unfold(torch.from_numpy(x.transpose(0, 3, 1, 2)), 3, padding=1)
     want = unfolded.numpy().transpose(0, 2, 1).reshape(2, 5, 6, 27)
-    np.testing.assert_array_equal(patchcore._neighbourhoods(jnp.asarray(x), 3), want)
+    np.testing.assert_array_equal(patch_embedding._neighbourhoods(jnp.asarray(x), 3), want)
 
 
 def test_embedding_has_one_row_per_patch_of_the_finer_layer(tiny_config):
@@ -88,7 +92,7 @@ def test_an_enlarged_image_has_a_finer_grid_and_a_map_of_its_own_size(tiny_confi
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
     embed = jax.jit(method.embed, static_argnums=2)
     assert embed(frozen, jnp.asarray(images) / 255.0, 1.5).shape[1:3] == (12, 18)
-    variables = method.fit({"params": {}}, frozen, [(images, 2)], 2, jax.random.key(1))
+    variables = method.fit({"params": {}}, frozen, [(unit(images), 2)], 2, jax.random.key(1))
     found = jax.jit(method.predict)(variables, frozen, jnp.asarray(images) / 255.0)
     assert found["map"].shape == (2, 64, 96)
 
@@ -105,15 +109,18 @@ def test_maps_of_several_scales_are_those_of_each_added_up(tiny_config, score):
         config.patchcore.coreset = 0.2
         method = patchcore.PatchCore(config)
         frozen, _ = method.load_frozen()
-        variables = method.fit({"params": {}}, frozen, [(images, 4)], 4, jax.random.key(1))
+        variables = method.fit({"params": {}}, frozen, [(unit(images), 4)], 4, jax.random.key(1))
         found[scales] = jax.jit(method.predict)(variables, frozen, other)
     one, half, both = found.values()
     assert not np.allclose(one["map"], half["map"], rtol=0.1)
     np.testing.assert_allclose(both["parts"]["patches1"], one["map"], rtol=1e-5)
     np.testing.assert_allclose(both["parts"]["patches2"], half["map"], rtol=1e-5)
     np.testing.assert_allclose(both["map"], one["map"] + half["map"], rtol=1e-5)
-    peak = both["map"].max((1, 2)) if score == "smoothed" else one["score"] + half["score"]
-    np.testing.assert_allclose(both["score"], peak, rtol=1e-5)
+    if score == "patch":  # the maximum of raw distances, each scale's in its own cells
+        np.testing.assert_allclose(both["scored"], one["scored"] + half["scored"], rtol=1e-5)
+        assert (np.asarray(one["scored"]).max((1, 2)) > np.asarray(one["map"]).max((1, 2))).all()
+    else:
+        assert "scored" not in both
 
 
 def test_two_scales_that_are_one_in_whole_cells_are_refused(tiny_config):
@@ -150,12 +157,12 @@ def test_a_small_scale_is_smoothed_as_widely_in_what_the_teacher_sees(tiny_confi
     method = patchcore.PatchCore(config)
     frozen, _ = method.load_frozen()
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-    variables = method.fit({"params": {}}, frozen, [(images[:1], 1)], 1, jax.random.key(1))
+    variables = method.fit({"params": {}}, frozen, [(unit(images[:1]), 1)], 1, jax.random.key(1))
     image = jnp.asarray(images[1:]) / 255.0
     found = jax.jit(method.predict)(variables, frozen, image)["map"][0]
     patches = method.embed(frozen, image, 0.5)
     assert patches.shape[1:3] == (8, 8)
-    distance = patchcore.nearest_squared_distance(
+    distance = memory_bank.nearest_squared_distance(
         patches.reshape(64, -1), variables["memory"]["bank"]
     )
     matrix = anomaly_map.upsample_matrix(8, 64, align_corners=False)
@@ -173,7 +180,10 @@ def test_candidates_are_drawn_evenly_from_every_image(tiny_config):
     frozen, _ = method.load_frozen()
     grey = np.linspace(20, 230, 6).astype(np.uint8)[:, None, None, None]
     images = np.broadcast_to(grey, (6, 64, 64, 3))
-    batches = [(images[:4], 4), (np.concatenate([images[4:], images[4:]]), 2)]  # one is filled up
+    batches = [
+        (unit(images[:4]), 4),
+        (unit(np.concatenate([images[4:], images[4:]])), 2),
+    ]  # one is filled up
     bank = method.fit({"params": {}}, frozen, batches, 6, jax.random.key(1))["memory"]["bank"]
     assert bank.shape == (24, config.patchcore.width)
     embed = jax.jit(method.embed, static_argnums=2)
@@ -192,7 +202,7 @@ def test_as_many_candidates_as_patches_are_all_of_them(tiny_config):
         config.patchcore.candidates = candidates
         method = patchcore.PatchCore(config)
         frozen, _ = method.load_frozen()
-        found = method.fit({"params": {}}, frozen, [(images, 3)], 3, jax.random.key(1))
+        found = method.fit({"params": {}}, frozen, [(unit(images), 3)], 3, jax.random.key(1))
         banks.append(np.asarray(found["memory"]["bank"]))
     np.testing.assert_array_equal(*banks)
 
@@ -205,7 +215,7 @@ def good_and_damaged(rng):
 
 def test_whitened_good_patches_are_about_one_apart_in_every_direction():
     patches = good_and_damaged(np.random.default_rng(0))
-    matrix = patchcore.whitening(patches, 1e-3, jax.random.key(0))
+    matrix = memory_bank.whitening(patches, 1e-3, jax.random.key(0))
     order = np.asarray(jax.random.permutation(jax.random.split(jax.random.key(0))[0], 12))
     rows, queries = (patches[half].reshape(-1, 5) for half in (order[:6], order[6:]))
     nearest = ((queries[:, None] - rows[None]) ** 2).sum(-1).argmin(1)
@@ -216,13 +226,13 @@ def test_whitened_good_patches_are_about_one_apart_in_every_direction():
 def test_whitening_finds_a_change_that_a_harmless_one_hides():
     rng = np.random.default_rng(0)
     patches = good_and_damaged(rng)
-    matrix = patchcore.whitening(patches, 0.1, jax.random.key(0))
+    matrix = memory_bank.whitening(patches, 0.1, jax.random.key(0))
     bank = patches.reshape(-1, 5)[::10]  # along the first channel all are far
     new = good_and_damaged(rng).reshape(-1, 5)[:200]
     damaged = new + np.float32([0, 0.5, 0, 0, 0])
     ahead = []  # how often a damaged patch is farther than a good one
     for m in (np.eye(5, dtype=np.float32), matrix):
-        far, near = (patchcore.nearest_squared_distance(x @ m, bank @ m) for x in (damaged, new))
+        far, near = (memory_bank.nearest_squared_distance(x @ m, bank @ m) for x in (damaged, new))
         ahead.append((np.asarray(far)[:, None] > np.asarray(near)).mean())
     assert ahead[1] > ahead[0] + 0.05
     assert ahead[1] > 0.9
@@ -231,7 +241,7 @@ def test_whitening_finds_a_change_that_a_harmless_one_hides():
 def test_a_channel_that_never_moves_does_not_outweigh_the_others():
     patches = good_and_damaged(np.random.default_rng(0))
     patches[..., 4] = 0
-    matrix = patchcore.whitening(patches, 1.0, jax.random.key(0))
+    matrix = memory_bank.whitening(patches, 1.0, jax.random.key(0))
     assert np.isfinite(matrix).all()
     assert np.abs(matrix[4]).max() < 1000 * np.abs(matrix[0]).max()
 
@@ -248,7 +258,7 @@ def test_an_option_changes_the_map_and_leaves_training_patches_at_zero(tiny_conf
         config.patchcore.update(more)
         method = patchcore.PatchCore(config)
         frozen, _ = method.load_frozen()
-        variables = method.fit({"params": {}}, frozen, [(images, 4)], 4, jax.random.key(1))
+        variables = method.fit({"params": {}}, frozen, [(unit(images), 4)], 4, jax.random.key(1))
         assert set(variables["memory"]) - {"bank"} == (
             {{"whiten": "whitening", "relative": "expected"}[name] for name in more}
         )
@@ -259,14 +269,14 @@ def test_an_option_changes_the_map_and_leaves_training_patches_at_zero(tiny_conf
     assert np.abs(maps[0] - maps[1]).max() > 0.01
 
 
-@pytest.mark.parametrize("bank", [5, patchcore.BANK_ROWS_PER_CHUNK + 3])
+@pytest.mark.parametrize("bank", [5, memory_bank.BANK_ROWS_PER_CHUNK + 3])
 def test_nearest_row_equals_brute_force(bank):
     rng = np.random.default_rng(0)
     queries = rng.standard_normal((7, 4)).astype(np.float32)
     rows = rng.standard_normal((bank, 4)).astype(np.float32)
     away = np.where(np.arange(bank) % 3, 0, np.inf).astype(np.float32)
     every = ((queries[:, None] - rows[None]) ** 2).sum(axis=-1) + away
-    distance, row = patchcore.nearest_row(jnp.asarray(queries), jnp.asarray(rows), away)
+    distance, row = memory_bank.nearest_row(jnp.asarray(queries), jnp.asarray(rows), away)
     np.testing.assert_array_equal(row, every.argmin(1))
     np.testing.assert_allclose(distance, every.min(1), atol=1e-5)
 
@@ -280,13 +290,13 @@ def test_a_row_expects_what_patches_of_other_images_have():
     patches[2] = [[10, 0], [10, 3]]  # 0 and 9 from row 2
     mean = (0.25 + 1 + 4 + 9 + 0 + 9) / 6
     want = [(4 + 9) / 2, mean, mean, mean]  # 0.25, (1 + 0 + 9) / 3 and nothing are less
-    got = patchcore.expected_distances(patches, jnp.asarray(bank), image)
+    got = memory_bank.expected_distances(patches, jnp.asarray(bank), image)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_equal_images_expect_no_zero():
     patches = np.ones((2, 3, 2), np.float32)
-    got = patchcore.expected_distances(patches, jnp.ones((2, 2)), np.array([0, 1]))
+    got = memory_bank.expected_distances(patches, jnp.ones((2, 2)), np.array([0, 1]))
     assert np.isfinite(1 / np.asarray(got)).all()
 
 
@@ -300,7 +310,7 @@ def test_expected_distances_leave_the_choice_of_the_bank_alone(tiny_config):
         config.patchcore.relative = relative
         method = patchcore.PatchCore(config)
         frozen, _ = method.load_frozen()
-        found = method.fit({"params": {}}, frozen, [(images, 4)], 4, jax.random.key(1))
+        found = method.fit({"params": {}}, frozen, [(unit(images), 4)], 4, jax.random.key(1))
         banks.append(np.asarray(found["memory"]["bank"]))
     np.testing.assert_array_equal(*banks)
 
@@ -313,4 +323,4 @@ def test_images_held_against_each_other_must_be_two(tiny_config, options):
     frozen, _ = method.load_frozen()
     images = np.zeros((1, 64, 64, 3), np.uint8)
     with pytest.raises(ValueError, match="add images"):
-        method.fit({"params": {}}, frozen, [(images, 1)], 1, jax.random.key(1))
+        method.fit({"params": {}}, frozen, [(unit(images), 1)], 1, jax.random.key(1))

@@ -84,7 +84,7 @@ def shown(tiny_config, batch, predict=False, **student):
     if predict:
         method.predict({}, {"teacher": {}}, batch["image"])
     else:
-        method.loss({}, {"teacher": {}}, batch, jax.random.key(1), {})
+        method.loss("train", {}, {"teacher": {}}, batch, jax.random.key(1), {})
     return method.student, method.teacher
 
 
@@ -148,7 +148,9 @@ def test_a_step_on_hidden_pixels_lowers_the_loss_and_leaves_the_mask_token(tiny_
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        return method.loss({**variables, "params": params}, {"teacher": {}}, batch, key, {})[0]
+        return method.loss(
+            "train", {**variables, "params": params}, {"teacher": {}}, batch, key, {}
+        )[0]
 
     before, slopes = loss(variables["params"])
     stepped = jax.tree.map(lambda p, slope: p - 0.1 * slope, variables["params"], slopes)
