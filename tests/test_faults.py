@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_checkpoint_before(
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="not on this system")
 def test_room_for_all_maps_is_taken_before_the_first_is_written(tmp_path):
-    with scoring._whole_file(tmp_path / "maps.npy", (100, 64, 64)):
+    with scoring._array_file(tmp_path / "maps.npy", (100, 64, 64)):
         part = (tmp_path / "maps.npy.part").stat()
     assert part.st_blocks * 512 >= part.st_size > 100 * 64 * 64 * 4
 
