@@ -14,9 +14,9 @@ from mmrjax.methods import aminet, clustering
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import logs
 
-total_loss = jax.jit(aminet.total_loss, static_argnames="squared")
-distances_of = jax.jit(aminet.distances, static_argnames="squared")
-adaptive_visible = jax.jit(aminet.adaptive_visible)
+total_loss = jax.jit(clustering.total_loss, static_argnames="squared")
+distances_of = jax.jit(clustering.distances, static_argnames="squared")
+adaptive_visible = jax.jit(clustering.adaptive_visible)
 
 
 def draw(*shape, seed=0):

@@ -426,7 +426,7 @@ def test_domains_of_a_data_set_and_of_joined_ones(make):
 
 
 def test_one_domain_cannot_be_aligned(make):
-    with pytest.raises(ValueError, match=r"two or more domains; all 3 are of 'a'; set mmr_plus.d"):
+    with pytest.raises(ValueError, match=r"two or more domains.* all 3 are of 'a'; set mmr_plus.d"):
         make(domain="coral").plan(Table(domain=np.array(["a"] * 3)))
     many = Table(domain=np.arange(17).astype(str))
     with pytest.raises(ValueError, match=r"coral of up to 16; all 17 are of"):

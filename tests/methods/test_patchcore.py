@@ -141,7 +141,7 @@ def test_a_defect_raises_the_map_where_it_is(tiny_config, scale, corner):
     frozen, _ = method.load_frozen()
     noise = np.random.default_rng(0).integers(0, 16, (4, 208, 208, 3), dtype=np.uint8)
     good = noise + np.uint8(128)
-    variables = method.fit({"params": {}}, frozen, [(good, 4)], 4, jax.random.key(1))
+    variables = method.fit({"params": {}}, frozen, [(unit(good), 4)], 4, jax.random.key(1))
     defective = good[:1].copy()
     defective[0, corner : corner + 40, corner : corner + 40] = 255
     found = jax.jit(method.predict)(variables, frozen, jnp.asarray(defective) / 255.0)["map"][0]
