@@ -199,8 +199,8 @@ def rates_at(
 
     Returns:
       {domain: counts of good and anomaly and of the flagged ones among them, the false-positive
-      rate with its exact 95 % interval (Clopper and Pearson), the share of detected anomalies}; None
-      if a count is 0.
+      rate with its exact 95 % interval (Clopper and Pearson), the share of detected anomalies};
+      None if a count is 0.
     """
     flagged = scores > threshold
     out = {}

@@ -24,6 +24,11 @@ def is_remote(place: str | os.PathLike) -> bool:
     return "://" in str(place) or str(place).startswith("gs:")
 
 
+def cache_dir() -> pathlib.Path:
+    """The folder of copies that may be fetched again: $MMRJAX_CACHE, or ~/.cache/mmrjax."""
+    return pathlib.Path(os.environ.get("MMRJAX_CACHE", "~/.cache/mmrjax")).expanduser()
+
+
 def check_address(address: str) -> str:
     """An address gs://<bucket>/<folder> as it is used: without a slash at its end.
 

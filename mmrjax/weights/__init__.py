@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from data_builders import buckets
 from mmrjax.models import resnet
+from mmrjax.runtime import files
 from mmrjax.weights import layouts, source, storage, torch_names
 
 RANDOM_TEACHER = (
@@ -68,7 +68,7 @@ def student_file(init: str, size: str) -> pathlib.Path | None:
 
 
 def _local(field: str, value: str, words: str) -> pathlib.Path:
-    if buckets.is_remote(value):
+    if files.is_remote(value):
         try:
             return source.remote_file(value)
         except (OSError, ValueError) as e:

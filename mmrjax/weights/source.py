@@ -27,7 +27,6 @@ import safetensors.numpy
 from absl import logging
 from etils import epath
 
-from data_builders import buckets
 from mmrjax.runtime import files
 
 IMAGENET_LICENCE = "BSD-3-Clause code; ImageNet terms of access apply to the weights"
@@ -102,7 +101,7 @@ def published_file(published: Published) -> pathlib.Path:
       FileNotFoundError: offline, with the URL and where to put the file by hand.
       ValueError: the hash differs; the file is left for inspection.
     """
-    path = buckets.cache_dir() / "weights" / published.filename
+    path = files.cache_dir() / "weights" / published.filename
     if not path.exists():
         if path.suffix == ".pth" and importlib.util.find_spec("torch") is None:
             raise ValueError(
@@ -133,7 +132,7 @@ def remote_file(address: str) -> pathlib.Path:
     """
     if not address.startswith("gs://"):
         raise ValueError("expected a file here or a gs:// address")
-    folder = buckets.cache_dir() / "weights" / hashlib.sha256(address.encode()).hexdigest()[:16]
+    folder = files.cache_dir() / "weights" / hashlib.sha256(address.encode()).hexdigest()[:16]
     path = folder / address.rsplit("/", 1)[-1]
     if path.exists():
         return path

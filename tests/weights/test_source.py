@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from data_builders import buckets
 from mmrjax import weights
+from mmrjax.runtime import files
 from mmrjax.weights import source
 
 STATE = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.ones(2)}
@@ -92,9 +92,9 @@ def test_file_is_fetched_once_into_the_cache_that_the_variable_names(cache, onli
 def test_without_the_variable_the_cache_lies_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("MMRJAX_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert buckets.cache_dir() == tmp_path / ".cache" / "mmrjax"
+    assert files.cache_dir() == tmp_path / ".cache" / "mmrjax"
     monkeypatch.setenv("MMRJAX_CACHE", "~/elsewhere")
-    assert buckets.cache_dir() == tmp_path / "elsewhere"
+    assert files.cache_dir() == tmp_path / "elsewhere"
 
 
 def test_file_put_into_the_cache_by_hand_needs_no_network(cache, offline):
