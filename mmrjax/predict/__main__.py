@@ -1,20 +1,20 @@
 """Scores images or a video: python -m mmrjax.predict --workdir=<run> --input=… --output=<dir>.
 
-Reads an image, a folder (with all its sub-folders), a quoted glob or a video. Writes into --output
+The input is an image, a folder (with all its sub-folders), a quoted glob or a video. The program
+writes into --output
 
     scores.csv, scores.jsonl   path, score, threshold, verdict, p-value, boxes (x y w h in px)
     overlays/, heat/           pictures on one fixed colour scale, the same for every image
-    maps/                      with --raw_maps=npy|tiff: float32 at the image's own size; of a
+    maps/                      with --raw_maps=npy|tiff: float32 at the image's own size; for a
                                video maps/<video>/<frame>
-    <video>_overlay.mp4        of a video (see video.py); its scores have a row per frame
+    <video>_overlay.mp4        of a video (video.py); the scores of a video have a row per frame
 
-A verdict needs a threshold (see calibrate.py). `--recalibrate=<folder>` takes it from other good
-images, such as of a new domain; `--target_fpr` chooses another false-positive rate. Files that
-cannot be read are listed and skipped; the exit status is then 3.
+A verdict needs a threshold (mmrjax/evaluate/calibrate.py). `--recalibrate=<folder>` takes the
+threshold from other good images, such as of a new domain; `--target_fpr` chooses another
+false-positive rate. Unreadable files are listed and skipped; the exit status is then 3.
 """
 
 import argparse
-import concurrent.futures
 import csv
 import glob
 import io
@@ -33,13 +33,12 @@ from data_builders import files as image_folders
 from data_builders.folder import layout
 from mmrjax.evaluate import calibrate
 from mmrjax.predict import video
-from mmrjax.report import pictures as visualize
+from mmrjax.report import pictures
 from mmrjax.runs import detector as detector_lib
 from mmrjax.runs import staging
 from mmrjax.runtime import command_line, files, logs
 
 SOME_UNREADABLE = 3  # exit status
-COLUMNS = ("path", "score", "threshold", "verdict", "p_value", "boxes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +100,7 @@ def check_output(output: pathlib.Path) -> None:
     """Makes the folder and tries to write there, before hours of scoring are spent.
 
     Raises:
-      OSError: neither is possible.
+      OSError: the folder cannot be made or written to.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -114,10 +113,10 @@ def check_output(output: pathlib.Path) -> None:
 def choose_threshold(
     detector: detector_lib.Detector, arguments: argparse.Namespace
 ) -> detector_lib.Detector:
-    """The detector with the threshold that the command line asks for.
+    """The detector with the threshold of the command line.
 
     Raises:
-      ValueError: no threshold is possible that was asked for, with the reason.
+      ValueError: the threshold is impossible, with the reason.
     """
     if arguments.calibration is not None:
         calibration = calibrate.read(arguments.calibration)
@@ -138,42 +137,42 @@ def choose_threshold(
     if arguments.target_fpr is not None:
         return detector.with_target(arguments.target_fpr)
     if arguments.calibration is not None:
-        return detector.with_target(detector.target_fpr)  # raises where that is not possible
+        return detector.with_target(detector.target_fpr)  # raises if the file has too few images
     if detector.thresholds[2]:
         logging.warning("scores only, no verdicts: %s", detector.thresholds[2])
     return detector
 
 
 def find_images(given: str, flag: str = "--input") -> tuple[list[pathlib.Path], pathlib.Path]:
-    """The image files that an argument means, sorted, and the folder their names begin at.
+    """The image files of an argument, sorted, and the folder that their names are relative to.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: there is no image.
     """
     path = pathlib.Path(given)
     if path.is_dir():
-        pictures, masks = layout.tell_masks_apart(path)
-        found, root = list(pictures), path
+        images, masks = layout.tell_masks_apart(path)
+        paths, root = list(images), path
         if masks:
             logging.info("%d masks in %s are left out", len(masks), path)
     elif path.is_file():
-        found, root = [path], path.parent
+        paths, root = [path], path.parent
     else:
-        found = sorted(pathlib.Path(p) for p in glob.glob(given, recursive=True))
-        found = [p for p in found if p.is_file() and image_folders.is_image(p.name)]
-        root = pathlib.Path(os.path.commonpath([p.parent for p in found])) if found else path
-    if not found:
+        paths = sorted(pathlib.Path(p) for p in glob.glob(given, recursive=True))
+        paths = [p for p in paths if p.is_file() and image_folders.is_image(p.name)]
+        root = pathlib.Path(os.path.commonpath([p.parent for p in paths])) if paths else path
+    if not paths:
         raise FileNotFoundError(
             f"{flag}={given}: no image there; expected a file, a folder or a quoted glob of "
             f"{', '.join(image_folders.images.SUFFIXES)}, or a video of {', '.join(video.SUFFIXES)}"
         )
-    return found, root
+    return paths, root
 
 
 def readable(
     paths: Sequence[pathlib.Path], full_scale: int, unreadable: list[str]
 ) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
-    """Yields (path, image) of each file; what cannot be read is added to `unreadable`."""
+    """Yields (path, image) of each file; the errors of unreadable files join `unreadable`."""
 
     def read(path: pathlib.Path):
         try:
@@ -181,30 +180,33 @@ def readable(
         except ValueError as e:
             return path, e
 
-    with concurrent.futures.ThreadPoolExecutor(detector_lib.THREADS) as pool:
-        for path, image in detector_lib.ahead(read, paths, pool):
-            if isinstance(image, ValueError):
-                unreadable.append(str(image))
-            else:
-                yield path, image
+    for path, image in detector_lib.ahead(read, paths):
+        if isinstance(image, ValueError):
+            unreadable.append(str(image))
+        else:
+            yield path, image
 
 
 def score_images(
     detector: detector_lib.Detector, arguments: argparse.Namespace, rows: list[dict]
 ) -> list[str]:
-    """Adds a row per image to `rows` and writes its pictures; a line per unreadable one."""
+    """Adds a row per image to `rows` and writes its pictures.
+
+    Returns:
+      A line per unreadable file.
+    """
     paths, root = find_images(arguments.input)
     unreadable = []
     if detector.scale is None:
         logging.warning("no pictures: the run was never evaluated, so it has no colour scale")
     items = readable(logs.progress(paths, "scoring"), detector.full_scale, unreadable)
-    for path, image, found in detector.stream(items):
+    for path, image, prediction in detector.stream(items):
         name = path.relative_to(root)
-        rows.append({"path": name.as_posix(), **facts(found)})
+        rows.append({"path": name.as_posix(), **prediction.row()})
         if detector.scale and not arguments.no_pictures:
-            write_pictures(arguments.output, name, image, found, detector.scale)
+            write_pictures(arguments.output, name, image, prediction, detector.scale)
         if arguments.raw_maps:
-            write_map(arguments.output / "maps" / name, found.map, arguments.raw_maps)
+            write_map(arguments.output / "maps" / name, prediction.map, arguments.raw_maps)
     if not rows:
         raise ValueError(f"none of {len(paths)} files could be read; the first: {unreadable[0]}")
     return unreadable
@@ -213,46 +215,38 @@ def score_images(
 def score_video(
     detector: detector_lib.Detector, arguments: argparse.Namespace, rows: list[dict]
 ) -> list[str]:
-    """As `score_images`: a row per frame; raw maps as maps/<video>/<frame>."""
+    """Adds a row per frame to `rows` and writes the overlay; raw maps as maps/<video>/<frame>.
+
+    Returns:
+      A line if the video ends early.
+    """
     path = pathlib.Path(arguments.input)
 
-    def keep(number: int, found: detector_lib.Prediction) -> None:
-        write_map(arguments.output / "maps" / path.name / f"{number:06d}", found.map, kind)
+    def write_raw(number: int, prediction: detector_lib.Prediction) -> None:
+        write_map(arguments.output / "maps" / path.name / f"{number:06d}", prediction.map, kind)
 
     kind, draws = arguments.raw_maps, not arguments.no_pictures
-    return video.run(detector, path, arguments.output, rows, draws, keep if kind else None)
-
-
-def facts(found: detector_lib.Prediction) -> dict:
-    """A prediction as a row of scores.jsonl."""
-    verdicts = {None: "", False: "good", True: "anomaly"}
-    boxes = found.boxes and [[box.x, box.y, box.width, box.height] for box in found.boxes]
-    return {
-        "score": found.score,
-        "threshold": found.threshold,
-        "verdict": verdicts[found.is_anomaly],
-        "p_value": found.p_value,
-        "boxes": boxes,
-    }
+    return video.run(detector, path, arguments.output, rows, draws, write_raw if kind else None)
 
 
 def write_pictures(
     output: pathlib.Path,
     name: pathlib.PurePath,
     image: np.ndarray,
-    found: detector_lib.Prediction,
+    prediction: detector_lib.Prediction,
     scale: tuple[float, float],
 ) -> None:
-    """The overlay with its boxes, and the bare heat map."""
-    own = np.nan_to_num(found.map, nan=-np.inf)
-    overlay = visualize.draw_boxes(visualize.heat_overlay(image, own, scale), found.boxes or ())
-    colour, _ = visualize.colour_and_opacity(visualize.scale_position(own, scale))
+    """Writes the overlay with its boxes, and the bare heat map."""
+    heat = np.nan_to_num(prediction.map, nan=-np.inf)
+    overlay = pictures.heat_overlay(image, heat, scale)
+    overlay = pictures.draw_boxes(overlay, prediction.boxes or ())
+    colour, _ = pictures.colour_and_opacity(pictures.scale_position(heat, scale))
     for folder, picture in (("overlays", overlay), ("heat", colour)):
-        visualize.write_png((output / folder / name).with_name(f"{name.name}.png"), picture)
+        pictures.write_png((output / folder / name).with_name(f"{name.name}.png"), picture)
 
 
 def write_map(path: pathlib.Path, anomaly_map: np.ndarray, kind: str) -> None:
-    """A float32 map [h, w] as .npy or as a one-channel TIFF."""
+    """Writes a float32 map [h, w] as .npy or as a one-channel TIFF."""
     buffer = io.BytesIO()
     if kind == "npy":
         np.save(buffer, anomaly_map)
@@ -262,7 +256,7 @@ def write_map(path: pathlib.Path, anomaly_map: np.ndarray, kind: str) -> None:
 
 
 def write_scores(output: pathlib.Path, rows: Sequence[dict]) -> None:
-    """scores.csv and scores.jsonl; the columns of a row are those of the first."""
+    """Writes scores.csv and scores.jsonl; all rows have the columns of the first row."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(rows[0])
@@ -275,7 +269,7 @@ def write_scores(output: pathlib.Path, rows: Sequence[dict]) -> None:
 
 
 def summary(detector: detector_lib.Detector, rows: Sequence[dict], output: pathlib.Path) -> str:
-    """What was done, in a line or two."""
+    """The result in a line or two."""
     line = f"{len(rows)} scored"
     if detector.thresholds[0] is not None:
         flagged = sum(row["verdict"] == "anomaly" for row in rows)

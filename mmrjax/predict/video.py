@@ -1,7 +1,7 @@
 """A video with its anomalies: an overlay on every frame and the curve of scores under it.
 
-Read twice, so that the curve can be shown whole from the first frame on; between the two passes
-only the scores and, on disk, the maps at the model's size are kept. Called by predict.py.
+The video is read twice, so that every frame can show the complete curve. Between the two passes
+memory holds the scores alone; a temporary file holds the maps at the size of the view.
 """
 
 import pathlib
@@ -25,7 +25,7 @@ COLOURS = {"paper": (24, 24, 24), "line": (236, 236, 236), "threshold": (64, 224
 
 
 def is_video(path: str) -> bool:
-    """Whether a path is an existing file with the name of a video."""
+    """Whether a path is an existing file with the suffix of a video."""
     return path.lower().endswith(SUFFIXES) and pathlib.Path(path).is_file()
 
 
@@ -37,12 +37,12 @@ def frames(path: pathlib.Path) -> Iterator[np.ndarray]:
     """
     video = cv2.VideoCapture(str(path))
     try:
-        found, frame = video.read()
-        if not found:
+        is_read, frame = video.read()
+        if not is_read:
             raise ValueError(f"{path}: OpenCV reads no frame; convert it to .mp4, or to images")
-        while found:
+        while is_read:
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-            found, frame = video.read()
+            is_read, frame = video.read()
     finally:
         video.release()
 
@@ -61,49 +61,36 @@ def run(
     output: pathlib.Path,
     rows: list[dict],
     draws: bool = True,
-    keep: Callable[[int, detector_lib.Prediction], None] | None = None,
+    each_frame: Callable[[int, detector_lib.Prediction], None] | None = None,
 ) -> list[str]:
-    """Scores a video and, if it `draws`, writes <output>/<name>_overlay.mp4.
+    """Scores a video and writes <output>/<name>_overlay.mp4.
 
     Args:
       detector: a trained run.
       path: of the video.
       output: folder to write into.
       rows: gets a row per frame, for scores.csv.
-      draws: False = scores only.
-      keep: gets the number of each frame and what was found in it.
+      draws: writes the overlay.
+      each_frame: called with the number and the prediction of each frame.
 
     Returns:
-      A line if the video ends before its header says.
+      A line if the video has fewer frames than its header says.
     """
     rate, promised = properties(path)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=output) as maps:
         items = logs.progress(enumerate(frames(path)), "scoring", promised or None)
-        for number, _, found in detector.stream(items):
-            rows.append(_row(path, number, rate, found))
-            if keep:
-                keep(number, found)
-            maps.write(found.view_map.astype(np.float16).tobytes())
+        for number, _, prediction in detector.stream(items):
+            place = {"path": path.name, "frame": number, "seconds": round(number / rate, 3)}
+            rows.append({**place, **prediction.row()})
+            if each_frame:
+                each_frame(number, prediction)
+            maps.write(prediction.view_map.astype(np.float16).tobytes())
         if draws and detector.scale is not None:
             maps.seek(0)
             _write_overlay(detector, path, output, rate, rows, maps)
     short = promised - len(rows)
     return [f"{path}: the last {short} of {promised} frames"] if short > 0 else []
-
-
-def _row(path: pathlib.Path, number: int, rate: float, found: detector_lib.Prediction) -> dict:
-    verdicts = {None: "", False: "good", True: "anomaly"}
-    return {
-        "path": path.name,
-        "frame": number,
-        "seconds": round(number / rate, 3),
-        "score": found.score,
-        "threshold": found.threshold,
-        "verdict": verdicts[found.is_anomaly],
-        "p_value": found.p_value,
-        "boxes": found.boxes and [[box.x, box.y, box.width, box.height] for box in found.boxes],
-    }
 
 
 def _write_overlay(detector, path, output, rate, rows, maps) -> None:
@@ -135,11 +122,11 @@ def _write_overlay(detector, path, output, rate, rows, maps) -> None:
 
 
 def curve(scores: np.ndarray, threshold: float | None, size: tuple[int, int]) -> np.ndarray:
-    """The scores of all frames over time, what lies above the threshold in another colour.
+    """The scores of all frames over time, scores above the threshold in another colour.
 
     Args:
       scores: float [n].
-      threshold: drawn as a line; None = there is none.
+      threshold: drawn as a line; None for no line.
       size: (height, width) in px.
 
     Returns:

@@ -1,20 +1,21 @@
 """A trained model for images from anywhere: scores, verdicts, p-values, maps, boxes.
 
     detector = mmrjax.load("runs/mine/patchcore/parts/seed54")
-    for found in detector.predict(["a.png", "b.png"]):
-        print(found.score, found.is_anomaly, found.p_value, found.boxes)
+    for prediction in detector.predict(["a.png", "b.png"]):
+        print(prediction.score, prediction.is_anomaly, prediction.p_value, prediction.boxes)
 
-The images go through the same functions as those of an evaluation (geometry.view_image,
-scoring.make_predict), so the scores are the same. Nothing is written; predict.py does that.
+The images pass through the functions of an evaluation (geometry.view_image, scoring.make_predict),
+so the scores are the same. A detector writes no file; mmrjax.predict does.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -27,8 +28,8 @@ from mmrjax.methods import base
 from mmrjax.runs import restore, staging
 from mmrjax.runtime import devices, files
 
-FULL_SCALE = 65535  # of 16-bit images, where nothing else is said
-THREADS = 4  # that decode and resize
+FULL_SCALE = 65535  # white of 16-bit images by default
+THREADS = 4  # that decode images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +45,15 @@ class Box:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image.
+    """Score, verdict and map of one image.
 
     Attributes:
       score: the higher, the more anomalous.
-      threshold: scores above it are anomalous; None for a model without calibration.
+      threshold: higher scores are anomalous; None for a model without calibration.
       p_value: how often a good part scores as high; None without calibration.
       boxes: anomalous regions, the most anomalous first; None without threshold.
-      view_map: float32 [h, w], the map as the model made it.
-      view: how the model looked at the image.
+      view_map: float32 [h, w], the map at the size of the view.
+      view: resize and crop of the image before the model.
       size: (height, width) of the image in px.
     """
 
@@ -71,8 +72,18 @@ class Prediction:
 
     @functools.cached_property
     def map(self) -> np.ndarray:
-        """The map in the image's own pixels, float32; NaN where the model did not look."""
+        """The map in the image's own pixels, float32; NaN outside the view."""
         return geometry.unview_map(self.view_map, self.view, self.size)
+
+    def row(self) -> dict:
+        """Score, threshold, verdict, p-value and boxes as plain values, for a table."""
+        return {
+            "score": self.score,
+            "threshold": self.threshold,
+            "verdict": {None: "", False: "good", True: "anomaly"}[self.is_anomaly],
+            "p_value": self.p_value,
+            "boxes": self.boxes and [[box.x, box.y, box.width, box.height] for box in self.boxes],
+        }
 
 
 class Detector:
@@ -85,29 +96,29 @@ class Detector:
         calibration: calibrate.Calibration | None = None,
         scale: tuple[float, float] | None = None,
     ):
-        """Takes a model; nothing is compiled yet.
+        """Nothing is compiled yet.
 
         Args:
           trained: the model.
-          config: of its run; view, batch size and target rate are used.
+          config: of the model's run; view, batch size and target rate are used.
           calibration: None for a model that only scores.
           scale: colour scale of a model without calibration.
         """
         self.trained, self.config, self.calibration = trained, config, calibration
         self.view = geometry.View.of(config, evaluation=True)
         self.target_fpr = config.calibration.target_fpr
-        self.full_scale = 0  # the value of 16-bit images that is white; 0 refuses such images
+        self.full_scale = 0  # white of 16-bit images; 0 refuses such images
         self._scale = scale
         self._predict = scoring.make_predict(trained, self.view)
 
     @property
     def scale(self) -> tuple[float, float] | None:
-        """The one colour scale of all pictures: (no colour, strongest colour) in map values."""
+        """The colour scale of all pictures: (no colour, strongest colour) in map values."""
         return self.calibration.scale(self.target_fpr) if self.calibration else self._scale
 
     @functools.cached_property
     def thresholds(self) -> tuple[float | None, float | None, str]:
-        """(of scores, of pixels, why there is none)."""
+        """(threshold of scores, threshold of pixels, reason if there are none)."""
         if self.calibration is None:
             return None, None, "the run held no good images out (calibration.fraction)"
         try:
@@ -118,7 +129,7 @@ class Detector:
             return None, None, str(e)
 
     def with_target(self, target_fpr: float) -> "Detector":
-        """The same with another false-positive rate.
+        """A detector with another false-positive rate.
 
         Raises:
           ValueError: there is no calibration, or too small a one for this rate.
@@ -129,21 +140,21 @@ class Detector:
         return self._replaced(self.calibration, target_fpr)
 
     def with_calibration(self, calibration: calibrate.Calibration) -> "Detector":
-        """The same with the threshold of another calibration."""
+        """A detector with the threshold of another calibration."""
         return self._replaced(calibration, self.target_fpr)
 
     def recalibrated(
         self, images: Iterable, source: str = "given good images", groups: Sequence[str] = ()
     ) -> "Detector":
-        """The same with a threshold from other good images, such as of a new domain.
+        """A detector with a threshold from other good images, such as of a new domain.
 
         Args:
-          images: as `predict`; good ones that were not trained on.
-          source: where they come from, for people.
-          groups: which of them show one part; () = each another.
+          images: as in `predict`; good images that were not trained on.
+          source: the origin of the images, a text for people.
+          groups: name of the part that each image shows; () if every image shows another part.
         """
         images = list(images)
-        found = self.predict(images)
+        predictions = self.predict(images)
         names = [
             str(image) if isinstance(image, str | os.PathLike) else f"image {i}"
             for i, image in enumerate(images)
@@ -151,9 +162,9 @@ class Detector:
         calibration = calibrate.Calibration.of(
             names,
             groups or names,
-            [one.score for one in found],
-            [one.view_map.max() for one in found],
-            [np.median(one.view_map) for one in found],
+            [prediction.score for prediction in predictions],
+            [prediction.view_map.max() for prediction in predictions],
+            [np.median(prediction.view_map) for prediction in predictions],
             source,
         )
         return self.with_calibration(calibration)
@@ -174,17 +185,16 @@ class Detector:
         Raises:
           ValueError: an image cannot be read, or is no RGB uint8; or a path stands alone.
         """
-        if isinstance(images, str | os.PathLike):  # whose letters would be taken for paths
+        if isinstance(images, str | os.PathLike):  # a str would pass as a list of its letters
             raise ValueError(f"expected a list of images, found one path; give [{str(images)!r}]")
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            loaded = ahead(self._loaded, images, pool)
-            return [found for _, _, found in self.stream(enumerate(loaded))]
+        loaded = ahead(self._loaded, images)
+        return [prediction for _, _, prediction in self.stream(enumerate(loaded))]
 
     def stream(self, items: Iterable[tuple]) -> Iterator[tuple[object, np.ndarray, Prediction]]:
         """Yields (key, image, prediction) for each (key, RGB uint8 [h, w, 3]); memory is constant.
 
-        All batches have the shape of the evaluation's; the last is filled up. A score depends on
-        its image alone.
+        All batches have the shape of the evaluation's; the last batch is filled up. A score depends
+        on its image alone.
         """
         size, view = self.config.eval.batch_size, self.view
 
@@ -241,10 +251,10 @@ def load(
       workdir: <workdir>/<method>/<category>/seed<k>, or a work directory with one run; a folder or
         an address in a bucket, gs://….
       target_fpr: false-positive rate of the threshold; None = the run's calibration.target_fpr.
-      show_cores: makes each core of a CPU a device, for the whole process, where JAX has not begun.
+      show_cores: makes each core of a CPU a device, for the whole process, unless JAX has started.
 
     Raises:
-      FileNotFoundError, ValueError: no run, several, or one that cannot be read, saying what to do.
+      FileNotFoundError, ValueError: no run, several runs, or a damaged run, with what to do.
     """
     with staging.opened(workdir, ".json") as stage:
         run = restore.find_run(stage.folder)
@@ -263,7 +273,7 @@ def read_image(path: str | os.PathLike, full_scale: int = 0) -> np.ndarray:
 
     Args:
       path: png, jpg, bmp, tif or webp.
-      full_scale: the value of a 16-bit image that becomes 255; 0 = such images are refused.
+      full_scale: the value of 16-bit images that becomes 255; 0 = such images are refused.
 
     Raises:
       ValueError: the file is absent, damaged or not supported, naming it.
@@ -287,14 +297,14 @@ def boxes(
     """Bounding boxes of the connected regions above a threshold, in pixels of the image.
 
     Args:
-      view_map: float32 [h, w], as the model made it.
-      threshold: of its values.
-      view: how the model looked at the image.
-      size: (height, width) of the image.
+      view_map: float32 [h, w], at the size of the view.
+      threshold: of map values.
+      view: resize and crop of the image before the model.
+      size: (height, width) of the image in px.
     """
     is_above = (view_map > threshold).astype(np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(is_above, connectivity=8)
-    found = []
+    regions = []
     for label in range(1, count):
         left, top, width, height = (int(n) for n in stats[label, :4])
         y0, x0 = view.to_image((top, left), size)
@@ -302,16 +312,17 @@ def boxes(
         x, y = max(0, int(np.floor(x0))), max(0, int(np.floor(y0)))
         right, bottom = min(size[1], int(np.ceil(x1))), min(size[0], int(np.ceil(y1)))
         peak = float(view_map[labels == label].max())
-        found.append(Box(x, y, right - x, bottom - y, peak))
-    return sorted(found, key=lambda box: -box.peak)
+        regions.append(Box(x, y, right - x, bottom - y, peak))
+    return sorted(regions, key=lambda box: -box.peak)
 
 
-def ahead(work, items: Iterable, pool: concurrent.futures.Executor) -> Iterator:
+def ahead(work: Callable, items: Iterable) -> Iterator:
     """map(work, items) by threads, never more than a few items ahead: memory is constant."""
-    items, waiting = iter(items), []
-    while True:
-        for item in itertools.islice(items, 2 * THREADS - len(waiting)):
-            waiting.append(pool.submit(work, item))
-        if not waiting:
-            return
-        yield waiting.pop(0).result()
+    items, waiting = iter(items), collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        while True:
+            for item in itertools.islice(items, 2 * THREADS - len(waiting)):
+                waiting.append(pool.submit(work, item))
+            if not waiting:
+                return
+            yield waiting.popleft().result()

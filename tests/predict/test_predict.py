@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from mmrjax.predict import __main__ as predict
-from mmrjax.report import pictures as visualize
+from mmrjax.report import pictures as pictures_lib
+
+COLUMNS = ["path", "score", "threshold", "verdict", "p_value", "boxes"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def rows_of(out):
 
 def test_every_image_has_a_row_its_pictures_and_its_map(written, tiny_raw, run):
     by_csv, by_json = rows_of(written)
-    assert list(by_csv[0]) == list(predict.COLUMNS) == list(by_json[0])
+    assert list(by_csv[0]) == COLUMNS == list(by_json[0])
     assert len(by_json) == 16  # the masks beside four of them are no pictures
     expected = dict(csv.reader((run / "scores.csv").open(newline="")).__next__() and [
         (row["id"], row["score"]) for row in csv.DictReader((run / "scores.csv").open(newline=""))
@@ -59,7 +61,7 @@ def test_one_colour_scale_serves_every_image(written, run):
     for name in ("good/00.png", "bad/00.png"):
         raw = np.load(written / "maps" / f"{name}.npy")
         heat = cv2.imread(str(written / "heat" / f"{name}.png"))[..., ::-1]
-        colour, _ = visualize.colour_and_opacity(visualize.scale_position(raw, tuple(scale)))
+        colour, _ = pictures_lib.colour_and_opacity(pictures_lib.scale_position(raw, tuple(scale)))
         np.testing.assert_array_equal(heat, colour)
 
 
