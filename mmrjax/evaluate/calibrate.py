@@ -7,8 +7,9 @@ as much as any other, and the guarantee is for an image of a new group (Lee, Bar
 2023, arXiv 2306.06342: hierarchical conformal prediction). With one image a group, the rule is the
 usual split-conformal one.
 
-Nothing is promised under a domain shift: results.py measures the rate there, and a few good images
-of the new domain recalibrate (mmrjax.predict --recalibrate). No defective image is ever used.
+The promise does not hold under a domain shift: results.py measures the rate there, and a few good
+images of the new domain recalibrate (mmrjax.predict --recalibrate). No defective image is ever
+used.
 """
 
 import dataclasses

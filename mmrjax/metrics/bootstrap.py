@@ -14,7 +14,7 @@ import numpy as np
 
 from mmrjax.metrics import ranking
 
-_BLOCK = 128  # resamples handled at once: keeps the temporary arrays at a few MB
+_BLOCK = 128  # resamples at once: the temporary arrays stay at a few MB
 
 
 class GroupHistograms(NamedTuple):
@@ -75,7 +75,7 @@ def pixel_samples(
 
     Args:
         histograms: of all g groups.
-        pro_mmr: [m] value of each image that counts for pixel metrics, NaN where undefined.
+        pro_mmr: [m] value of each image that counts for pixel metrics, NaN if undefined.
         group: [m] index of its group.
         draws: [b, g] multiplicities.
         limit: of AU-PRO.

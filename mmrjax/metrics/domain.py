@@ -22,7 +22,7 @@ class PixelCounts(Protocol):
     """The input of the pixel metrics: `exact.Pixels` or `streaming.Counted`.
 
     Attributes:
-        pro_mmr: [m] per-image value of the images that count, NaN where undefined.
+        pro_mmr: [m] per-image value of the images that count, NaN if undefined.
         peaks: [m] the highest value of each map.
     """
 
@@ -33,7 +33,7 @@ class PixelCounts(Protocol):
         """Image [r] (index into the m), longer side in px [r] and peak [r] of every region."""
 
     def tables(self) -> tuple[ranking.Ranked, ranking.Ranked]:
-        """Defect pixels against normal ones, each counting 1, then each weighing 1 / area."""
+        """Rankings of defect pixels against normal pixels: of weight 1, and of weight 1 / area."""
 
     def bounds(self) -> dict[str, tuple[float, float]]:
         """{metric: (lowest, highest)} possible value of every metric that is not exact."""
@@ -46,13 +46,13 @@ class Measured(NamedTuple):
     """Metrics of one domain, and the rankings and resamples behind them.
 
     Attributes:
-        values: metric -> 0..1, or None where undefined.
+        values: metric -> 0..1, or None if undefined.
         reasons: metric -> why it is None.
         bounds: metric -> (low, high) around its exact value; only metrics that are not exact.
         counts: of images, see `evaluate`.
         samples: metric -> [b] values on resampled groups.
-        image: ranking of the image scores, None where image metrics are undefined.
-        region: ranking of the pixels by region weight, None where pixel metrics are undefined.
+        image: ranking of the image scores, None if image metrics are undefined.
+        region: ranking of the pixels by region weight, None if pixel metrics are undefined.
     """
 
     values: dict[str, float | None]

@@ -36,7 +36,7 @@ def evaluate(
 
     Args:
         scores: [n] image scores, higher means more anomalous.
-        maps: [n, h, w] anomaly maps, or None where a method has none.
+        maps: [n, h, w] anomaly maps, or None for a method without maps.
         masks: [n, h, w] bool; rows without pixel truth are not read. None only with `maps` None.
         is_anomaly: [n] bool.
         has_mask: [n] bool, false for images without pixel truth. None only with `maps` None.
@@ -87,7 +87,7 @@ def measure(
     seed: int = 0,
     tiny_side: int = misses.TINY_SIDE,
 ) -> Measured:
-    """What `evaluate` and `curves` report, from one pass; arguments and errors as in `evaluate`.
+    """The results behind `evaluate` and `curves`, in one pass; arguments and errors as `evaluate`.
 
     Regions without a side of `tiny_side` px are tiny (misses.py).
     """
@@ -153,14 +153,14 @@ def _any(masks: np.ndarray) -> np.ndarray:
 
 
 class Pixels(NamedTuple):
-    """The maps of the images that count for pixel metrics, and what all pixel metrics need of them.
+    """Maps of the images that count for pixel metrics, sorted once for all pixel metrics.
 
     Attributes:
         maps: [n, h, w] finite anomaly maps.
         regions: defect regions of their masks.
         sorted_normal: the scores of all normal pixels, in a few ascending arrays.
         defect: [p] scores of the defect pixels, in the order of `regions.pixel`.
-        pro_mmr: [n] per-image value, NaN where undefined.
+        pro_mmr: [n] per-image value, NaN if undefined.
         peaks: [n] the highest value of each map.
     """
 
@@ -176,7 +176,7 @@ class Pixels(NamedTuple):
         return self.regions.image, self.regions.sides(), self.regions.highest(self.defect)
 
     def tables(self) -> tuple[ranking.Ranked, ranking.Ranked]:
-        """Defect pixels against normal ones, each counting 1, then each weighing 1 / area."""
+        """Rankings of defect pixels against normal pixels: of weight 1, and of weight 1 / area."""
         return _tables(self.sorted_normal, self.defect, self.regions.weight)
 
     def bounds(self) -> dict[str, tuple[float, float]]:

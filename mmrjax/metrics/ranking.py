@@ -71,9 +71,9 @@ def rank(
     Args:
         positives: [p] scores of the positives, any order, p > 0.
         sorted_negatives: [n] scores of the negatives, ascending; float32 stays float32. Or several
-            such arrays, which together are the negatives: what lies above a score adds up.
+            such arrays, which together hold the negatives.
         weights: [..., p] weight of each positive, one row per weighting; default 1.
-        negatives: number of all negatives, if `sorted_negatives` holds only the highest ones.
+        negatives: number of all negatives, if `sorted_negatives` holds only the highest.
 
     Returns:
         Table with k <= p groups, float64; `positive` has the leading axes of `weights`.
@@ -134,12 +134,13 @@ def grouped(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray) ->
 def area(ranked: Ranked, limit: float = 1.0) -> np.ndarray:
     """Area under true-positive against false-positive rate up to `limit`, divided by `limit`.
 
-    Closed form of the trapezoid with linear interpolation at the limit: a group with shares a of
-    the negatives strictly above and b at or above adds its weight times the mean, over x in [a, b],
-    of max(0, limit - x). With counts and limit 1 this is AUROC; with region weights it is AU-PRO.
+    Closed form of the trapezoid with linear interpolation at the limit. A share a of the negatives
+    lies strictly above a group, a share b at or above the group: the group adds its weight times
+    the mean of max(0, limit - x) over x in [a, b]. Counts and limit 1 give AUROC, region weights
+    give AU-PRO.
 
     Returns:
-        [...] in 0..1; NaN where there are no positives or no negatives.
+        [...] in 0..1; NaN without positives or without negatives.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         low = ranked.above / ranked.negatives[..., None]
@@ -156,8 +157,7 @@ def precision_area(ranked: Ranked) -> np.ndarray:
     """Average precision: mean over positives of the precision at their score, no interpolation.
 
     Returns:
-        [...] in 0..1; NaN where there are no positives or no negatives (it would be 1 for any
-        scores).
+        [...] in 0..1; NaN without positives or without negatives (any scores would give 1).
     """
     hits = np.cumsum(ranked.positive, axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -189,12 +189,13 @@ def area_bounds(ranked: Ranked, limit: float = 1.0) -> tuple[float, float]:
 
 
 def precision_bounds(ranked: Ranked) -> tuple[float, float]:
-    """Smallest and largest `precision_area`; `positive` must be counts of whole positives.
+    """Smallest and largest `precision_area`; `positive` must be integer counts.
 
-    Lowest when the negatives of a group come first and its positives one by one after them: the
-    j-th of p after c earlier ones then sees precision (c + j) / (c + j + b), and the sum over j is
-    p - b (digamma(c + p + b + 1) - digamma(c + b + 1)). Highest when its positives come first and
-    all at once.
+    The value lies lowest when the negatives of a group come first and its p positives follow one by
+    one. With c positives before the group and b negatives at or above the group, the j-th of the p
+    sees precision (c + j) / (c + j + b), and the sum over j is
+    p - b (digamma(c + p + b + 1) - digamma(c + b + 1)). The value lies highest when all positives
+    come first and at once.
     """
     hits = np.cumsum(ranked.positive)
     before, b = hits - ranked.positive, ranked.at_or_above
@@ -205,9 +206,10 @@ def precision_bounds(ranked: Ranked) -> tuple[float, float]:
 
 
 def f1_bounds(ranked: Ranked) -> tuple[float, float]:
-    """Smallest and largest `best_f1`: a threshold between groups exists, one inside may be better.
+    """Smallest and largest `best_f1`.
 
-    Inside a group it is best when all positives of the group come before its negatives.
+    A threshold between groups exists; a threshold inside a group may be better. The latter is best
+    when all positives of the group come before its negatives.
     """
     hits = np.cumsum(ranked.positive)
     high = (2 * hits / (hits + ranked.above + hits[-1])).max()

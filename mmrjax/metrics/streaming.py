@@ -45,7 +45,7 @@ class Counted(NamedTuple):
         defect: [r, BUCKETS] sparse int32, pixels of each defect region.
         image: [r] index of the image that holds the region.
         area: [r] pixels of the region.
-        pro_mmr: [n] per-image value, NaN where undefined.
+        pro_mmr: [n] per-image value, NaN if undefined.
         peaks: [n] the highest value of each map.
         side: [r] the longer side of the region, px.
         peak: [r] the highest value of the map in it.
@@ -61,7 +61,7 @@ class Counted(NamedTuple):
     peak: np.ndarray
 
     def select(self, rows: np.ndarray) -> "Counted":
-        """The images where `rows` [n] is true."""
+        """The images whose `rows` [n] is true."""
         regions, index = rows[self.image], np.cumsum(rows) - 1
         return Counted(
             self.normal[rows],
@@ -79,7 +79,7 @@ class Counted(NamedTuple):
         return self.image, self.side, self.peak
 
     def tables(self) -> tuple[ranking.Ranked, ranking.Ranked]:
-        """Defect pixels against normal ones, each counting 1, then each weighing 1 / area."""
+        """Rankings of defect pixels against normal pixels: of weight 1, and of weight 1 / area."""
         normal, defect = (t.sum(axis=0, dtype=np.int64) for t in (self.normal, self.defect))
         overlap = self.defect.T @ (1 / self.area)
         best_first = np.flatnonzero(normal + defect)[::-1]

@@ -50,7 +50,7 @@ def summarise(
 
     Args:
         per_key_metrics: {"<dataset>/<category>": {"<domain>" or "all": {metric: value}}}; a value
-            is a number, None where undefined, or {"mean": ..., "seeds": {seed: number or None}}.
+            is a number, None if undefined, or {"mean": ..., "seeds": {seed: number or None}}.
         reference_domain: name of the unshifted domain, or None.
 
     Returns:

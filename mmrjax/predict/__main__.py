@@ -60,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
     rows = []
     try:
         unreadable = score(detector, arguments, rows)
-    finally:  # an interrupted call keeps what it has scored
+    finally:  # an interrupted call writes the rows that it has
         if rows:
             write_scores(arguments.output, rows)
     print(summary(detector, rows, arguments.output))

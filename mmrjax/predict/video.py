@@ -18,7 +18,7 @@ from mmrjax.runs import detector as detector_lib
 from mmrjax.runtime import logs
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
-CODEC = "mp4v"  # MPEG-4 part 2: the one that every build of OpenCV can write
+CODEC = "mp4v"  # MPEG-4 part 2: every build of OpenCV can write it
 CURVE_HEIGHT = 120  # px under a frame, at least
 COLOURS = {"paper": (24, 24, 24), "line": (236, 236, 236), "threshold": (64, 224, 255),
            "above": (252, 165, 10), "now": (150, 150, 150)}  # fmt: skip

@@ -1,11 +1,10 @@
 """Small SVG charts for the report: lines, intervals, histograms and the colour bar.
 
-Written by hand instead of by a plotting library: a chart is a few kilobytes, its text stays text,
-and its colours are CSS classes of templates/report.css, so that one drawing serves light, dark and
-print. Every chart is 360 units wide, about the width of a phone, and scales up from there.
+A chart takes a few kilobytes without a plotting library, and its text stays text. Its colours are
+CSS classes of templates/report.css, so that the same drawing serves light, dark and print. Every
+chart is 360 units wide, about the width of a phone, and scales up from there.
 
 Each function returns `markupsafe.Markup`; every text that comes from a data set is escaped.
-Called by report.py only.
 """
 
 import dataclasses
@@ -39,7 +38,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A value with its interval, or with low = high = None when there is none."""
+    """A value with its interval; low = high = None without an interval."""
 
     value: float
     low: float | None
@@ -81,7 +80,7 @@ class Axis:
 
 
 def series_class(index: int) -> str:
-    """CSS class of the index-th domain or seed: eight colours, then the same ones dashed."""
+    """CSS class of the index-th domain or seed: eight colours, then the same eight dashed."""
     return f"s{index % SERIES_COLOURS}" + (" dashed" if index >= SERIES_COLOURS else "")
 
 
@@ -141,13 +140,13 @@ def interval_chart(
     x_label: str,
     zero_line: float | None = None,
 ) -> Markup:
-    """A dot with its interval per row and series: what holds where, and how surely.
+    """A dot with its interval per row and series.
 
     Args:
         rows: (label, intervals); the intervals of a row are drawn below each other.
         title: read aloud by screen readers.
         x_label: under the axis.
-        zero_line: where to draw a reference line, for differences 0, for AUROC 50.
+        zero_line: value of a reference line, for differences 0, for AUROC 50.
     """
     longest = max((len(label) for label, _ in rows), default=0)
     left = min(132, 16 + 6.2 * longest)
@@ -165,15 +164,14 @@ def interval_chart(
     for (label, intervals), height in zip(rows, heights, strict=True):
         middle = y + height / 2
         parts.append(_text(left - 8, middle + 4, _shorten(label, 20), "label end"))
-        for place, one in enumerate(intervals):
+        for place, interval in enumerate(intervals):
             row_y = middle + step * (place - (len(intervals) - 1) / 2)
-            if one.low is not None and one.high is not None:
-                ends = [(axis(one.low), row_y), (axis(one.high), row_y)]
-                parts.append(
-                    Markup('<path class="whisker {}" d="{}"/>').format(one.css, _path(ends))
-                )
+            if interval.low is not None and interval.high is not None:
+                ends = _path([(axis(interval.low), row_y), (axis(interval.high), row_y)])
+                whisker = '<path class="whisker {}" d="{}"/>'
+                parts.append(Markup(whisker).format(interval.css, ends))
             dot = '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.6"/>'
-            parts.append(Markup(dot).format(one.css, axis(one.value), row_y))
+            parts.append(Markup(dot).format(interval.css, axis(interval.value), row_y))
         y += height
     return _svg(bottom + BOTTOM, title, parts)
 
@@ -183,9 +181,9 @@ def histogram_chart(
 ) -> Markup:
     """Scores of good and of defective images, one row per domain on one common axis.
 
-    The bars of a class add up to 1 in each row, so many good images cannot hide a few bad ones.
-    A short line marks the median of the good. The last bin takes everything beyond the 99.5 %
-    quantile.
+    The bars of a class add up to 1 in each row, so many good images cannot hide a few defective
+    images. A short line marks the median of the good images. The last bin takes everything beyond
+    the 99.5 % quantile.
 
     Args:
         rows: (domain, good scores, defective scores), finite float arrays; either may be empty.
@@ -238,7 +236,7 @@ def colour_bar(scale: tuple[float, float]) -> Markup:
 
 
 def _clean(line: Line, x_range: tuple[float, float] | None, positive: bool) -> np.ndarray:
-    """Finite points [n, 2] of a line, cut at the right end of the axis, thinned to what shows."""
+    """Finite points [n, 2] of a line, cut at the right end of the axis, at most MAX_POINTS."""
     xy = np.array([(x, y) for x, y in zip(line.x, line.y, strict=False) if None not in (x, y)])
     xy = xy.reshape(-1, 2).astype(np.float64)
     xy = xy[np.isfinite(xy).all(axis=1)]

@@ -20,7 +20,7 @@ PICTURE_SIZES = ((288, 84), (256, 80), (224, 74), (192, 68), (160, 60), (112, 50
 
 
 class MethodInfo(Protocol):
-    """What the report must know of a method.
+    """The facts about a method that the report needs.
 
     Attributes:
         title: the method's name as papers write it.

@@ -115,7 +115,7 @@ def page(aggregate: dict, runs: Sequence[report_files.Run]) -> dict:
 
 
 def _methods(aggregate: Mapping, runs: Sequence[report_files.Run]) -> list[dict]:
-    """What the page says of each method."""
+    """Title, headline, sentences and facts of each method."""
     methods = []
     for index, (name, content) in enumerate(aggregate["methods"].items()):
         own = [run for run in runs if run.method == name]
@@ -303,7 +303,7 @@ def _curve_charts(run: report_files.Run) -> dict:
 
 
 def _histogram(run: report_files.Run) -> str | None:
-    """Scores of good and defective images per domain, the pooled ones first."""
+    """Scores of good and defective images, of all images first, then per domain."""
     if not run.scores or not np.isfinite(run.scores["score"]).any():
         return None
     finite = np.isfinite(run.scores["score"])

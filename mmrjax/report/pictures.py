@@ -1,14 +1,12 @@
 """Pictures of anomaly maps: heat overlays on one fixed colour scale, truth outlines, the gallery.
 
-Works on NumPy arrays with OpenCV; no JAX, no display, no plotting
-window. Called by evaluate.py and predict.py to write pictures, and by report.py for the colour bar.
+Everything works on NumPy arrays with OpenCV; neither JAX nor a display is needed. Two rules keep
+the pictures honest:
 
-Two rules keep the pictures honest:
-
-* One scale for all images of a run. A scale per image would paint a perfect part as hot as a
-  broken one. `fixed_scale` takes it from the pooled maps and never sees a label.
-* The colour map is perceptually uniform and rises in lightness from end to end (inferno), so it
-  also reads in grey print and with any colour vision.
+* All images of a run share one scale. A scale per image would paint a perfect part as hot as a
+  broken part. `fixed_scale` takes the scale from the pooled maps and never sees a label.
+* The colour map is perceptually uniform and rises in lightness from end to end (inferno), so that
+  grey print and any colour vision keep the order.
 """
 
 import json
@@ -39,9 +37,8 @@ COLOURS = cv2.applyColorMap(_LEVELS, cv2.COLORMAP_INFERNO).reshape(256, 3)[:, ::
 def fixed_scale(maps: np.ndarray) -> tuple[float, float]:
     """One colour scale for a whole run, from all its maps and no label.
 
-    `low` is the median and `high` the 99.5 % quantile of the pooled pixels. Good and defective
-    images count alike. Both are robust: neither a hot pixel nor the share of defects
-    moves them far.
+    `low` is the median and `high` the 99.5 % quantile of the pooled pixels of good and defective
+    images alike. Neither a hot pixel nor the share of defects moves them far.
 
     Args:
         maps: anomaly maps, float [n, h, w]; values that are not finite are ignored.
@@ -50,13 +47,13 @@ def fixed_scale(maps: np.ndarray) -> tuple[float, float]:
         (low, high) with low < high; a constant map gives (value, value + a little).
 
     Raises:
-        ValueError: when there is no finite value.
+        ValueError: there is no finite value.
     """
     values = np.asarray(maps).reshape(-1)
     stride = -(-values.size // MAX_SAMPLED_PIXELS)
     if stride > 1:
         width = np.shape(maps)[-1]
-        while math.gcd(stride, width) != 1:  # else only some columns would ever be sampled
+        while math.gcd(stride, width) != 1:  # a common factor would skip some columns always
             stride += 1
         values = values[::stride]
     values = values[np.isfinite(values)].astype(np.float64)
@@ -71,7 +68,7 @@ def fixed_scale(maps: np.ndarray) -> tuple[float, float]:
 
 
 def scale_position(values: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
-    """Where values lie on the scale, float32: 0 at low and below, 1 at high and above."""
+    """Positions of values on the scale, float32: 0 at low and below, 1 at high and above."""
     low, high = scale
     if not high > low:
         raise ValueError(f"scale={scale} needs low < high; take it from fixed_scale")
@@ -80,10 +77,10 @@ def scale_position(values: np.ndarray, scale: tuple[float, float]) -> np.ndarray
 
 
 def colour_and_opacity(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The colour of a place on the scale and how strongly it covers the picture.
+    """The colour of a position on the scale, and its opacity over the picture.
 
-    Opacity rises from nothing, quickly at first: normal regions keep the look of the photograph,
-    and a weak response can be seen.
+    Opacity rises from 0, quickly at first: normal regions keep the look of the photograph, and a
+    weak response is visible.
 
     Args:
         position: float [...] in 0..1, as `scale_position` gives.
@@ -122,15 +119,15 @@ def heat_overlay(
 def outline(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Draws the contour of the true defect around it, so that the defect itself stays visible.
 
-    A bright line with a dark rim, readable on light and on dark metal. Where the defect touches the
-    picture's edge, the line runs along the edge.
+    The line is bright with a dark rim, readable on light and on dark metal. It runs along the
+    picture's edge if the defect touches the edge.
 
     Args:
         image: RGB uint8 [h, w, 3].
         mask: bool [h, w], true on the defect.
 
     Returns:
-        A new RGB uint8 [h, w, 3]; equal to the image when the mask is empty.
+        A new RGB uint8 [h, w, 3]; equal to the image if the mask is empty.
     """
     mask = np.asarray(mask, bool)
     if mask.shape != image.shape[:2]:
@@ -177,17 +174,17 @@ def _ring(mask: np.ndarray, thickness: int) -> np.ndarray:
 
 
 def crossing_score(scores: np.ndarray, is_anomaly: np.ndarray) -> float | None:
-    """The score where the two classes cross.
+    """The score at which the two classes cross.
 
-    As large a share of the good images lies above it as of the anomalies below it.
-    It uses the labels, so it is a way to look at results, never a threshold to decide with.
+    The share of good images above the score equals the share of anomalies below. The score uses the
+    labels: it serves to look at results, never as a threshold to decide with.
 
     Args:
         scores: float [n].
         is_anomaly: bool [n].
 
     Returns:
-        The middle between two neighbouring scores, or None when there is only one class.
+        The middle between two neighbouring scores, or None for a single class.
     """
     scores, is_anomaly = np.asarray(scores, np.float64), np.asarray(is_anomaly, bool)
     if is_anomaly.all() or not is_anomaly.any():
@@ -203,23 +200,23 @@ def crossing_score(scores: np.ndarray, is_anomaly: np.ndarray) -> float | None:
 def choose_gallery(
     scores: Sequence[float], is_anomaly: Sequence[bool], count: int
 ) -> list[tuple[int, str]]:
-    """Chooses images that show what a run does well, does badly and cannot decide.
+    """Chooses the clearest, the most wrong and the least decided images of a run.
 
-    * best: clearly right. Two anomalies of the highest scores for each good image of the lowest;
-      never an image on the wrong side of `crossing_score`.
-    * worst: most wrong. The anomaly scored lowest, the good image scored highest, and so on.
-    * borderline: nearest to `crossing_score`; none with a single class, where nothing crosses.
+    * best: two anomalies of the highest scores for each good image of the lowest; never an image on
+      the wrong side of `crossing_score`.
+    * worst: the anomaly scored lowest, the good image scored highest, and so on.
+    * borderline: nearest to `crossing_score`; no image if there is a single class.
 
-    The kinds take turns, so with few images each still gets its share and no image appears twice.
-    Ties go to the lower index: the same input always gives the same gallery.
+    The kinds take turns, so that each gets its share of few images and no image appears twice. Ties
+    go to the lower index: the same input always gives the same gallery.
 
     Args:
         scores: finite anomaly score per image [n].
         is_anomaly: truth per image [n].
-        count: images per kind; fewer when there are not enough.
+        count: images per kind; fewer if there are not enough.
 
     Returns:
-        (index, kind) in the order best, worst, borderline, the most telling first.
+        (index, kind) in the order best, worst, borderline, the clearest case of a kind first.
     """
     scores, is_anomaly = np.asarray(scores, np.float64), np.asarray(is_anomaly, bool)
     if scores.shape != is_anomaly.shape or scores.ndim != 1:
@@ -251,7 +248,7 @@ def choose_gallery(
 
 
 def _take_turns(first: list, second: list, first_share: int = 1) -> Iterator:
-    """Yields `first_share` of the first list for each one of the second until both are empty."""
+    """Yields `first_share` items of the first list per item of the second until both are empty."""
     while first or second:
         yield from first[:first_share]
         yield from second[:1]
@@ -269,13 +266,13 @@ def write_gallery(
 ) -> None:
     """Writes the chosen pictures of a run as PNG files, and gallery.json beside them.
 
-    Every item gets the picture as the model saw it (`000_image.png`) and its heat overlay
-    (`000_heat.png`); an anomaly with pixel truth inside the frame also gets its outline
-    (`000_truth.png`). gallery.json is written last, so a killed run leaves no half gallery behind.
+    Every item has the picture as the model saw it (`000_image.png`) and its heat overlay
+    (`000_heat.png`); an anomaly with pixel truth inside the frame also has its outline
+    (`000_truth.png`). gallery.json is written last: a gallery with that file is complete.
 
     Args:
-        folder: where to write; made when absent. Pictures of an earlier gallery are removed.
-        images: RGB uint8 [n, h, w, 3], indexable; only the chosen ones are read.
+        folder: made if absent. Pictures of an earlier gallery are removed.
+        images: RGB uint8 [n, h, w, 3], indexable; only the chosen images are read.
         maps: float [n, h, w].
         masks: bool [n, h, w].
         table: columns id, label ("good" or "anomaly"), domain, defect, score, has_mask, each [n].
@@ -283,7 +280,7 @@ def write_gallery(
         count: images per kind, see `choose_gallery`.
 
     Raises:
-        ValueError: when a label is neither "good" nor "anomaly".
+        ValueError: a label is neither "good" nor "anomaly".
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -312,6 +309,6 @@ def write_gallery(
 
 
 def write_png(path: pathlib.Path, image: np.ndarray) -> None:
-    """Writes RGB uint8 [h, w, 3]; imencode, because imwrite reports a bad path only by False."""
+    """Writes RGB uint8 [h, w, 3]; cv2.imwrite would report a bad path only by False."""
     encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
     files.write_bytes(path, encoded.tobytes())

@@ -18,7 +18,7 @@ NOT_METRICS = ("counts", "reasons", "ci95", "error_at_most", "defects")
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric's full title, its place in a table, and what it says."""
+    """A metric's full title, its place in a table, and its meaning."""
 
     title: str
     group: str
@@ -89,7 +89,7 @@ METRICS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One number of a table: percent, its spread, its interval, or why it is missing."""
+    """A number of a table: percent, spread and interval, or the reason why it is missing."""
 
     text: str
     std: str = ""
@@ -101,7 +101,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of a table; `css` is one of all, domain, category, mean, worst, gap, seed."""
+    """A line of a table; `css` is all, domain, category, mean, worst, gap or seed."""
 
     label: str
     css: str
@@ -179,7 +179,7 @@ def entry(metrics: Mapping, domain: str, name: str) -> Mapping:
 
 
 def metric_names(aggregate: Mapping) -> list[str]:
-    """The metrics of the tables: the known ones in their order, then any others in the file."""
+    """The metrics of the tables: those of METRICS in its order, then any others in the file."""
     names = {name for *_, values in _values(aggregate) for name in values}
     extra = sorted(names - set(METRICS) - set(NOT_METRICS))
     return [name for name in METRICS if name in names] + extra
@@ -285,13 +285,13 @@ def cell(values: Mapping, name: str, footnotes: Footnotes) -> Cell:
 
 def _summary_rows(summary: Mapping, names: list[str], aggregate: Mapping) -> list[Row]:
     """Mean, worst and gap to the reference domain, as far as the file has them."""
-    of = [summary.get(name) or {} for name in names]
-    worst = [one.get("worst") or {} for one in of]
+    numbers = [summary.get(name) or {} for name in names]
+    worst = [number.get("worst") or {} for number in numbers]
     several = any(
         len(e.get("seeds") or {}) > 1 for *_, v in _values(aggregate) for e in _entries(v)
     )
-    stds = [percent(o["std"]) if several and is_number(o.get("std")) else "" for o in of]
-    means = [Cell(percent(o.get("mean")), std) for o, std in zip(of, stds, strict=True)]
+    stds = [percent(n["std"]) if several and is_number(n.get("std")) else "" for n in numbers]
+    means = [Cell(percent(n.get("mean")), std) for n, std in zip(numbers, stds, strict=True)]
     has_domains = any(domain != "all" for _, _, domain, _ in _values(aggregate))
     over = ["domains"] if has_domains else []
     over += ["categories"] if len(categories(aggregate)) > 1 or not over else []
@@ -302,7 +302,7 @@ def _summary_rows(summary: Mapping, names: list[str], aggregate: Mapping) -> lis
         Cell(percent(w.get("value")), where=place) for w, place in zip(worst, places, strict=True)
     ]
     rows.append(Row("worst", "worst", cells))
-    gaps = [one.get("gap_to_reference") for one in of]
+    gaps = [number.get("gap_to_reference") for number in numbers]
     if any(is_number(gap) for gap in gaps):
         cells = [Cell(_signed(gap) if is_number(gap) else DASH) for gap in gaps]
         rows.append(Row(f"gap to “{aggregate.get('reference_domain')}”, points", "gap", cells))

@@ -1,8 +1,9 @@
 """The threshold on the page: verdicts per domain at it, and the scores that the slider counts.
 
 The threshold is that of the run's held-out good images (mmrjax/evaluate/calibrate.py). A run
-without one starts the slider at the score where the classes cross. That score uses the labels, and
-the page says so. The script of the page (templates/report.js) counts anew when the slider moves.
+without a threshold starts the slider at the score at which the classes cross. That score uses the
+labels, and the page says so. The script of the page (templates/report.js) counts anew when the
+slider moves.
 """
 
 import json
@@ -28,7 +29,7 @@ def start(run: files.Run) -> float | None:
 
 
 def panel(run: files.Run) -> dict | None:
-    """What the template shows of a run; None for a run without finite scores."""
+    """The template's view of a run; None for a run without finite scores."""
     columns = _finite(run)
     if columns is None:
         return None
@@ -88,7 +89,7 @@ def _row(name: str, own: Mapping, threshold: float, calibration: Mapping) -> dic
 
 
 def _sentence(calibration: Mapping) -> str:
-    """Where the threshold comes from and what it promises, or why there is none."""
+    """Origin and promise of the threshold, or the reason why there is none."""
     if calibration.get("threshold") is not None:
         count, groups = calibration["images"], calibration["groups"]
         of_groups = "" if groups == count else f" of {groups} groups"

@@ -17,7 +17,7 @@ FALSE_ALARMS = 0.05  # share of good images that the headline sentence lets be r
 
 
 def detection_rate(scores: np.ndarray, is_anomaly: np.ndarray) -> float | None:
-    """Share of defective images above all but 5 % of the good ones.
+    """Share of defective images that score above all but 5 % of the good images.
 
     The rate only describes the test scores; no threshold is taken from it.
 
@@ -38,7 +38,7 @@ def headline_cell(content: Mapping) -> tables.Cell:
 
 
 def answer(aggregate: Mapping, method: str, rate: float | None) -> list[str]:
-    """What a method achieves, as sentences.
+    """The results of a method as sentences.
 
     Args:
         aggregate: results.json of the work directory.
