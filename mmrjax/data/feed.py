@@ -62,7 +62,7 @@ class Feed:
         sizes = np.zeros((shared, 2), np.int32)
         for position in own:
             sizes[position] = records.size(position, max_side)
-        sizes = mesh.whole(sizes, device_mesh)[:count]
+        sizes = mesh.complete(sizes, device_mesh)[:count]
         self.canvas = tuple(int(n) for n in sizes.max(axis=0))
         self._channels = 3 + plan.foreground
         gib = count * self.canvas[0] * self.canvas[1] * self._channels / 2**30

@@ -279,7 +279,7 @@ class Scorer:
         batches = geometry.batches(records, view or self._view, size, own)
         batches = logs.progress(batches, "scoring", -(-len(records) // size))
         for i, (batch, result) in enumerate(one_behind(trained, self._predict, batches)):
-            image, mask = mesh_lib.whole(batch[:2], trained.mesh)
+            image, mask = mesh_lib.complete(batch[:2], trained.mesh)
             n = batch[2]
             yield slice(i * size, i * size + n), image[:n], mask[:n], result
 

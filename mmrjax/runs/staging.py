@@ -152,7 +152,7 @@ def opened(place: str | os.PathLike, suffix: str | None = None) -> Iterator[Stag
             yield stage
             if suffix is None:
                 stage.send()
-        except BaseException as e:  # Ctrl-C too: finished work shall not be done again
+        except BaseException as e:  # Ctrl-C too: finished work shall not be repeated
             if suffix is None:
                 stage.save_after_error()
             stage.name_in_error(e)

@@ -1,12 +1,12 @@
 """Checkpoints: Orbax behind one small wrapper that verifies what it reads.
 
-Saved asynchronously and atomically: a killed save leaves the previous checkpoint in place. Orbax
-does not notice a flipped bit, so a checksum per leaf is stored beside the arrays, and one over all
-that is known of them; a checkpoint that does not match is reported and the previous one is used.
-Checksums are taken in the background, like writing. The frozen teacher is never saved.
+A save is asynchronous and atomic: a killed save leaves the previous checkpoint in place. Orbax does
+not notice a flipped bit. A checksum per leaf is therefore stored beside the arrays, and a checksum
+of that metadata. A checkpoint that does not match is reported, and the previous checkpoint is used.
+Checksums are computed in the background, like writing. The frozen teacher is never saved.
 
-Several processes save and restore together, on storage that all of them see: each method is called
-by all. A checkpoint does not depend on how its arrays were split.
+Several processes save and restore together, on storage that all of them see: all processes call
+each method. A checkpoint does not depend on how its arrays were split.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from mmrjax.runtime import files, mesh, processes
 
 
 class Store:
-    """Where a run keeps its checkpoints: folders in the run's own, here or in a bucket."""
+    """The folders with the checkpoints of a run: in the run's folder, here or in a bucket."""
 
     def __init__(
         self,
@@ -40,9 +40,9 @@ class Store:
 
         Args:
           root: the run's folder, or its address.
-          send: brings the run's other files there, which a checkpoint needs to be of use; called by
-            all processes.
-          naming: a context that makes one line of what a client of the storage raises.
+          send: copies the run's other files to `root`; a checkpoint is of no use without them. All
+            processes call it.
+          naming: a context that turns errors of the storage's client into a single line.
         """
         self.root, self.send, self.naming = epath.Path(root), send, naming
 
@@ -51,7 +51,7 @@ class Store:
         return Checkpoints(self.root / name, keep, read_only, self.send, self.naming)
 
     def present(self, name: str) -> bool:
-        """Whether there is a checkpoint in the folder `name`, whole or not."""
+        """Whether the folder `name` has a checkpoint, intact or damaged."""
         folder = self.root / name
         return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
@@ -80,7 +80,7 @@ class Checkpoints:
           keep: the latest checkpoints that stay.
           read_only: touches nothing in the directory: a run that still trains may own it.
           before_save: called before a checkpoint is saved.
-          naming: a context that makes one line of what a client of the storage raises.
+          naming: a context that turns errors of the storage's client into a single line.
         """
         is_here = not files.is_remote(directory)
         self._directory = epath.Path(pathlib.Path(directory).absolute() if is_here else directory)
@@ -129,7 +129,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """A save fails in the background: the next call of any kind raises what it met."""
+        """Raises the error of a save that failed in the background; of a full disk in our words."""
         try:
             with self._naming():
                 yield
@@ -142,8 +142,8 @@ class Checkpoints:
         """Restores the newest intact checkpoint.
 
         Args:
-          target: a tree of arrays or shapes with shardings; or one sharding, to restore whatever
-            nested dict is stored (a memory bank's size is not known before).
+          target: a tree of arrays or shapes with shardings; or a single sharding, to restore any
+            nested dict that is stored (a memory bank's size is not known before).
 
         Returns:
           (step, tree), or None when there is no checkpoint.
@@ -167,9 +167,9 @@ class Checkpoints:
         return None
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Moves damaged checkpoints out of the way, since their steps will be saved again.
+        """Renames damaged checkpoints, since their steps will be saved a second time.
 
-        They are not deleted: a disk may have refused to read what it holds.
+        They are not deleted: the damage may be an error of reading.
         """
 
         def move() -> None:
@@ -183,7 +183,7 @@ class Checkpoints:
             self._manager.reload()
 
     def _intact(self, step: int, target):
-        """The tree of one checkpoint, or None when any process finds it damaged."""
+        """The tree of a checkpoint, or None if any process finds it damaged."""
         meta = self._meta(step)
         if _in_any_process(meta is None):
             return None
@@ -233,9 +233,9 @@ class Checkpoints:
 
 
 class _MetaHandler(ocp.JsonCheckpointHandler):
-    """Writes what a function returns, and calls it in the background.
+    """Calls a function in the background and writes its result.
 
-    Orbax commits a checkpoint after both, and raises their errors like those of its own writers.
+    Orbax commits a checkpoint afterwards, and raises errors of both like errors of its writers.
     """
 
     async def async_save(self, directory, item=None, args=None):
@@ -252,7 +252,7 @@ class _MetaHandler(ocp.JsonCheckpointHandler):
 
 
 def checksums(tree) -> dict[str, int]:
-    """{leaf path: crc32 of its bytes}, one leaf at a time; called by all processes together."""
+    """{leaf path: crc32 of its bytes}, leaf by leaf; called by all processes together."""
     return {
         jax.tree_util.keystr(path): _checksum(mesh.gather(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -264,11 +264,11 @@ def _checksum(array: np.ndarray) -> int:
 
 
 def _copied(tree) -> dict[str, list]:
-    """{leaf path: [(index, values) of each of its parts]} on the host; only the first has any.
+    """{leaf path: [(index, values) of each part]} on the host, in the first process.
 
-    The parts are JAX's own host copies. On a CPU Orbax takes the same of what one device holds, of
-    what several hold it fetches a part from each; on a GPU it makes copies of its own, pinned.
-    Parts in other processes can only be gathered by all of them together, hence here.
+    The parts are JAX's own host copies. On a CPU Orbax shares the copy of an array that a single
+    device holds, and fetches a part from each device of a split array; on a GPU it makes pinned
+    copies of its own. All processes must gather parts of other processes together, hence here.
     """
     first = processes.is_first()
 
@@ -287,10 +287,10 @@ def _copied(tree) -> dict[str, list]:
 def _joined(shape: list[int], dtype: str, parts: list) -> np.ndarray:
     if len(parts) == 1:
         return parts[0][1]
-    whole = np.empty(shape, dtype)
+    array = np.empty(shape, dtype)
     for index, values in parts:
-        whole[index] = values
-    return whole
+        array[index] = values
+    return array
 
 
 def _crc(meta: dict) -> int:
@@ -316,9 +316,9 @@ def _stored_dict(leaves: dict, sharding: jax.sharding.Sharding) -> dict:
     return tree
 
 
-def check_leaves(found, wanted, where: epath.Path | pathlib.Path) -> None:
+def check_leaves(stored, wanted, where: epath.Path | pathlib.Path) -> None:
     """Raises ValueError if two trees of arrays or shapes differ, naming up to four leaves."""
-    _check_leaves(_describe(found), _describe(wanted), where)
+    _check_leaves(_describe(stored), _describe(wanted), where)
 
 
 def _check_leaves(stored: dict, wanted: dict, where: epath.Path) -> None:

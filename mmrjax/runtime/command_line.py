@@ -1,8 +1,7 @@
-"""How a command ends: its exit status, and one line on standard error instead of a traceback.
+"""How a command ends: its exit status, and a single line on standard error, no traceback.
 
-For the programs that read or write files beside a training (main.py has more to say: signals,
-several processes). MMRJAX_TRACEBACK=1 shows where an error was raised. And where programs keep what
-they compile, which is for commands to say, not for a library that somebody imports.
+main.py ends in its own way, for signals and several processes. MMRJAX_TRACEBACK=1 shows the
+traceback of an error. `keep_compiled` is for commands too, not for a library that somebody imports.
 """
 
 import os
@@ -14,16 +13,16 @@ import jax
 
 from mmrjax.runtime import files
 
-INTERRUPTED = 130  # as shells say of a program that Ctrl-C has ended
+INTERRUPTED = 130  # the status that shells give a program ended by Ctrl-C
 
 
 def run(program: Callable[[], int], ending: str = "") -> int:
     """The exit status of `program`.
 
     Args:
-      program: returns its status; ValueError, RuntimeError and OSError that it raises are errors
-        of what was given, whose words are for a person; others are ours and stay as they are.
-      ending: of the line, such as what an error means for the files; begins with its own comma.
+      program: returns its status. The words of a ValueError, RuntimeError or OSError are meant for
+        the user; other errors are bugs and keep their traceback.
+      ending: of the line, such as the effect of an error on the files; begins with its own comma.
     """
     try:
         return program()
@@ -40,9 +39,10 @@ def run(program: Callable[[], int], ending: str = "") -> int:
 def keep_compiled() -> None:
     """Keeps compiled programs for the next command, in ~/.cache/mmrjax/xla.
 
-    All of them: JAX leaves out what it compiles within a second, and the hundred small ones of a
-    run take several. What the environment sets otherwise stays; JAX_ENABLE_COMPILATION_CACHE=false
-    keeps none, nor does a user without a home that can be written to.
+    By default JAX keeps only programs that take a second to compile, and the hundred small programs
+    of a run take several seconds. Settings in the environment win, and
+    JAX_ENABLE_COMPILATION_CACHE=false keeps no program. Nothing is kept without a home directory
+    that can be written to.
     """
     try:
         cache = pathlib.Path("~/.cache/mmrjax/xla").expanduser()

@@ -1,4 +1,4 @@
-"""Small files written so that nobody ever sees half of one, and what to say of a full disk."""
+"""Paths, locks and small files that no reader sees half-written; words for a full disk."""
 
 import argparse
 import contextlib
@@ -15,12 +15,12 @@ LOCAL_ONLY = (
     "expected a file or folder here; copy what is in a bucket, or mount it as one (gcsfuse). Work "
     "directories, data.data_dir, teacher.weights and student.init may be gs:// addresses"
 )
-# What the system says when a disk takes no more: full, over the quota, over the limit of a file.
+# The system's words for a disk that takes no more: full, over the quota, over a file's limit.
 FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def is_remote(place: str | os.PathLike) -> bool:
-    """Whether a path is meant as an address such as gs://bucket/name; with one slash too."""
+    """Whether a path is meant as an address such as gs://bucket/name, or gs:/bucket/name."""
     return "://" in str(place) or str(place).startswith("gs:")
 
 
@@ -45,7 +45,7 @@ def local_path(text: str) -> pathlib.Path:
     """A folder or file of a command line, as argparse's `type`.
 
     Raises:
-      argparse.ArgumentTypeError: a bucket's address, of which pathlib would make a folder "gs:".
+      argparse.ArgumentTypeError: a bucket's address, which pathlib would turn into a folder "gs:".
     """
     if is_remote(text):
         raise argparse.ArgumentTypeError(f"{text}: {LOCAL_ONLY}")
@@ -58,10 +58,10 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes `data` to a neighbour of `path` and renames it; makes the folder when absent.
+    """Writes `data` to a neighbour of `path` and renames it; makes the folder if absent.
 
     Raises:
-      OSError: naming `path`, which is as it was before.
+      OSError: naming `path`, which is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -80,10 +80,10 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path) -> Iterator[None]:
-    """Waits until no other program holds a folder, and holds it; makes it when absent.
+    """Waits until no other program holds a folder, and holds it; makes it if absent.
 
-    The lock is on the folder itself, so nothing is left behind, also by a program that is killed.
-    File systems that lock no folders (NFS) keep nobody out.
+    The lock is on the folder itself, so that a killed program leaves nothing behind. A file system
+    without locks on folders (NFS) keeps nobody out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -102,7 +102,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
 
 
 def read_json(path: pathlib.Path) -> dict | None:
-    """The object in a JSON file; None when that is absent or damaged."""
+    """The object in a JSON file; None if the file is absent or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -128,15 +128,15 @@ def is_run_name(name: str) -> bool:
 
 
 def full_disk(e: Exception) -> str:
-    """The system's words for a full disk when `e` comes of one, else "".
+    """The system's words for a full disk if `e` has them, "" otherwise.
 
-    By the text: libraries in C++ hand on the system's words, not its number.
+    Libraries in C++ hand on the system's words, not its error number.
     """
     return next((words for words in FULL if words in str(e)), "")
 
 
 def explain(e: Exception) -> str:
-    """An error as one line for a person; of a full disk with what to do about it."""
+    """An error as a single line for a person, with what to do about a full disk."""
     line = " ".join(str(e).split())
     if full_disk(e):
         line += ": the disk is full; make room and repeat the command, it continues what is saved"

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a bar on a terminal or plain lines, and metrics.jsonl."""
+"""Log lines and progress for a person, on a terminal or as plain lines; and metrics.jsonl."""
 
 import json
 import logging as std_logging
@@ -17,16 +17,16 @@ from mmrjax.runtime import trackers as trackers_lib
 
 LINE_SECONDS = 15.0  # between plain lines when there is no terminal
 FLUSH_SECONDS = 1.0  # between fetches of the losses from the device
-# By whole folders: an environment may lie in a clone that is called mmrjax.
+# Our packages: an environment may lie in a clone that is called mmrjax.
 _ROOT = pathlib.Path(__file__).parents[2]
 OURS = tuple(str(_ROOT / name) + os.sep for name in ("mmrjax", "data_builders", "scripts"))
 
 
 def setup() -> None:
-    """Shows our own log lines, and of the libraries' only warnings.
+    """Shows our own log lines, warnings of libraries, and nothing of Orbax.
 
-    Of Orbax none: it writes 40 lines per save, and of a failure the stack of every thread and task,
-    beside the error that it raises.
+    Orbax logs 40 lines per save, and after a failure the stack of every thread and task, beside the
+    error that it raises.
     """
     flags.FLAGS.mark_as_parsed()  # nothing here has absl flags, but absl and Grain look for them
     logging.set_verbosity(logging.INFO)
@@ -46,25 +46,25 @@ def _is_for_people(record: std_logging.LogRecord) -> bool:
 
 
 class _QuietOrbax:
-    """Drops what a failed save of Orbax leaves behind: dozens of writers without an event loop."""
+    """Drops the noise of a failed save of Orbax: errors of dozens of writers without a loop."""
 
     def __init__(self, other: Callable):
-        """`other` is the hook for the errors of everybody else."""
+        """`other` is the hook for all other errors."""
         self._other = other
 
     def __call__(self, unraisable) -> None:
-        """A hook as `sys.unraisablehook` wants it."""
+        """Takes an error, as `sys.unraisablehook` does."""
         if str(unraisable.exc_value) != "Event loop is closed":
             self._other(unraisable)
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches: standard error is a terminal and this is process 0."""
+    """Whether standard error is a terminal and this is the first process."""
     return sys.stderr.isatty() and processes.is_first()
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
-    """Iterates with a bar on a terminal; elsewhere a plain line now and then says how far it is."""
+    """Iterates with a bar on a terminal, or with a plain line every LINE_SECONDS elsewhere."""
     total = len(items) if total is None and isinstance(items, Sized) else total
     if on_terminal():
         yield from tqdm.tqdm(items, desc=label, total=total, leave=False)
@@ -80,14 +80,14 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
 
 
 def remedy(rate_field: str) -> str:
-    """What to do about a loss or a parameter that is not finite."""
+    """The advice for a loss or a parameter that is not finite."""
     return f"lower {rate_field} or use train.compute_dtype=float32, in another --workdir"
 
 
 class TrainLog:
     """Losses of a training run: fetched in groups, written to metrics.jsonl, shown as progress.
 
-    Every process fetches them, and so notices a loss that is not finite; the first one writes.
+    Every process fetches them, and so notices a loss that is not finite; the first process writes.
     """
 
     def __init__(
@@ -116,9 +116,9 @@ class TrainLog:
         )
 
     def _begin(self, path: pathlib.Path, start: int) -> None:
-        kept = _keep_until(path, start)
+        lines = _lines_before(path, start)
         for tracker in self._trackers:
-            tracker.replay(kept)
+            tracker.replay(lines)
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
         """Takes the logs of steps [step, step + k), device arrays [k]."""
@@ -211,12 +211,12 @@ def seconds(path: pathlib.Path, batch: int, start: int, stop: int) -> float | No
     return sum(batch / rate for rate in rates)
 
 
-def _keep_until(path: pathlib.Path, step: int) -> list[dict]:
-    """Drops the lines from `step` on; the file is replaced whole: a kill keeps the history."""
+def _lines_before(path: pathlib.Path, step: int) -> list[dict]:
+    """Drops the lines from `step` on; replaces the file, so that a kill keeps the history."""
     lines = map(_parse, path.read_text().splitlines()) if path.exists() else ()
-    kept = [line for line in lines if line and line["step"] < step]
-    files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept
+    lines = [line for line in lines if line and line["step"] < step]
+    files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
 
 
 def _parse(line: str) -> dict | None:

@@ -1,4 +1,4 @@
-"""The device mesh, where arrays lie on it, and which rows of them a process has to know.
+"""The device mesh, the place of arrays on it, and the rows that a process has to know.
 
 A batch is split over all devices. Parameters are on every device, or with `fsdp` > 1 the large ones
 are split over that many devices (fully sharded data parallelism, Zhao et al. 2023,
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mmrjax.runtime import devices, processes
 
 AXES = ("data", "fsdp")
-FSDP_ELEMENTS = 1 << 16  # smaller arrays stay whole: they cost more to gather than they save
+FSDP_ELEMENTS = 1 << 16  # smaller arrays are not split: gathering costs more than it saves
 
 
 def make_mesh(count: int | None = None, fsdp: int = 1, batch_sizes: Sequence[int] = ()) -> Mesh:
@@ -48,20 +48,20 @@ def make_mesh(count: int | None = None, fsdp: int = 1, batch_sizes: Sequence[int
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding of an array that every device holds."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Axis `axis` is split over all devices."""
+    """The sharding of an array whose axis `axis` is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXES))
 
 
 def fsdp_shardings(tree, mesh: Mesh):
     """Shardings of parameters or of what has their shapes, such as moments.
 
-    The longest axis that divides is split over "fsdp"; arrays of less than FSDP_ELEMENTS stay
-    whole.
+    The longest axis that divides is split over "fsdp"; arrays of less than FSDP_ELEMENTS are not
+    split.
     """
     n = mesh.shape["fsdp"]
 
@@ -76,7 +76,7 @@ def fsdp_shardings(tree, mesh: Mesh):
 
 
 def put(tree, shardings):
-    """Puts arrays, the same in every process, where `shardings` (a tree or a single one) says."""
+    """Puts arrays, equal in every process, as `shardings` (a tree or a single sharding) says."""
     if isinstance(shardings, NamedSharding):
         return jax.tree.map(lambda x: _put(x, shardings), tree)
     return jax.tree.map(_put, tree, shardings)
@@ -101,7 +101,7 @@ def own_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
 
 
 def spread(tree, mesh: Mesh, count: int):
-    """The first `count` rows of arrays that `put_batch` has split, now whole on every device."""
+    """The first `count` rows of arrays that `put_batch` has split, on every device."""
 
     def cut(tree):
         return jax.tree.map(lambda x: x if len(x) == count else x[:count], tree)
@@ -109,13 +109,13 @@ def spread(tree, mesh: Mesh, count: int):
     return jax.jit(cut, out_shardings=replicated(mesh))(tree)
 
 
-def whole(tree, mesh: Mesh):
-    """Host arrays of which every process has filled its `own_rows`, complete in every process."""
+def complete(tree, mesh: Mesh):
+    """Host arrays whose `own_rows` every process has filled, complete in every process."""
     return tree if processes.count() == 1 else gather(put_batch(tree, mesh))
 
 
 def gather(tree):
-    """Whole NumPy arrays in every process, wherever the parts lie; all processes must call it."""
+    """NumPy arrays in every process, wherever their parts lie; all processes must call it."""
 
     def array(x) -> np.ndarray:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
@@ -138,6 +138,6 @@ def _put(x, sharding: NamedSharding) -> jax.Array:
     on_all = isinstance(x, jax.Array) and not x.is_fully_addressable
     if on_all or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    # device_put would first compare the values of all processes, rows that are not filled as well.
+    # device_put would first compare the values of all processes, also of rows that are not filled.
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

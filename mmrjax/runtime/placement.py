@@ -1,8 +1,8 @@
-"""How weights lie in memory that a program reads and does not change.
+"""The layout in memory of weights that a program reads and does not change.
 
-All of them are so in scoring, the teacher's in training too. Whatever layers and kernels would make
-of them in every call or step is made of them once: `place`. A program takes them as they lie and
-begins with `restore`, which XLA reduces to nothing. Called by train.py, state.py and scoring.py.
+Scoring changes no weights; training does not change the teacher's. `place` casts and transposes
+such weights once, as layers and kernels would in every call or step. A program takes the placed
+weights and begins with `restore`, which XLA reduces to nothing.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 from mmrjax.runtime import devices
 
-BLOCKS = "['blocks']"  # of an encoder, whose leaves are stacked: [depth, ...]
+BLOCKS = "['blocks']"  # of an encoder; their leaves are stacked: [depth, ...]
 
 
 @jax.tree_util.register_dataclass  # flattened in C++, unlike Flax's: in every call
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """A stacked leaf, an array for each layer: a GPU would copy every slice of it."""
+    """A stacked leaf as an array per layer: a GPU would copy every slice of the stack."""
 
     parts: tuple[jax.Array, ...]
 
@@ -42,15 +42,15 @@ def lay_out(tree: dict, dtype: jnp.dtype, on_gpu: bool, unroll: int = 1) -> dict
 
     Args:
       tree: variables of Flax modules, nested dictionaries, or several of them.
-      dtype: in which the modules compute. Kernels and their biases, which layers would cast in
-        every call, lie in it; in bfloat16 a call reads half as much. The rest stays as it is.
-      on_gpu: also turns the kernels of convolutions and takes stacks of blocks apart.
-      unroll: blocks that the program computes without a loop. Longer stacks stay: a loop needs them
-        whole.
+      dtype: of the modules' computations. Kernels and their biases are cast to it, as layers would
+        in every call; in bfloat16 a call reads half as much. Other leaves keep their type.
+      on_gpu: also transposes the kernels of convolutions and takes stacks of blocks apart.
+      unroll: blocks that the program computes without a loop. Longer stacks are not taken apart: a
+        loop needs the stack.
 
     Returns:
-      The same tree with Layers and OutputsFirst in place of some leaves, for `restore`. Leaves that
-      nothing happens to are not copied.
+      The same tree with Layers and OutputsFirst in place of some leaves, for `restore`. Unchanged
+      leaves are not copied.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     named = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
@@ -59,11 +59,11 @@ def lay_out(tree: dict, dtype: jnp.dtype, on_gpu: bool, unroll: int = 1) -> dict
     def how(name: str, leaf: jax.Array) -> str:
         is_kernel = name.endswith("kernel']")
         is_bias = name.endswith("bias']") and name.removesuffix("bias']") + "kernel']" in known
-        if not (is_kernel or is_bias):  # those of norms are read where they lie
+        if not (is_kernel or is_bias):  # norms read their leaves as they are
             return ""
         if on_gpu and BLOCKS in name and leaf.shape[0] <= unroll:
             return "layers"
-        # [height, width, in, out]; that of a transposed convolution is [in, height, width, out].
+        # [height, width, in, out]; a transposed convolution has [in, height, width, out].
         if on_gpu and leaf.ndim == 4 and leaf.shape[0] == leaf.shape[1]:
             return "outputs first"
         return "" if leaf.dtype == dtype else "cast"
@@ -75,7 +75,7 @@ def lay_out(tree: dict, dtype: jnp.dtype, on_gpu: bool, unroll: int = 1) -> dict
     return jax.tree.unflatten(structure, placed)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # one program, not one a leaf
+@functools.partial(jax.jit, static_argnums=(1, 2))  # a single program for all leaves
 def _turned(leaves: list[jax.Array], kinds: tuple[str, ...], dtype: jnp.dtype) -> list:
     turn = {
         "cast": lambda x: x,
@@ -86,7 +86,7 @@ def _turned(leaves: list[jax.Array], kinds: tuple[str, ...], dtype: jnp.dtype) -
 
 
 def restore(tree: dict) -> dict:
-    """The tree that `lay_out` was given, but for the casts; to be called in a program."""
+    """The tree that `lay_out` was given, except for the casts; to be called in a program."""
 
     def take(leaf):
         if isinstance(leaf, Layers):

@@ -1,9 +1,9 @@
-"""Several processes as one program: who writes, who waits, and what all of them decide together.
+"""Several processes as one program: which process writes, and what all of them decide together.
 
-Every process runs the same program in the same order, because whatever uses the devices has to be
-started by all of them. Files are written by the first process alone (`first`); clocks and signals,
-which differ from process to process, are settled by `agree`. Where there is only one process, none
-of this costs anything. Called wherever the program touches files, clocks or signals.
+Every process runs the same program in the same order, because all processes must start a
+computation on the devices together. Only the first process writes files (`first`). Clocks and
+signals differ from process to process, and `agree` settles them. A single process pays nothing for
+this.
 """
 
 import itertools
@@ -24,9 +24,9 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 24 * 3600  # for what the first process does alone: building records, metrics
+PATIENCE_SECONDS = 24 * 3600  # for work of the first process alone: building records, metrics
 FAREWELL_SECONDS = 5  # that a failed process gives the others to fail by themselves
-# Errors of the first process that reach the others as what they are; the narrower ones first.
+# Errors of the first process that the others raise with the same type; subclasses come first.
 ERRORS = (FileNotFoundError, OSError, FloatingPointError, ValueError, RuntimeError)
 
 _barriers = itertools.count()
@@ -64,19 +64,20 @@ class StopRequest:
 
 
 def initialize(coordinator: str | None, processes: int | None, index: int | None) -> None:
-    """Joins the processes; before anything else uses JAX.
+    """Joins the processes, before anything else uses JAX.
+
+    An argument of None is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES or JAX_PROCESS_ID
+    in the environment, or from TPU pods, SLURM or Open MPI.
 
     Args:
-      coordinator: host:port where the first process listens; None as the two others to take
-        JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID from the environment or else
-        what TPU pods, SLURM and Open MPI tell.
-      processes: how many there are.
-      index: of this one, from 0.
+      coordinator: host:port on which the first process listens.
+      processes: their number.
+      index: of this process, from 0.
 
     Raises:
       ValueError: too little is known, or the processes do not find each other.
     """
-    # Its handler would swallow SIGTERM; `StopRequest` and `agree` do more.
+    # JAX's own service would swallow SIGTERM; `StopRequest` and `agree` do more.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -95,28 +96,31 @@ def initialize(coordinator: str | None, processes: int | None, index: int | None
 
 
 def count() -> int:
-    """How many processes there are; no device is touched where there can be but one."""
+    """The number of processes; touches no device if there can be only one."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this process writes the files and prints."""
     return count() == 1 or jax.process_index() == 0
 
 
 def own_name() -> str:
-    """What to begin a message with, as in "process 1 of 4: "; nothing for a single process."""
+    """The beginning of a message, as in "process 1 of 4: "; empty for a single process."""
     return f"process {jax.process_index()} of {count()}: " if count() > 1 else ""
 
 
 def first(work: Callable[[], T]) -> T:
-    """Does something in the first process alone while the others wait.
+    """Calls a function in the first process alone, while the others wait.
 
     Args:
-      work: uses no device; returns what JSON can hold.
+      work: uses no device; returns a value that JSON can hold.
 
     Returns:
-      Its result in every process (lists arrive as tuples); its error is raised in every process.
+      The result of `work` in every process (lists arrive as tuples).
+
+    Raises:
+      OSError, ValueError, …: the error of `work`, in every process.
     """
     if count() == 1:
         return work()
@@ -128,7 +132,7 @@ def first(work: Callable[[], T]) -> T:
             failure = e
             kind = next(kind for kind in ERRORS if isinstance(e, kind))
             outcome = {"error": kind.__name__, "message": str(e)}
-    # A collective operation on the devices may give up after minutes: wait without one first.
+    # A collective operation on the devices may give up after minutes: wait in another way first.
     _wait(f"first-{next(_barriers)}", PATIENCE_SECONDS)
     sent = json.loads(_broadcast(json.dumps(outcome)))
     if failure is not None:
@@ -147,10 +151,10 @@ def agree(*numbers: int) -> tuple[int, ...]:
 
 
 def run(program: Callable[[], int]) -> int:
-    """The exit status of `program`; a failed one of several processes ends here and now.
+    """The exit status of `program`; a process that failed beside others ends here.
 
-    An orderly end waits for all processes, and those that expect this one at their next collective
-    operation would never come: they fail as soon as it is gone.
+    An orderly end would wait for all processes. The others wait for this process at their next
+    collective operation, and fail only once it is gone.
     """
     try:
         status = program()
@@ -161,8 +165,8 @@ def run(program: Callable[[], int]) -> int:
         status = 1
     if status and count() > 1:
         try:
-            _wait("leave", FAREWELL_SECONDS)  # if all have failed alike, each may say so
-        except Exception as e:  # whatever the others' end looks like from here
+            _wait("leave", FAREWELL_SECONDS)  # if all have failed, each prints its error
+        except Exception as e:  # the end of the others has many forms
             logging.debug("left alone: %s", e)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -176,12 +180,12 @@ def _number(variable: str, given: int | None) -> int | None:
 
 
 def _wait(name: str, seconds: float) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has called this."""
     ocp.multihost.get_barrier_sync_fn()(key=f"mmrjax-{name}", timeout_ms=int(1000 * seconds))
 
 
 def _broadcast(text: str) -> str:
-    """The first process's text; the others' does not matter."""
+    """The first process's text; the text of the others does not matter."""
     data = np.frombuffer(text.encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     data = data if is_first() else np.zeros(size, np.uint8)
@@ -189,7 +193,7 @@ def _broadcast(text: str) -> str:
 
 
 def _tuples(value):
-    """JSON's lists as tuples, which is what configurations hold."""
+    """JSON's lists as tuples, since configurations hold tuples."""
     if isinstance(value, dict):
         return {name: _tuples(content) for name, content in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

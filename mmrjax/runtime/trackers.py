@@ -83,7 +83,7 @@ def tell_results(config: ConfigDict, run: pathlib.Path, results: Mapping) -> Non
 
 
 class Tracker:
-    """A run at one tracker; lines are those of metrics.jsonl: "step", "time", named values."""
+    """A run at a tracker; lines are those of metrics.jsonl: "step", "time", named values."""
 
     def __init__(self, name: str, config: ConfigDict, run: pathlib.Path, kind: str):
         """Begins a run there, or goes on with the run that trackers.json holds."""
@@ -179,7 +179,7 @@ def _wandb(
 def _mlflow(
     module: ModuleType, run: pathlib.Path, kind: str, identity: str | None, fields
 ) -> Session:
-    """MLflow at MLFLOW_TRACKING_URI, or where the package puts runs by itself."""
+    """MLflow at MLFLOW_TRACKING_URI, or in the place that the package chooses."""
     if not os.environ.get("MLFLOW_EXPERIMENT_NAME"):
         module.set_experiment(PROJECT)
     if identity:

@@ -74,7 +74,7 @@ def test_one_process_owns_all_rows_and_host_arrays_stay_as_they_are():
     mesh = mesh_lib.make_mesh()
     assert mesh_lib.own_rows(16, mesh).tolist() == [True] * 16
     array = np.arange(16)
-    assert mesh_lib.whole(array, mesh) is array
+    assert mesh_lib.complete(array, mesh) is array
 
 
 @pytest.mark.parametrize("count", [16, 13])
