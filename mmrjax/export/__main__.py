@@ -21,6 +21,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax import export
@@ -28,7 +29,6 @@ from jax import export
 from data_builders import files as image_folders
 from mmrjax import methods
 from mmrjax.data import geometry
-from mmrjax.models import winograd
 from mmrjax.runs import detector as detector_lib
 from mmrjax.runs import staging
 from mmrjax.runtime import command_line, files
@@ -93,11 +93,20 @@ def serialise(detector: detector_lib.Detector) -> bytes:
 
 
 def _portable(method: methods.base.Method, dtype: str = "") -> methods.base.Method:
-    """The method without cuDNN's attention, which is of one platform and may change its form."""
+    """The method with kernels that exist on every platform and for a batch of any size.
+
+    Args:
+      method: of a run.
+      dtype: compute dtype; "" keeps that of the run.
+    """
     config = method.config.copy_and_resolve_references()
     config.student.attention = "xla"
     config.train.compute_dtype = dtype or config.train.compute_dtype
-    return methods.create(method.name, config)
+    portable = methods.create(method.name, config)
+    for name, network in vars(portable).items():
+        if isinstance(network, nn.Module) and hasattr(network, "conv"):
+            setattr(portable, name, network.clone(conv="direct"))
+    return portable
 
 
 def inputs(detector: detector_lib.Detector, folder: str | None) -> np.ndarray:
@@ -149,8 +158,7 @@ def compare(
     method = _portable(trained.method, "float32" if in_float32 else "")
     if in_float32:
         precision = "highest"
-    # The file convolves directly, as a batch of any size has to.
-    with jax.default_matmul_precision(precision), winograd.direct_alone():
+    with jax.default_matmul_precision(precision):
         want = jax.jit(method.predict)(
             *jax.device_get((trained.variables, trained.frozen)), images / np.float32(255)
         )

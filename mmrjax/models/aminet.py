@@ -1,7 +1,9 @@
-"""The two trained networks of AMI-Net (IEEE TASE 2024): one finds what to hide, one inpaints it.
+"""The two trained networks of AMI-Net (IEEE TASE 2024).
 
-Both see the patches of a teacher's feature map as tokens, each through a projection of its own.
-Where paper and official code (luow23/AMI-Net, MIT) differ, the code is followed.
+The aggregation network finds cluster centres, from which the patches to hide follow; the inpainting
+network predicts all patches from the visible ones. Both see the patches of a teacher's feature map
+as tokens, each through a projection of its own. If paper and official code (luow23/AMI-Net, MIT)
+differ, this module follows the code.
 """
 
 import flax.linen as nn
@@ -43,7 +45,7 @@ class AMINet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        """A projection and an encoder for each of the two, their tokens, and the head."""
+        """A projection, an encoder and tokens for each network, and the head."""
         bound = self.patch_entries**-0.5  # torch's default for a convolution
         self.embed = self._embedding(vit.xavier)
         self.cluster_embed = self._embedding(fpn.uniform(bound))
@@ -56,11 +58,11 @@ class AMINet(nn.Module):
             self.mask_token = self.param("mask_token", zeros, (self.width,))
         else:
             self.mask_token = jnp.zeros(self.width)
-        # Column first; no class token, so not its row either.
+        # The column's code comes first. There is no class token, so its row is cut off.
         self.table = jnp.asarray(positions.sincos_2d(self.width, self.grid)[1:])  # [n, d]
 
     def _embedding(self, kernel_init) -> nn.Dense:
-        """A patch convolution as a matrix product."""
+        """A patch convolution as a matrix product: [b, n, patch_entries] -> [b, n, d]."""
         bias_init = fpn.uniform(self.patch_entries**-0.5)
         return nn.Dense(self.width, dtype=self.dtype, kernel_init=kernel_init, bias_init=bias_init)
 
@@ -73,7 +75,16 @@ class AMINet(nn.Module):
         visible: jax.Array,
         noise: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Both networks; `noise` holds that of `cluster` and that of `inpaint`."""
+        """Runs `cluster` and `inpaint`.
+
+        Args:
+          patches: float [b, n, patch_entries].
+          visible: bool [b, n].
+          noise: (noise of `cluster`, noise of `inpaint`), in training only.
+
+        Returns:
+          (tokens, centres, predicted patches), see `cluster` and `inpaint`.
+        """
         noise_cluster, noise_inpaint = noise or (None, None)
         tokens, centres = self.cluster(patches, noise_cluster)
         return tokens, centres, self.inpaint(patches, visible, noise_inpaint)
@@ -81,20 +92,20 @@ class AMINet(nn.Module):
     def cluster(
         self, patches: jax.Array, noise: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """What the patches are clustered by (section III-D).
+        """The tokens and cluster centres of an image's patches (section III-D, Eqs. 10 and 11).
 
         Args:
-          patches: [b, n, patch_entries].
+          patches: float [b, n, patch_entries].
           noise: standard normal [b, n, d], in training only.
 
         Returns:
           (tokens with their positions, before aggregation and without noise, float32 [b, n, d];
-          centres, float32 [b, clusters, d]), Eqs. 10 and 11.
+          centres, float32 [b, clusters, d]).
         """
-        tokens = self.cluster_embed(patches).astype(jnp.float32)
+        tokens = self.cluster_embed(patches).astype(jnp.float32)  # [b, n, d]
         x = tokens if noise is None else jitter(tokens, noise, self.jitter)
         first = jnp.broadcast_to(self.cluster_tokens, (len(x), self.clusters, self.width))
-        x = jnp.concatenate([first, x + self.table], axis=1)
+        x = jnp.concatenate([first, x + self.table], axis=1)  # [b, clusters + n, d]
         centres = self.aggregator(x.astype(self.dtype))[:, : self.clusters]
         return tokens + self.table, centres.astype(jnp.float32)
 
@@ -104,8 +115,8 @@ class AMINet(nn.Module):
         """Predicts all patches from the visible ones (Eqs. 2 to 6).
 
         Args:
-          patches: [b, n, patch_entries].
-          visible: bool [b, n]; the others are replaced by the mask token.
+          patches: float [b, n, patch_entries].
+          visible: bool [b, n]; the mask token replaces the other patches.
           noise: standard normal [b, n, d], in training only.
 
         Returns:
@@ -113,13 +124,13 @@ class AMINet(nn.Module):
         """
         # The mask token comes before the jitter and before the position.
         x = jnp.where(visible[..., None], self.embed(patches).astype(jnp.float32), self.mask_token)
-        x = x if noise is None else jitter(x, noise, self.jitter)
+        x = x if noise is None else jitter(x, noise, self.jitter)  # [b, n, d]
         x = self.inpainter((x + self.table).astype(self.dtype))
         return self.head(x).astype(jnp.float32)
 
 
 def safe_norm(x: jax.Array) -> jax.Array:
-    """Euclidean length over the last axis; its gradient at a zero vector is 0, as in torch."""
+    """Euclidean length over the last axis, [..., d] -> [...]; gradient 0 at 0, as in torch."""
     squared = jnp.sum(x**2, axis=-1)
     is_long = squared > 0
     return jnp.where(is_long, jnp.sqrt(jnp.where(is_long, squared, 1.0)), 0.0)
@@ -134,7 +145,7 @@ def jitter(tokens: jax.Array, noise: jax.Array, scale: float) -> jax.Array:
     Args:
       tokens: float32 [b, n, d].
       noise: standard normal [b, n, d].
-      scale: of the noise; 20 in UniAD and in AMI-Net.
+      scale: factor of the noise; 20 in UniAD and in AMI-Net.
 
     Returns:
       float32 [b, n, d].

@@ -1,24 +1,26 @@
 """The simple feature pyramid of ViTDet (Li et al. 2022, arXiv 2203.16527) as MMR uses it.
 
 Three parallel stages turn one stride-16 map into maps of stride 4, 8 and 16 with the channel
-widths of the teacher. No activation after the norms: outputs may be negative.
+widths of the teacher. No activation follows the last norms: outputs may be negative.
 """
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmrjax.models import vit, winograd
+from mmrjax.models import norm, winograd
 
 # Kaiming-uniform with a = sqrt(5), torch's default for convolutions: U(-b, b), b = 1/sqrt(fan_in).
 torch_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Upsample2x(nn.Module):
-    """A 2x2 transposed convolution of stride 2 with bias, as one dense map and a reshuffle.
+    """A 2x2 transposed convolution of stride 2 with bias, as one matrix product and a reshuffle.
 
-    Kernel and stride are equal, so outputs do not overlap and the layer is a matrix product; the
-    gradient of a library transposed convolution is far slower. Kernel layout [in, 2, 2, out].
+    Kernel and stride are equal, so outputs do not overlap and the layer is a matrix product. The
+    gradient of JAX's transposed convolution is far slower. Kernel layout [in, 2, 2, out].
     """
 
     features: int
@@ -33,7 +35,8 @@ class Upsample2x(nn.Module):
         kernel = self.param("kernel", uniform(bound), (c, 2, 2, self.features))
         bias = self.param("bias", uniform(bound), (self.features,))
         y = x.astype(self.dtype) @ kernel.reshape(c, -1).astype(self.dtype)
-        y = y.reshape(b, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
+        y = y.reshape(b, h, w, 2, 2, self.features)
+        y = y.transpose(0, 1, 3, 2, 4, 5)  # [b, h, 2, w, 2, features]
         return y.reshape(b, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
 
 
@@ -49,16 +52,20 @@ def _pointwise(x: jax.Array, kernel: jax.Array, *_, **__) -> jax.Array:
     return x @ kernel[0, 0]
 
 
-# What computes a convolution of nn.Conv by its size; others: XLA.
-COMPUTED_BY = {1: _pointwise, 3: winograd.convolve}
-
-
 class ConvNorm(nn.Module):
-    """A convolution without bias, followed by LayerNorm over the channels of each pixel."""
+    """A 1x1 or 3x3 convolution without bias, then LayerNorm over the channels of each pixel.
+
+    Attributes:
+      features: output channels.
+      size: side of the kernel, 1 or 3.
+      dtype: compute dtype.
+      convolve: computes the convolution, in the place of `jax.lax.conv_general_dilated`.
+    """
 
     features: int
     size: int
     dtype: jnp.dtype
+    convolve: Callable[..., jax.Array]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -70,36 +77,41 @@ class ConvNorm(nn.Module):
             use_bias=False,
             kernel_init=torch_conv_init,
             dtype=self.dtype,
-            conv_general_dilated=COMPUTED_BY.get(self.size),
+            conv_general_dilated=self.convolve,
             name="conv",
         )(x)
-        return vit.layer_norm(self.dtype, "norm")(x)
+        return norm.layer_norm(self.dtype, "norm")(x)
 
 
 class SimpleFPN(nn.Module):
-    """Stride-16 features [b, h, w, d] to {layer: [b, h 2^(3-layer), w 2^(3-layer), channels]}.
+    """The stages of the pyramid.
 
     Attributes:
       channels: {layer in 1..3: output channels}; only these stages exist.
       dtype: compute dtype.
+      conv: how 3x3 convolutions are computed, see `winograd.by_name`.
     """
 
     channels: dict[int, int]
     dtype: jnp.dtype = jnp.float32
+    conv: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[int, jax.Array]:
-        """Runs the stages of `channels`."""
+        """[b, h, w, d] of stride 16 -> {layer: [b, s h, s w, c]}, scale s = 2^(3 - layer)."""
+        convolve = winograd.by_name(self.conv)
         d = x.shape[-1]
         outputs = {}
         for layer, channels in sorted(self.channels.items()):
             y = x
             if layer == 1:
-                y = Upsample2x(d // 2, self.dtype, name="layer1_up1")(y)
-                y = vit.gelu(vit.layer_norm(self.dtype, "layer1_norm")(y))
-                y = Upsample2x(d // 4, self.dtype, name="layer1_up2")(y)
+                y = Upsample2x(d // 2, self.dtype, name="layer1_up1")(y)  # [b, 2 h, 2 w, d / 2]
+                y = norm.gelu(norm.layer_norm(self.dtype, "layer1_norm")(y))
+                y = Upsample2x(d // 4, self.dtype, name="layer1_up2")(y)  # [b, 4 h, 4 w, d / 4]
             elif layer == 2:
-                y = Upsample2x(d // 2, self.dtype, name="layer2_up1")(y)
-            y = ConvNorm(channels, 1, self.dtype, name=f"layer{layer}_conv1")(y)
-            outputs[layer] = ConvNorm(channels, 3, self.dtype, name=f"layer{layer}_conv2")(y)
+                y = Upsample2x(d // 2, self.dtype, name="layer2_up1")(y)  # [b, 2 h, 2 w, d / 2]
+            # [b, s h, s w, c] from here on
+            y = ConvNorm(channels, 1, self.dtype, _pointwise, name=f"layer{layer}_conv1")(y)
+            y = ConvNorm(channels, 3, self.dtype, convolve, name=f"layer{layer}_conv2")(y)
+            outputs[layer] = y
         return outputs

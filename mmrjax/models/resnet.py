@@ -1,8 +1,8 @@
 """ResNet teachers, tapped after layers 1 to 3, with BatchNorm folded into the convolutions.
 
-The frozen teacher of MMR (arXiv 2304.02216, section 4.1) and the backbone of PatchCore. Only the
-part that is used exists: stem and layers 1-3, every convolution with a bias that holds the folded
-BatchNorm (`mmrjax.weights.torch_names` folds it in float32 when weights are read).
+The frozen teacher of MMR (arXiv 2304.02216, section 4.1) and the backbone of PatchCore. Only stem
+and layers 1-3 exist. Every convolution has a bias, which holds the folded BatchNorm
+(`mmrjax.weights.torch_names` folds it in float32 when weights are read).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mmrjax.models import winograd
 
-# Per-channel statistics of ImageNet, for RGB in [0, 1]: what every torchvision teacher expects.
+# Per-channel statistics of ImageNet, for RGB in [0, 1], as every torchvision teacher expects them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -39,7 +39,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    # Of the embedded teacher (scripts/pretrain_teacher.py): a ResNet-18 of three quarters' width.
+    # The embedded teacher (scripts/pretrain_teacher.py): a ResNet-18 of three quarters' width.
     "fdsl18": Architecture((2, 2, 2), bottleneck=False, stem=48, widths=(48, 96, 192)),
     "resnet18": Architecture((2, 2, 2), bottleneck=False),
     "resnet34": Architecture((3, 4, 6), bottleneck=False),
@@ -58,33 +58,35 @@ def architecture(name: str) -> Architecture:
 
 
 def normalise(images: jax.Array) -> jax.Array:
-    """Maps RGB in [0, 1] to the zero-mean, unit-variance range of ImageNet; [b, h, w, 3]."""
+    """Subtracts ImageNet's mean and divides by its deviation; RGB [b, h, w, 3] in [0, 1]."""
     mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
     return (images - mean) / std
 
 
 def _conv(
-    features: int, size: int, stride: int, dtype: jnp.dtype, name: str, computed_by=None
+    features: int, size: int, stride: int, dtype: jnp.dtype, name: str, convolve=None
 ) -> nn.Conv:
-    # torch pads symmetrically; "SAME" would shift every stride-2 convolution at even sizes.
-    if (size, stride) == (3, 1):
-        computed_by = winograd.convolve
+    """A convolution of `size` x `size`; `convolve` replaces XLA's.
+
+    torch pads symmetrically; "SAME" would shift every stride-2 convolution at even sizes.
+    """
     return nn.Conv(
         features,
         (size, size),
         (stride, stride),
         padding=size // 2,
         dtype=dtype,
-        conv_general_dilated=computed_by,
+        conv_general_dilated=convolve,
         name=name,
     )
 
 
 def _folded_stem(image, kernel, strides, padding, **kwargs) -> jax.Array:
-    """The 7 x 7 convolution of stride 2 as one of 4 x 4 and stride 1 on blocks of 2 x 2 pixels.
+    """The 7 x 7 convolution of stride 2 as a 4 x 4 convolution of stride 1 on blocks of 2 x 2 px.
 
-    Three channels leave a tensor core mostly idle; the twelve of a block, filled up to sixteen, do
-    not. The same sums, in another order; a row and a column of zeros are added to the kernel.
+    Three channels leave a tensor core mostly idle; the twelve channels of a block, filled up to
+    sixteen, do not. A row and a column of zeros are added to the kernel. The sums are the same, in
+    another order.
     """
     b, h, w, c = image.shape
     image = jnp.pad(image, ((0, 0), (3, 3), (3, 3), (0, 0)))
@@ -106,19 +108,22 @@ class Block(nn.Module):
     bottleneck: bool
     inner_factor: int
     dtype: jnp.dtype
+    conv: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, h, w, c] -> [b, h / stride, w / stride, out]."""
+        convolve = winograd.by_name(self.conv)
+        strided = convolve if self.stride == 1 else None  # tiles are for stride 1 alone
         out = self.width * (4 if self.bottleneck else 1)
         if self.bottleneck:
             inner = self.width * self.inner_factor
             y = nn.relu(_conv(inner, 1, 1, self.dtype, "conv1")(x))
-            y = nn.relu(_conv(inner, 3, self.stride, self.dtype, "conv2")(y))
+            y = nn.relu(_conv(inner, 3, self.stride, self.dtype, "conv2", strided)(y))
             y = _conv(out, 1, 1, self.dtype, "conv3")(y)
         else:
-            y = nn.relu(_conv(out, 3, self.stride, self.dtype, "conv1")(x))
-            y = _conv(out, 3, 1, self.dtype, "conv2")(y)
+            y = nn.relu(_conv(out, 3, self.stride, self.dtype, "conv1", strided)(x))
+            y = _conv(out, 3, 1, self.dtype, "conv2", convolve)(y)
         if self.stride != 1 or x.shape[-1] != out:
             x = _conv(out, 1, self.stride, self.dtype, "downsample")(x)
         return nn.relu(x + y)
@@ -131,11 +136,13 @@ class ResNet(nn.Module):
       arch: which ResNet.
       layers: which of layers 1-3 to return; nothing after the last of them is computed.
       dtype: compute dtype; parameters stay float32.
+      conv: how 3x3 convolutions of stride 1 are computed, see `winograd.by_name`.
     """
 
     arch: Architecture
     layers: tuple[int, ...] = (1, 2, 3)
     dtype: jnp.dtype = jnp.float32
+    conv: str = "auto"
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[int, jax.Array]:
@@ -153,6 +160,7 @@ class ResNet(nn.Module):
                     bottleneck=self.arch.bottleneck,
                     inner_factor=self.arch.inner_factor,
                     dtype=self.dtype,
+                    conv=self.conv,
                     name=f"layer{layer}_{i}",
                 )(x)
             if layer in self.layers:

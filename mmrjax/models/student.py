@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mmrjax.models import attention, fpn, masking, patches, positions, vit
 
-# The position table of the encoder is that of a 224 px image at every image size (official code).
+# Patches of a 224 px image: at other sizes the official code resizes the table of this grid.
 ENCODER_GRID = (14, 14)
 
 
@@ -25,10 +25,11 @@ class MaskedStudent(nn.Module):
       unroll: blocks per scan iteration.
       dtype: compute dtype; parameters stay float32.
       hybrid: what each head sees (MMR+); None: everything.
-      kernel: of plain attention, see `vit.Attention`.
+      kernel: of attention without `hybrid`, see `vit.Attention`.
+      conv: how 3x3 convolutions of the pyramid are computed, see `winograd.by_name`.
 
-    Collections: `params`, trained; `positions`, the two fixed tables; with `hybrid` also
-    `attention`, the kind of every head, int32 [depth, heads].
+    Collections: `params`, trained; `positions`, two fixed tables, float32 [1 + n, d]; with `hybrid`
+    also `attention`, the kind of every head, int32 [depth, heads].
     """
 
     width: int
@@ -40,6 +41,7 @@ class MaskedStudent(nn.Module):
     dtype: jnp.dtype = jnp.float32
     hybrid: attention.Hybrid | None = None
     kernel: str = "xla"
+    conv: str = "auto"
 
     @nn.compact
     def __call__(
@@ -53,15 +55,19 @@ class MaskedStudent(nn.Module):
         """Runs the student.
 
         Args:
-          images: normalised RGB [b, h, w, 3].
-          noise: float [b, n], n patches; the lowest `kept_tokens` of each row stay visible. None
-            (evaluation) shows every patch.
-          mask_ratio: share of patches to drop when `noise` is given.
+          images: normalised RGB, float [b, h, w, 3]; n patches of `patch` px.
+          noise: float [b, n]; the lowest `kept_tokens` of each row stay visible. None (evaluation)
+            shows every patch.
+          mask_ratio: share in [0, 1) of patches to drop if `noise` is given; k patches are kept.
           penalty: with `hybrid`, how hard its limits are, see `attention.Tokens`.
-          sample: with `hybrid`, the keys of its global heads instead of the lattice, the same.
+          sample: with `hybrid`, bool [b or 1, n], the keys of global heads instead of the lattice.
 
         Returns:
-          {layer: features [b, h_l, w_l, c_l], "latent": [b, 1 + k, d], class token first}.
+          {layer: features [b, s h / patch, s w / patch, c], scale s = 2^(3 - layer);
+          "latent": [b, 1 + k, d], class token first}, all of `dtype`.
+
+        Raises:
+          ValueError: an image side is no multiple of `patch`.
         """
         b, h, w, _ = images.shape
         grid = h // self.patch, w // self.patch
@@ -70,34 +76,32 @@ class MaskedStudent(nn.Module):
         encoder_table, decoder_table = self._position_tables(grid)
         pixels = patches.patchify(images, self.patch)  # [b, n, p * p * 3]
         n = pixels.shape[1]
-        visible = jnp.arange(n)[None]
-        table = jnp.broadcast_to(encoder_table[None, 1:], (b, n, self.width))
+        visible = jnp.arange(n)[None]  # [1, n]
+        table = jnp.broadcast_to(encoder_table[None, 1:], (b, n, self.width))  # [b, n, d]
         if noise is not None:
             kept = masking.kept_tokens(n, mask_ratio)
             ids_shuffle, ids_restore = masking.shuffle(noise)
             # Dropped patches leave before the embedding: they cost nothing and cannot leak.
-            visible = ids_shuffle[:, :kept]
-            pixels = masking.take_tokens(pixels, visible)
-            table = masking.take_tokens(table, visible)
+            visible = ids_shuffle[:, :kept]  # [b, k]
+            pixels = masking.take_tokens(pixels, visible)  # [b, k, p * p * 3]
+            table = masking.take_tokens(table, visible)  # [b, k, d]
         token_init = nn.initializers.normal(0.02)
         tokens = self._embed(pixels) + table.astype(self.dtype)  # [b, k, d]
         cls_token = self.param("cls_token", token_init, (1, 1, self.width))
         first = jnp.broadcast_to(cls_token + encoder_table[0], (b, 1, self.width))
-        tokens = jnp.concatenate([first.astype(self.dtype), tokens], axis=1)
+        tokens = jnp.concatenate([first.astype(self.dtype), tokens], axis=1)  # [b, 1 + k, d]
         latent = self._encode(tokens, attention.Tokens(visible, penalty, sample, grid))
         mask_token = self.param("mask_token", token_init, (1, 1, self.width))
-        x = latent[:, 1:]
+        x = latent[:, 1:]  # [b, k, d]
         if noise is not None:
             masked = jnp.broadcast_to(mask_token, (b, n - kept, self.width)).astype(self.dtype)
-            x = masking.take_tokens(jnp.concatenate([x, masked], axis=1), ids_restore)
+            x = masking.take_tokens(jnp.concatenate([x, masked], axis=1), ids_restore)  # [b, n, d]
         x = x + decoder_table[None, 1:].astype(self.dtype)
-        features = fpn.SimpleFPN(self.channels, self.dtype, name="fpn")(
-            x.reshape(b, *grid, self.width)
-        )
-        return {**features, "latent": latent}
+        pyramid = fpn.SimpleFPN(self.channels, self.dtype, self.conv, name="fpn")
+        return {**pyramid(x.reshape(b, *grid, self.width)), "latent": latent}
 
     def _encode(self, x: jax.Array, tokens: attention.Tokens) -> jax.Array:
-        """Tokens [b, 1 + k, d], class token first, to the latent ones."""
+        """The encoder's output for tokens [b, 1 + k, d], class token first; the same shape."""
         encoder = vit.Encoder(
             self.depth,
             self.heads,
@@ -113,7 +117,7 @@ class MaskedStudent(nn.Module):
         return encoder(x, tokens, kinds.value)
 
     def _position_tables(self, grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-        """The encoder's resized 14x14 table and the decoder's own one, both [1 + n, d]."""
+        """(the encoder's 14x14 table, resized; the decoder's table), both float32 [1 + n, d]."""
         resized = positions.resize_table(positions.sincos_2d(self.width, ENCODER_GRID), grid)
         encoder = self.variable("positions", "encoder_table", lambda: jnp.asarray(resized))
         fresh = positions.sincos_2d(self.width, grid)

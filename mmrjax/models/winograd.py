@@ -1,12 +1,11 @@
 """3x3 convolutions of stride 1 with a quarter of the multiplications, for CPUs.
 
 Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016, arXiv 1509.09308): the image is cut
-into tiles of 6 x 6 pixels that overlap by two; in the basis of polynomials' values at six points
-the convolution of a tile is 36 products of single numbers, over all channels 36 matrix products.
-A few images are computed at a time, so that they stay in a core's cache between these steps.
+into tiles of 6 x 6 pixels that overlap by two. A change of basis, to the values of polynomials at
+six points, turns the convolution of a tile into 36 products of single numbers, over all channels
+into 36 matrix products. A few images are computed at a time, so that they stay in a core's cache.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 
@@ -14,18 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-TILE, WINDOW = 4, 6  # px: what a tile gives, and what it reads
-# Where polynomials are evaluated, beside infinity. With the usual 0, 1, -1, 2, -2 the largest error
-# is four times as large.
+TILE, WINDOW = 4, 6  # px: sides of the outputs and of the inputs of a tile
+# The points at which polynomials are evaluated, beside infinity. The usual 0, 1, -1, 2, -2 give an
+# error four times as large.
 POINTS = (0, 0.75, -0.75, 1.5, -1.5)
-MIN_CHANNELS = 32  # fewer: turning tiles costs more than it saves
-MIN_PIXELS = 100  # of an image; fewer: too few tiles to be worth the longer compilation
-ROWS = 32  # of a product at least, where there are so many tiles: fewer do not fill the processor
-_enabled = True
+MIN_CHANNELS = 32  # with fewer channels the change of basis costs more than the products save
+MIN_PIXELS = 100  # of an image; fewer tiles are not worth the longer compilation
+ROWS = 32  # tiles in one matrix product, if there are as many: fewer do not fill the processor
 
 
 def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """B^T [6, 6], G [6, 3] and A^T [4, 6] of Lavin & Gray by Cook and Toom, float64.
+    """B^T [6, 6], G [6, 3] and A^T [4, 6] of Lavin & Gray, made as Cook and Toom do; float64.
 
     A^T ((G g) * (B^T d)) = [sum_k g_k d_{i+k} for i < 4], for any d [6] and g [3].
     """
@@ -45,44 +43,45 @@ def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 BT, G, AT = _matrices()
 
 
+def by_name(conv: str) -> Callable[..., jax.Array]:
+    """The 3x3 convolution that the field `conv` of a module names.
+
+    Args:
+      conv: "auto", by tiles if that is faster; or "direct", always XLA's convolution, so that two
+        programs round alike and XLA's count of operations sees all of them.
+
+    Raises:
+      ValueError: another name.
+    """
+    known = {"auto": convolve, "direct": direct}
+    if conv not in known:
+        raise ValueError(f"unknown conv={conv!r}; available: {', '.join(known)}")
+    return known[conv]
+
+
 def convolve(x: jax.Array, kernel: jax.Array, *_, **__) -> jax.Array:
-    """A zero-padded 3x3 convolution of stride 1, computed as suits size and platform.
+    """A zero-padded 3x3 convolution of stride 1, by tiles or direct.
+
+    Tiles need a CPU, float32, known sizes, MIN_CHANNELS on both sides and MIN_PIXELS.
 
     Args:
       x: [b, h, w, c].
-      kernel: [3, 3, c, features]. What nn.Conv passes beyond it is not read: it has to say the same
-        as the first line.
+      kernel: [3, 3, c, features]. The further arguments of nn.Conv are not read: they must describe
+        the convolution of the first line.
 
     Returns:
-      [b, h, w, features]; by tiles on a CPU, for float32, MIN_CHANNELS on both sides
-      and MIN_PIXELS.
+      [b, h, w, features].
     """
     known = all(isinstance(n, int) and n for n in x.shape)  # in an exported program b is a symbol
     wide = min(kernel.shape[2:]) >= MIN_CHANNELS
-    if not (_enabled and known and wide and x.dtype == jnp.float32):
-        return direct(x, kernel)
-    if x.shape[1] * x.shape[2] >= MIN_PIXELS:
+    large = known and x.shape[1] * x.shape[2] >= MIN_PIXELS
+    if large and wide and x.dtype == jnp.float32:
         return jax.lax.platform_dependent(x, kernel, cpu=by_tiles, default=direct)
     return direct(x, kernel)
 
 
-@contextlib.contextmanager
-def direct_alone():
-    """What is traced inside has `convolve` as `direct`.
-
-    To count operations, of which XLA sees those of a loop once, and where both sides of a
-    comparison have to round alike. A jitted function that was traced before keeps its tiles.
-    """
-    global _enabled
-    before, _enabled = _enabled, False
-    try:
-        yield
-    finally:
-        _enabled = before
-
-
-def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The same by XLA's convolution."""
+def direct(x: jax.Array, kernel: jax.Array, *_, **__) -> jax.Array:
+    """`convolve` by XLA's convolution on every platform."""
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -90,25 +89,27 @@ def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def by_tiles(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The same by tiles: float32, the gradients, too.
+    """`convolve` by tiles, the gradients too; float32 [b, h, w, c] -> [b, h, w, features].
 
-    In white noise of 28 x 28 x 128 the largest error is about 1e-5 of the result's standard
-    deviation; XLA's own is 3e-6.
+    The largest error for white noise of 28 x 28 x 128 is about 1e-5 of the result's standard
+    deviation; the error of XLA's convolution is 3e-6.
     """
     turned, shards = _turn(G, kernel), _shards(x)
-    d, own, h, w, c = shards.shape
+    devices, per_device, h, w, c = shards.shape
     features = kernel.shape[-1]
-    # An image makes room for its result: no second array is filled with zeros first.
-    images = shards if c == features else jnp.zeros((d, own, h, w, features), x.dtype)
-    n = _at_once(shards, ROWS)
+    # A result overwrites its image if the channels agree: no array of zeros has to be filled.
+    images = shards if c == features else jnp.zeros((devices, per_device, h, w, features), x.dtype)
+    n = _images_at_once(shards, ROWS)
 
     def convolve_some(i, images):
         tiles = _tiles(_some(images if c == features else shards, i * n, n))
         products = jnp.einsum("jidtc,jicf->jidtf", tiles, turned)
-        pixels = _untile(products, (d, n, h, w))
+        pixels = _untile(products, (devices, n, h, w))
         return jax.lax.dynamic_update_slice_in_dim(images, pixels, i * n, 1)
 
-    return jax.lax.fori_loop(0, own // n, convolve_some, images).reshape(*x.shape[:-1], features)
+    return jax.lax.fori_loop(0, per_device // n, convolve_some, images).reshape(
+        *x.shape[:-1], features
+    )
 
 
 def _forward(x: jax.Array, kernel: jax.Array):
@@ -118,37 +119,37 @@ def _forward(x: jax.Array, kernel: jax.Array):
 def _backward(saved, gradient: jax.Array):
     x, kernel = saved
     pixels, slopes = _shards(x), _shards(gradient)
-    n = _at_once(pixels, x.shape[-1])  # products of about square matrices
+    n = _images_at_once(pixels, x.shape[-1])  # products of about square matrices
 
     def add(i, total):
         tiles, spread = _tiles(_some(pixels, i * n, n)), _spread(_some(slopes, i * n, n))
         return total + jnp.einsum("jidtc,jidtf->jidcf", tiles, spread)
 
-    # Of every device its own, and 3 x 3 before they are summed: no more is exchanged than needed.
+    # Every device keeps a sum of its own and turns it to 3 x 3 first: devices exchange little.
     total = jnp.zeros((WINDOW, WINDOW, len(pixels), *kernel.shape[2:]), jnp.float32)
     total = jax.lax.fori_loop(0, pixels.shape[1] // n, add, total)
-    of_kernel = _turn(G.T, total).sum(2)
-    return by_tiles(gradient, jnp.flip(kernel, (0, 1)).swapaxes(2, 3)), of_kernel
+    to_kernel = _turn(G.T, total).sum(2)  # [3, 3, c, features]
+    return by_tiles(gradient, jnp.flip(kernel, (0, 1)).swapaxes(2, 3)), to_kernel
 
 
 by_tiles.defvjp(_forward, _backward)
 
 
 def _shards(x: jax.Array) -> jax.Array:
-    """[b, ...] to [devices, images of each, ...].
+    """[b, ...] -> [devices, images per device, ...].
 
-    All devices are counted, as in training and evaluation; where a mesh has a part of them the
-    result is the same, but images are exchanged.
+    All devices are counted, as in training and evaluation. With a mesh of fewer devices the result
+    is the same, but the devices exchange images.
     """
     devices = math.gcd(x.shape[0], jax.device_count())
     return x.reshape(devices, -1, *x.shape[1:])
 
 
-def _at_once(shards: jax.Array, tiles: int) -> int:
-    """How many images have `tiles` tiles, at most all of a device's, and a divisor of these."""
-    own, h, w = shards.shape[1:4]
-    n = min(own, math.ceil(tiles * TILE**2 / (h * w)))
-    return max(k for k in range(1, n + 1) if own % k == 0)
+def _images_at_once(shards: jax.Array, tiles: int) -> int:
+    """The number of images with about `tiles` tiles together, a divisor of a device's images."""
+    per_device, h, w = shards.shape[1:4]
+    n = min(per_device, math.ceil(tiles * TILE**2 / (h * w)))
+    return max(k for k in range(1, n + 1) if per_device % k == 0)
 
 
 def _some(shards: jax.Array, first: jax.Array, count: int) -> jax.Array:
@@ -156,14 +157,14 @@ def _some(shards: jax.Array, first: jax.Array, count: int) -> jax.Array:
 
 
 def _turn(matrix: np.ndarray, kernel: jax.Array) -> jax.Array:
-    """By `matrix` [p, q] on both sides: [q, q, ...] to [p, p, ...]."""
+    """Changes the basis on both sides by a `matrix` [p, q]: [q, q, ...] -> [p, p, ...]."""
     p, q = matrix.shape
     both = jnp.asarray(np.kron(matrix, matrix), jnp.float32)
     return (both @ kernel.reshape(q * q, -1)).reshape(p, p, *kernel.shape[2:])
 
 
 def _combine(matrix: np.ndarray, part: Callable[[int], jax.Array]) -> list[jax.Array]:
-    """For each row of `matrix` the sum of its numbers times part(column), without its zeros."""
+    """For each row of `matrix`, the sum of its numbers times part(column); zeros are left out."""
 
     def combined(row):
         first, *others = np.flatnonzero(row)
@@ -180,7 +181,7 @@ def _every(x: jax.Array, start: int, axis: int, count: int) -> jax.Array:
 
 
 def _tiles(images: jax.Array) -> jax.Array:
-    """[d, n, h, w, c] to its tiles in the basis, [6, 6, d, tiles, c]."""
+    """[d, n, h, w, c] -> tiles in the new basis [6, 6, d, tiles, c]; d devices, n images."""
     d, n, h, w, c = images.shape
     down, across = -(-h // TILE), -(-w // TILE)
     margin = ((1, down * TILE + 1 - h), (1, across * TILE + 1 - w))
@@ -191,7 +192,7 @@ def _tiles(images: jax.Array) -> jax.Array:
 
 
 def _untile(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[6, 6, d, tiles, f] to pixels [d, n, h, w, f]; shape is (d, n, h, w)."""
+    """[6, 6, d, tiles, f] -> pixels [d, n, h, w, f]; shape is (d, n, h, w)."""
     d, n, h, w = shape
     down, across = -(-h // TILE), -(-w // TILE)
     products = products.reshape(WINDOW, WINDOW, d * n, down, across, -1)
@@ -202,7 +203,7 @@ def _untile(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _spread(gradient: jax.Array) -> jax.Array:
-    """The transpose of `_untile`: [d, n, h, w, f] to [6, 6, d, tiles, f]."""
+    """The transpose of `_untile`: [d, n, h, w, f] -> [6, 6, d, tiles, f]."""
     d, n, h, w, f = gradient.shape
     down, across = -(-h // TILE), -(-w // TILE)
     margin = ((0, down * TILE - h), (0, across * TILE - w))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrjax.models import attention, masking, student, vit
+from mmrjax.models import attention, masking, norm, student, vit
 
 GRID = (14, 14)
 ALL = np.arange(196)[None]
@@ -279,10 +279,10 @@ def test_every_layer_gets_its_own_lattice_and_its_own_heads(images):
     got = encoder.apply(stacked, x, where, kinds)
     for layer in range(3):
         own = jax.tree.map(lambda leaf, i=layer: leaf[i], table)
-        one = vit.Block(4, 4, vit.EPSILON, jnp.float32, limited.hybrid)
+        one = vit.Block(4, 4, norm.EPSILON, jnp.float32, limited.hybrid)
         x, _ = one.apply({"params": own}, x, where, (layer, kinds[layer]))
-    norm = vit.layer_norm(jnp.float32, "norm")
-    want = norm.apply({"params": variables["params"]["encoder"]["norm"]}, x)
+    final = norm.layer_norm(jnp.float32, "norm")
+    want = final.apply({"params": variables["params"]["encoder"]["norm"]}, x)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 

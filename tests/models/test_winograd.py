@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmrjax.models import fpn, resnet, winograd
+from mmrjax.models import fpn, resnet, student, winograd
 
 
 def random(shape, seed=0):
@@ -107,9 +107,21 @@ def loops(module, variables, x):
     return text.count("stablehlo.while")
 
 
-def test_with_direct_alone_every_operation_is_seen():
-    x, kernel = jnp.ones((8, 12, 12, 32)), jnp.ones((3, 3, 32, 32))
-    with winograd.direct_alone():
-        assert "while" not in jax.jit(winograd.convolve).lower(x, kernel).as_text()
-    traced_anew = lambda *a: winograd.convolve(*a)  # noqa: E731
-    assert "while" in jax.jit(traced_anew).lower(x, kernel).as_text()
+def test_modules_that_convolve_directly_have_no_loop_over_images():
+    images = jnp.zeros((1, 80, 80, 3))
+    teacher = resnet.ResNet(resnet.architecture("resnet18"), (1,), conv="direct")
+    variables = jax.eval_shape(teacher.init, jax.random.key(0), images)
+    assert loops(teacher, variables, images) == 0
+    network = student.MaskedStudent(48, 1, 3, {1: 64, 2: 64})
+    variables = jax.eval_shape(network.init, jax.random.key(0), images)
+    found = {}
+    for conv in ("auto", "direct"):
+        run = network.clone(conv=conv).apply
+        text = jax.jit(lambda v, x, run=run: list(run(v, x).values())).lower(variables, images)
+        found[conv] = text.as_text().count("stablehlo.while")
+    assert found["auto"] == found["direct"] + 2
+
+
+def test_an_unknown_convolution_names_the_known():
+    with pytest.raises(ValueError, match="unknown conv='fft'; available: auto, direct"):
+        winograd.by_name("fft")

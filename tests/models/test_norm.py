@@ -1,4 +1,4 @@
-"""The GELU of bfloat16, and the kernel that attention runs on."""
+"""GELU and LayerNorm in bfloat16: values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from mmrjax.models import vit
+from mmrjax.models import norm
 
 
 def every_bfloat16():
@@ -31,18 +31,18 @@ def rounded_within(found, expected, extra):
 def test_in_bfloat16_every_number_gets_its_gelu():
     x = every_bfloat16()
     assert len(x) > 30_000
-    assert rounded_within(jax.jit(vit.gelu)(x), exact(x)[0], 7e-5)
+    assert rounded_within(jax.jit(norm.gelu)(x), exact(x)[0], 7e-5)
 
 
 def test_in_bfloat16_every_number_gets_the_slope_of_gelu():
     x = every_bfloat16()
-    slope = jax.jit(jax.vmap(jax.grad(lambda x: vit.gelu(x).astype(jnp.float32))))(x)
+    slope = jax.jit(jax.vmap(jax.grad(lambda x: norm.gelu(x).astype(jnp.float32))))(x)
     assert rounded_within(slope, exact(x)[1], 7e-5)
 
 
 def test_in_float32_gelu_is_exact():
     x = np.linspace(-10, 10, 10_001, dtype=np.float32)
-    np.testing.assert_allclose(vit.gelu(jnp.asarray(x)), exact(x)[0], atol=2e-6)
+    np.testing.assert_allclose(norm.gelu(jnp.asarray(x)), exact(x)[0], atol=2e-6)
 
 
 def norms(dtype, shape, mean=0.0, deviation=2.0):
@@ -57,8 +57,8 @@ def norms(dtype, shape, mean=0.0, deviation=2.0):
 
 def norm_and_gradient(dtype, shape, mean=0.0, deviation=2.0, epsilon=1e-6):
     x, parameters, slope = norms(dtype, shape, mean, deviation)
-    norm = vit.layer_norm(dtype, None, epsilon)
-    y, backward = jax.vjp(norm.apply, parameters, x)
+    layer = norm.layer_norm(dtype, None, epsilon)
+    y, backward = jax.vjp(layer.apply, parameters, x)
     to_parameters, to_x = jax.jit(backward)(slope)
     return {"y": y, "x": to_x, **to_parameters["params"]}
 
@@ -89,14 +89,14 @@ def same_norm(*case):
 
 def test_a_large_norm_is_that_of_its_parts(monkeypatch):
     x, parameters, _ = norms(jnp.bfloat16, (6, 5))
-    norm = vit.layer_norm(jnp.bfloat16, None)
+    layer = norm.layer_norm(jnp.bfloat16, None)
 
     def result():
-        program = jax.jit(lambda *a: norm.apply(*a)).lower(parameters, x)
+        program = jax.jit(lambda *a: layer.apply(*a)).lower(parameters, x)
         return program.as_text(), program.compile()(parameters, x)
 
     at_once, expected = result()
-    monkeypatch.setattr(vit, "SEPARATE", 1)
+    monkeypatch.setattr(norm, "SEPARATE_STATISTICS_FROM", 1)
     apart, found = result()
     assert "optimization_barrier" not in at_once
     assert "optimization_barrier" in apart
