@@ -15,6 +15,7 @@ file is loaded again and compared with the model before the command succeeds.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import pathlib
@@ -51,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
     files.write_bytes(arguments.output, form.serialise(detector))
     found = form.run(arguments.output, images)
     difference = compare(detector, arguments.output, found, images, is_onnx)
-    text = json.dumps(description(detector, is_onnx), indent=1)
+    text = json.dumps(description(detector, found, is_onnx), indent=1)
     files.write_text(arguments.output.with_name(f"{arguments.output.name}.json"), text)
     size = arguments.output.stat().st_size / 2**20
     print(f"loaded again: differs by {difference:.1e} on {len(images)} images")
@@ -83,13 +84,21 @@ def serialise(detector: detector_lib.Detector) -> bytes:
     method = _portable(trained.method)
 
     def score(images):
-        found = method.predict(variables, frozen, images / 255.0)
-        out = {"map": found["map"], "score": found["score"]}
-        return out if threshold is None else out | {"is_anomaly": found["score"] > threshold}
+        out = _map_and_score(method, variables, frozen, images)
+        return out if threshold is None else out | {"is_anomaly": out["score"] > threshold}
 
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *detector.view.size, 3), np.uint8)
     return bytes(export.export(jax.jit(score), platforms=PLATFORMS)(images).serialize())
+
+
+def _map_and_score(
+    method: methods.base.Method, variables: dict, frozen: dict, images: jax.Array
+) -> dict[str, jax.Array]:
+    """uint8 images [b, h, w, 3] -> {"map": float32 [b, h, w], "score": float32 [b]}."""
+    with method.precision():
+        found = method.predict(variables, frozen, geometry.to_unit(images))
+    return {"map": found["map"], "score": method.score(found.get("scored", found["map"]))}
 
 
 def _portable(method: methods.base.Method, dtype: str = "") -> methods.base.Method:
@@ -154,14 +163,11 @@ def compare(
     Raises:
       RuntimeError: it exceeds TOLERANCE.
     """
-    trained, precision = detector.trained, jax.config.jax_default_matmul_precision
+    trained = detector.trained
     method = _portable(trained.method, "float32" if in_float32 else "")
-    if in_float32:
-        precision = "highest"
-    with jax.default_matmul_precision(precision):
-        want = jax.jit(method.predict)(
-            *jax.device_get((trained.variables, trained.frozen)), images / np.float32(255)
-        )
+    want = jax.jit(functools.partial(_map_and_score, method))(
+        *jax.device_get((trained.variables, trained.frozen)), images
+    )
     scale = max(1.0, float(np.abs(want["map"]).max()))
     difference = max(
         float(np.abs(found[name] - np.asarray(want[name])).max()) / scale
@@ -172,8 +178,16 @@ def compare(
     return difference
 
 
-def description(detector: detector_lib.Detector, is_onnx: bool) -> dict:
-    """How an image becomes the input, and what the threshold promises."""
+def description(
+    detector: detector_lib.Detector, found: dict[str, np.ndarray], is_onnx: bool
+) -> dict:
+    """How an image becomes the input, and what the threshold promises.
+
+    Args:
+      detector: the model.
+      found: maps and scores of some images, as `compare` takes them.
+      is_onnx: whether the file is ONNX.
+    """
     view, (threshold, _, reason) = detector.view, detector.thresholds
     calibration = detector.calibration
     return {
@@ -185,7 +199,7 @@ def description(detector: detector_lib.Detector, is_onnx: bool) -> dict:
         "as": "Pillow before 13: antialiased, columns first",
         "then": "centre crop" if view.overlap is None else f"windows, {view.overlap} px overlap",
         "overlap": view.overlap,
-        "score_is_peak": detector.trained.method.score_is_peak,
+        "score_is_peak": np.array_equal(found["score"], found["map"].max(axis=(1, 2))),
         "threshold": threshold,
         "no_threshold_because": reason or None,
         "calibration": calibration and calibration.report(detector.target_fpr),

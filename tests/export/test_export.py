@@ -15,7 +15,6 @@ from mmrjax.data import geometry
 from mmrjax.export import __main__ as export
 from mmrjax.runs import detector as detector_lib
 from mmrjax.runtime import mesh as mesh_lib
-from mmrjax.train import loop
 
 pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers: pip install '.[export]'")
 
@@ -84,12 +83,13 @@ def serialised(config, name):
     frozen = method.load_frozen()[0]
     variables = method.init(jax.random.key(0), frozen)[0]
     images = np.random.default_rng(0).integers(0, 256, (4, *config.data.image_size, 3), np.uint8)
-    if method.fits:
-        variables = method.fit(variables, frozen, [(images, 4)], 4, jax.random.key(1))
-    trained = loop.Trained(method, variables, frozen, {}, mesh)
+    pixels = geometry.to_unit(images)
+    if method.fit is not None:
+        variables = method.fit(variables, frozen, [(pixels, 4)], 4, jax.random.key(1))
+    trained = methods.base.Trained(method, variables, frozen, {}, mesh)
     program = export.serialise(detector_lib.Detector(trained, config))
     found = jax_export.deserialize(program).call(images)
-    return found["map"], method.predict(variables, frozen, images / np.float32(255))["map"]
+    return found["map"], method.predict(variables, frozen, pixels)["map"]
 
 
 def test_learnt_distances_are_exported(tiny_config):
