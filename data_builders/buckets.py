@@ -36,7 +36,7 @@ def check(address: str) -> str:
 
 
 def cache_dir() -> pathlib.Path:
-    """Where copies are kept: $MMRJAX_CACHE, or ~/.cache/mmrjax."""
+    """The folder of cached copies: $MMRJAX_CACHE, or ~/.cache/mmrjax."""
     return pathlib.Path(os.environ.get("MMRJAX_CACHE", "~/.cache/mmrjax")).expanduser()
 
 

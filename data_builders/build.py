@@ -49,7 +49,8 @@ def build(
       name: the data set, one of BUILDERS.
       raw_dir: the folder with the raw images; None or absent if the records exist already, and
         for data sets that a program draws.
-      data_dir: where records live; created if need be. May be in a bucket, gs://… (see `remote`).
+      data_dir: the folder of the records, created if need be, or an address in a bucket, gs://…
+        (see `remote`).
       categories: which ones; None takes all that the raw folder holds or that are built.
       log: receives what is done, line by line.
 
@@ -87,7 +88,7 @@ def at_hand(
     data_dir: str | pathlib.Path,
     categories: Sequence[str] | None = None,
 ) -> tuple[pathlib.Path | None, set[str], list[str]]:
-    """What `build` would deliver, found without building anything.
+    """The categories that `build` would deliver; nothing is built.
 
     Returns:
       (folder of the published layout, or None; categories in it; categories to deliver).
@@ -119,8 +120,8 @@ def fetch(
 
     Args:
       name: the data set, one of BUILDERS.
-      data_dir: where records live, gs://….
-      categories: which ones, where they are there; None takes all.
+      data_dir: the address of the records, gs://….
+      categories: the wanted ones, if the bucket has them; None takes all.
       log: receives what is done, line by line.
 
     Returns:

@@ -48,7 +48,7 @@ _SHOWN = 5  # names of a handled kind, unless all are asked for
 
 @dataclasses.dataclass
 class Report:
-    """What was found.
+    """The findings of a check.
 
     Attributes:
       problems: kind (a key of HANDLED or TO_MEND) -> one line each, beginning with the file's name.

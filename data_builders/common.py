@@ -1,4 +1,4 @@
-"""What all data sets share: the record schema and the TFDS builder that writes such records.
+"""The shared part of all data sets: the record schema, and the TFDS builder that writes it.
 
 A data set is one folder `data_builders/<name>/` with one class:
 
@@ -222,7 +222,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Checks an example, fills in the defaults, encodes its pixels and counts it.
 
         Raises:
-          ValueError: what is wrong with it, or with its files, beginning with its name.
+          ValueError: the example or one of its files is wrong; the message begins with its name.
         """
         name = str(example.get("id"))
         if missing := _REQUIRED_KEYS - example.keys():
@@ -262,12 +262,12 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
         Args:
           path: the mask's file.
-          image: of the example.
-          size_hw: of the image, upright.
-          name: of the example, for errors.
+          image: the image of the example.
+          size_hw: size of the upright image.
+          name: name of the example, for errors.
 
         Raises:
-          ValueError: damaged, of another size than its image, or turned who knows how.
+          ValueError: damaged, of another size than its image, or turned in an unknown way.
         """
         mask = self.binarise(images.read_grey(path))
         mask = images.mask_as_shown(mask, path, images.orientation(image), size_hw, name)

@@ -135,14 +135,14 @@ def mask_as_shown(
 ) -> np.ndarray:
     """Returns a mask turned as its image is shown.
 
-    Where EXIF turns a photograph, its mask was drawn on the upright picture, or on the pixels as
-    they are stored, by a tool that ignores EXIF. The sizes tell, or a flag of the mask's own.
+    If EXIF turns a photograph, its mask was drawn on the upright picture, or, by a tool that
+    ignores EXIF, on the pixels as they are stored. The sizes decide, or a flag of the mask's own.
 
     Args:
       mask: read from `path` and turned by its own flag, [h, w].
       path: the mask's file.
       turn: the image's EXIF orientation.
-      size_hw: of the upright image.
+      size_hw: size of the upright image.
       where: the image's name in error messages.
 
     Raises:

@@ -15,7 +15,7 @@ from data_builders import buckets, store
 
 
 def local_dir(address: str) -> pathlib.Path:
-    """Where the copies of all records of an address lie."""
+    """The folder with the copies of all records of an address."""
     return buckets.cache_dir() / "buckets" / address.removeprefix(buckets.SCHEME)
 
 
@@ -24,7 +24,7 @@ def categories(address: str, version: str) -> list[str]:
 
     Args:
       address: gs://<data_dir>/<data set>.
-      version: of its records.
+      version: version of its records.
 
     Raises:
       ValueError, OSError: a bucket that cannot be used.
@@ -40,7 +40,7 @@ def fetch(records: store.CategoryRecords, address: str) -> None:
     """Copies the records of a category, if there are any and these are others than those here.
 
     Args:
-      records: of the category, in the cache.
+      records: the records of the category, in the cache.
       address: gs://<data_dir>/<data set>.
 
     Raises:
@@ -72,7 +72,7 @@ def send(records: store.CategoryRecords, address: str) -> None:
     """Copies the records of a category into the bucket, unless these are there.
 
     Args:
-      records: of the category, in the cache.
+      records: the records of the category, in the cache.
       address: gs://<data_dir>/<data set>.
 
     Raises:
@@ -99,7 +99,7 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def _stored(records: store.CategoryRecords) -> bytes | None:
-    """What tells finished records from others; None where there are none."""
+    """The fingerprint of finished records; None if there are none."""
     path = records.path / store.FINGERPRINT
     return path.read_bytes() if store.read_fingerprint(records.path) else None
 

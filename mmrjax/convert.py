@@ -115,13 +115,13 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
 
     Args:
       kind: teacher, mae, timm or mmr.
-      arch: of the teacher; or size of the student, or "width,depth,heads"; or "", where the file
-        comes from mmrjax and says it itself.
-      path: of a state dict, .safetensors, .npz or .pth.
+      arch: architecture of the teacher, or size of the student, or "width,depth,heads"; "" if the
+        file comes from mmrjax, which states it.
+      path: a state dict, .safetensors, .npz or .pth.
       output: .safetensors.
 
     Returns:
-      Lines for people: what was used, what is missing, what was not used, the licence.
+      Lines for people: used, missing and unused entries, and the licence.
 
     Raises:
       FileNotFoundError, ValueError: no such file, or one that is damaged or does not fit.
@@ -191,7 +191,7 @@ def to_torch(
       arch: "", or what it must be.
       path: a file in our format, or <workdir>/mmr/<category>/seed<k>.
       output: .safetensors or .pth, with the facts that tensors do not show beside them.
-      store: of a run's checkpoints; None is `path`.
+      store: the checkpoints of a run; None takes those in `path`.
 
     Returns:
       Lines for people.

@@ -2,8 +2,8 @@
 
 Each defect changes the height field and the material of a surface, as the real thing would: a
 groove is a trench with a burr, a fracture a missing piece with a rough broken face, an ablation a
-patch of lost coating with heat tint and pits, a breakdown a torn and bent corner. What a defect
-looks like, and so its mask, follows from photographing the damaged surface (see `sample`).
+patch of lost coating with heat tint and pits, a breakdown a torn and bent corner. Look and mask of
+a defect follow from photographing the damaged surface (see `sample`).
 """
 
 import cv2

@@ -27,7 +27,7 @@ _DIGITS = (  # 3 x 5 dot matrix, one octal digit per row, of 0..9
 
 @dataclasses.dataclass
 class Surface:
-    """What the camera sees of a part, as float32 arrays over the canvas.
+    """The visible surface of a part, as float32 arrays over the canvas.
 
     Attributes:
       height: [h, w] canvas pixels above the bench; 0 where there is no part.
@@ -78,7 +78,7 @@ def noise(rng: np.random.Generator, cell_y: float, cell_x: float) -> np.ndarray:
     """Smooth noise over the canvas, [h, w] float32 of about unit variance.
 
     Args:
-      rng: where the values come from.
+      rng: source of the values.
       cell_y: correlation length down the canvas, in canvas pixels (at least 1).
       cell_x: the same across.
     """

@@ -28,7 +28,7 @@ class Photo:
 
     Attributes:
       levels: [SIZE, SIZE, 3] float32 grey levels 0..255, without noise.
-      meeting: where the rays met the part.
+      meeting: points in which the rays met the part.
     """
 
     levels: np.ndarray
@@ -153,7 +153,7 @@ def _cast(scene: Scene) -> _Rays:
 
 @dataclasses.dataclass
 class _Meeting:
-    """Where the rays that may meet the part do so; the arrays are [n, 256] rays in film order.
+    """Points in which rays may meet the part; the arrays are [n, 256] rays in film order.
 
     Attributes:
       x: canvas point.
@@ -210,7 +210,7 @@ def _candidates(height: np.ndarray, rays: _Rays, top: float) -> np.ndarray:
 
 
 def _make_room(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """What a mirror would see in every direction: sharp, satin and matte, [3, n, n, 3].
+    """The room as a mirror sees it in every direction: sharp, satin and matte, [3, n, n, 3].
 
     A direction (x, y, z) lies at ((x, y) / (1 + z) + 1) / 2 of the square.
     """
@@ -272,7 +272,7 @@ def _shade(surface: part.Surface, view, room, shade) -> np.ndarray:
 
 
 def _surroundings(height: np.ndarray, scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the part does to the light around it, at half size and padded by _PAD, [h, w] each.
+    """The effect of the part on the light around it, at half size, padded by _PAD, [h, w] each.
 
     Returns:
       height up to which points lie in the shadow of the key light, height of the near

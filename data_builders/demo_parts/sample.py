@@ -34,7 +34,7 @@ _PURPOSES = ("scene", "part", "bench", "room", "noise", "size", "defect")
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What one image shows; `index` is its place in the data set and keys its generators."""
+    """The content of an image; `index` is its place in the data set and keys its generators."""
 
     index: int
     split: str

@@ -25,7 +25,7 @@ class Scene:
       shift: (x, y) of the part's centre from the middle of the picture.
       tilt: angle between the camera's axis and the vertical.
       azimuth: direction (0 = right, 90 = towards the viewer) the camera leans to.
-      key_azimuth: where the main light comes from, same convention.
+      key_azimuth: direction of the main light, same convention.
       key_elevation: its angle above the bench.
       key_size: half width of the soft box, as a sine; small is hard light.
       key: RGB power of the main light.

@@ -1,4 +1,4 @@
-"""What the part lies on: procedural bench tops, as a tile of linear RGB reflectance.
+"""The ground of the part: procedural bench tops, as a tile of linear RGB reflectance.
 
 The training images have anti-static rubber mats (`MATS`); all other families appear only in the
 domain `background`. Light and shadow are added by `render`.

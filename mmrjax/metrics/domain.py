@@ -49,7 +49,7 @@ class Measured(NamedTuple):
         values: metric -> 0..1, or None if undefined.
         reasons: metric -> why it is None.
         bounds: metric -> (low, high) around its exact value; only metrics that are not exact.
-        counts: of images, see `evaluate`.
+        counts: numbers of images, see `evaluate`.
         samples: metric -> [b] values on resampled groups.
         image: ranking of the image scores, None if image metrics are undefined.
         region: ranking of the pixels by region weight, None if pixel metrics are undefined.
@@ -112,9 +112,9 @@ def assemble(
         empty: [n] bool, no defect pixel in view.
         counted: pixels of the used images, or the reason why pixel metrics are undefined.
         groups: [n] as in `exact.evaluate`, or None.
-        resamples: as `bootstrap` in `exact.evaluate`.
-        seed: of the bootstrap.
-        tiny_side: as of `misses.tiny_recall`.
+        resamples: number, as `bootstrap` in `exact.evaluate`.
+        seed: seeds the bootstrap.
+        tiny_side: as in `misses.tiny_recall`.
     """
     group = _group_index(groups, len(scores))
     draws = None  # a single group tells nothing of others

@@ -80,7 +80,7 @@ def by_defect(
         defect: [n] kind of defect; the entries of good images are not read.
         groups: [n] hashable; images of a group are resampled together. Default: each alone.
         bootstrap: number of resamples for the 95 % intervals; 0 for none.
-        seed: of the resampling.
+        seed: seeds the resampling.
 
     Returns:
         {kind: {"images", "groups" (of defective images), "image_auroc" 0..1, "missed_at_5" and

@@ -37,7 +37,7 @@ def paired_difference(
         masks: [n, h, w] bool, needed with maps.
         has_mask: [n] bool, needed with maps.
         bootstrap: number of resamples.
-        seed: of the resampling.
+        seed: seeds the resampling.
 
     Returns:
         {metric: {"difference": a - b or None, "ci95": [low, high] or None}} for the image metrics,

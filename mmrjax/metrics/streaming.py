@@ -291,7 +291,7 @@ def measure(
         has_mask: [n] bool, false for images without pixel truth.
         groups: [n] as in `exact.evaluate`.
         bootstrap: number of resamples for the intervals; 0 for none.
-        seed: of the resampling.
+        seed: seeds the resampling.
         tiny_side: regions without a side of so many px are tiny.
 
     Raises:

@@ -26,7 +26,7 @@ def largest_errors(entries: Iterable[Mapping]) -> dict[str, float]:
     """Largest possible distance of each inexact metric from its exact value, over many entries.
 
     Args:
-        entries: of results.json, as `exact.evaluate` returns them; exact entries lack "bounds".
+        entries: metrics of results.json, from `exact.evaluate`; exact entries lack "bounds".
 
     Returns:
         {metric: fraction}, empty if everything is exact.

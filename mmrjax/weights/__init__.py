@@ -25,7 +25,7 @@ WITHOUT_DOWNLOAD = (
 
 
 def teacher_file(name: str, weights: str) -> pathlib.Path | None:
-    """Where a teacher's weights lie, fetched when they are published ones; None of random ones.
+    """The file of a teacher's weights, fetched if they are published; None for random weights.
 
     Arguments as in `load_teacher`.
 
@@ -51,7 +51,7 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
 
 
 def student_file(init: str, size: str) -> pathlib.Path | None:
-    """Where a student's initial weights lie, as `teacher_file`; None from scratch.
+    """The file of a student's initial weights, as `teacher_file`; None from scratch.
 
     Arguments and errors as in `init_student`.
     """
@@ -88,7 +88,7 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
       name: an architecture of `models.resnet.ARCHITECTURES`.
       weights: "embedded" (the file in this package), "imagenet" (the published file, from cache or
         URL), "random", or a file.
-      seed: of the random weights.
+      seed: draws the random weights.
 
     Returns:
       (variables of `models.resnet.ResNet` as float32 NumPy arrays, facts for results.json).

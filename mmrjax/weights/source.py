@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: a local file, the cache, or the publisher's URL.
+"""Sources of pretrained weights: a local file, the cache, or the publisher's URL.
 
 A file is checked against the hash that its publisher gives (torchvision: the 8 hex digits in the
 name). Formats: .safetensors and .npz natively; .pth through torch (extra `torch`) with

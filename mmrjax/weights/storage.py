@@ -64,7 +64,7 @@ def is_ours(path: pathlib.Path) -> bool:
 
 
 def licence(facts: Mapping[str, str], otherwise: str) -> str:
-    """What a file states; `otherwise` of files from elsewhere, unknown of those that left a run."""
+    """The licence a file states; `otherwise` if mmrjax did not write it, unknown if a run did."""
     return facts.get("licence", source.LOCAL if facts.get("kind") in KINDS else otherwise)
 
 

@@ -37,8 +37,8 @@ def official_table(table: np.ndarray, grid: Grid | None) -> np.ndarray:
     for bit.
 
     Args:
-      table: of a model.
-      grid: of the model; None where it is square.
+      table: the position table of a model.
+      grid: patch grid of the model; None if it is square.
 
     Raises:
       ValueError: a learned table that a reader of the file would take for one of another grid.

@@ -104,8 +104,8 @@ def student_to_torch(variables: dict, grid: Grid | None = None) -> State:
     """Variables of `models.student.MaskedStudent` -> state dict with the official MMR keys.
 
     Args:
-      variables: of a student of any layers.
-      grid: patches per column and per row of its images; None where both are equal.
+      variables: those of a student of any layers.
+      grid: patches per column and per row of its images; None if both are equal.
     """
     return layouts.contiguous(_student_views(_with_official_table(variables, grid)))
 
@@ -132,7 +132,7 @@ def encoder_to_torch(variables: dict, grid: Grid | None = None) -> State:
 
 
 def encoder_part(state: State) -> State:
-    """What the official code takes of a MAE checkpoint, less the heads of classifiers.
+    """The part of a MAE checkpoint that the official code takes, less the heads of classifiers.
 
     It drops every key that contains "decoder", and the key "mask_token".
     """
@@ -200,7 +200,7 @@ def merge_student(variables: dict, state: State, grid: Grid | None = None) -> tu
     Args:
       variables: from `MaskedStudent.init`.
       state: with official MMR, MAE or timm names.
-      grid: patches per column and per row of the student's images; None where both are equal.
+      grid: patches per column and per row of the student's images; None if both are equal.
 
     Returns:
       (new variables, {"used", "missing", "unused", "replaced"}: lists of names; "replaced" are
@@ -299,7 +299,7 @@ def check_teacher(state: State, arch: resnet.Architecture, what: str) -> None:
 
 
 def teacher_part(state: State) -> State:
-    """What is used of a torchvision ResNet: neither layer4 nor fc, nor counters of batches."""
+    """The used part of a torchvision ResNet: without layer4, fc and counters of batches."""
     return {key: value for key, value in state.items() if not _NOT_TEACHER.match(key)}
 
 

@@ -121,8 +121,8 @@ def sincos_table(width: int, grid) -> torch.Tensor:
 
     `grid` is the number of patches per column and per row, or one number for both.
 
-    Of a patch (row, column) the first half of the dimensions encodes the column, the second the
-    row; either half is [sin(p w_i), cos(p w_i)] with w_i = 10000^(-i / (width / 4)).
+    The first half of the dimensions encodes the column of a patch, the second half its row; either
+    half is [sin(p w_i), cos(p w_i)] with w_i = 10000^(-i / (width / 4)).
     """
     omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
     rows, columns = np.indices(pair(grid)).reshape(2, -1)
