@@ -176,7 +176,7 @@ def apply_taps(
     """A product of taps and whole grey levels, as exact as in float32.
 
     Args:
-      equation: of einsum.
+      equation: as einsum takes it.
       taps: float32.
       pixels: whole numbers 0 to 255 of any dtype, which bfloat16 holds exactly.
       split: as three products in bfloat16, each of eight more bits of the taps; None: on

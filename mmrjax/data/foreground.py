@@ -1,4 +1,4 @@
-"""Where the part is in a picture: on the host, once per training picture (MMR+ spec, section 7).
+"""The place of the part in a picture, found on the host, once per training picture (MMR+).
 
 Defects must not land on the background. For textures and surfaces that fill the picture the answer
 is everywhere; pass None to `defects.synthesise` instead.

@@ -1,4 +1,4 @@
-"""What settings are judged by: the test of a data set, or defects drawn on good training pictures.
+"""The judge of settings: the test of a data set, or defects drawn on good training pictures.
 
 `config.sweep.judge` names the judge. With "test" a run trains and tests as its protocol says. With
 "held_out_defects" a run never reads the test. A quarter of the groups of good training pictures is
@@ -36,7 +36,7 @@ class Drawn:
 
         Args:
           good: the pictures; a piece of another picture comes from one of the same part.
-          seed: of all draws. A defect follows from the seed, the picture's id, the number of the
+          seed: seeds all draws. A defect follows from the seed, the picture's id, the number of the
             copy and the kind.
         """
         self._copies = -(-EACH * len(held_out.KINDS) // len(good))
@@ -85,9 +85,9 @@ def select(records: Records, config: ConfigDict, seed: int) -> tuple[Records, tr
     """Selects what a run trains on and is tested on.
 
     Args:
-      records: of a category, or joined ones.
+      records: the records of a category, or joined records.
       config: with `sweep.judge` and the protocol in `data`.
-      seed: of the run.
+      seed: the seed of the run.
 
     Returns:
       (records, indices into them). With "test" the records are those given. With

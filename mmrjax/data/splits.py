@@ -65,7 +65,7 @@ def hold_out(train: Records, fraction: float, seed: int = 0) -> tuple[Records, R
     Args:
       train: the training images, all good.
       fraction: share of their groups; 0 holds nothing out.
-      seed: of the draw.
+      seed: seeds the draw.
 
     Returns:
       (train, held out), in their order. Groups stay together. Fewer than MIN_HELD_OUT groups
@@ -87,7 +87,7 @@ def apart(records: Records, held_out: Records) -> Records:
 
 
 def few(train: Records) -> str:
-    """What to expect of few training images, all good, in words; "" for enough of them."""
+    """A warning about few training images, all good, in words; "" if there are enough."""
     parts = len(np.unique(train.table["group"]))
     if parts >= FEW:
         return ""

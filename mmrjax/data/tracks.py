@@ -39,13 +39,13 @@ class Track:
 
 
 def select(records: Records, data: ConfigDict, seed: int) -> Track:
-    """What a configuration trains on and tests.
+    """The records that a configuration trains on and tests.
 
     Args:
-      records: of a category, or joined ones.
+      records: the records of a category, or joined records.
       data: the group `data` of the configuration: protocol, shots, target, held_out, labelled and
         split_seed.
-      seed: of the run; it draws the images of k_shot and, unless split_seed does, track B.
+      seed: the seed of the run; it draws the images of k_shot and, unless split_seed does, track B.
 
     Raises:
       ValueError: as `splits.select`, `track_a` and `track_b`.
@@ -131,7 +131,7 @@ def track_b(
 
     Args:
       records: joined ones, or a single part.
-      seed: of the draw.
+      seed: seeds the draw.
       held_out: (part, defect, condition) that training never sees, "" for any; those of parts
         that are not there are passed over.
       labelled: whether the defective images of the training side train too.
@@ -187,7 +187,7 @@ def part_of(records: Records) -> np.ndarray:
 
 
 def turns(records: Records, by_part: bool, by_domain: bool) -> np.ndarray | None:
-    """What each image shares its turn in a batch with, str [n]; None: no turns.
+    """The group that each image takes turns with in a batch, str [n]; None: no turns.
 
     Args:
       records: training images.

@@ -135,7 +135,7 @@ def _cover(rng: Rng, shape: tuple[int, int], kind: str) -> np.ndarray:
 
 
 def _resurfacing(rng: Rng, before: np.ndarray, cover: np.ndarray) -> np.ndarray:
-    """What other light, a stronger or weaker texture, or both change: float32 [h, w, 3]."""
+    """The change by other light, a stronger or weaker texture, or both: float32 [h, w, 3]."""
     light = np.exp(rng.uniform(*np.log(LIGHT)))
     factor = np.exp(rng.uniform(*np.log(TEXTURE))) ** rng.choice((-1, 1))
     what, wanted = rng.choice(("light", "texture", "both")), rng.choice((-1, 1))

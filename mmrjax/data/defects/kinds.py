@@ -1,7 +1,7 @@
 """The kinds of large synthetic defects: each paints one on a window of the picture.
 
-A kind is a function (draws, place, settings) -> Painted. What is painted vanishes before the border
-of its core's neighbourhood, or is blended there (poisson.py). The kinds of HELD_OUT are made by
+A kind is a function (draws, place, settings) -> Painted. The paint vanishes before the border of
+its core's neighbourhood, or is blended there (poisson.py). The kinds of HELD_OUT are made by
 other shapes than those of TRAINING, for a validation that does not ask for what was taught.
 """
 
@@ -20,7 +20,7 @@ FIELDS = 9  # and n x n normal ones for its textures
 
 
 class Place(NamedTuple):
-    """Where a defect is painted, seen through a window of n px around it.
+    """The surroundings of a defect, in a window of n px around it.
 
     Attributes:
       pixels: float32 [n, n, 3] in [0, 255].
@@ -55,7 +55,7 @@ def real(
 
     Args:
       draws: for the choice.
-      place: where it goes.
+      place: its surroundings.
       images: uint8 [m, s, s, 3].
       masks: bool [m, s, s].
       chances: float32 [m], how likely each is, up to a factor; None: all alike.

@@ -61,12 +61,12 @@ def blend(
       target: float [b, h, w, c].
       region: bool [b, h, w]; some pixel of each window must be outside.
       mixed: bool [b] or one for all: take the larger of both gradients, else the source's.
-      tolerance: of the norm of the residual, relative to that of the uncorrected source, per
-        channel and of the black half of the pixels. It is the correction that is sought: so,
-        unless `mixed`, the source's own texture, however strong, does not loosen the goal. With
+      tolerance: largest norm of the residual, relative to that of the uncorrected source, per
+        channel and over the black half of the pixels. The solver seeks the correction, so that,
+        unless `mixed`, the source's own texture does not loosen the goal. With
         three rounds or more, 2e-3 leaves at most a quarter of a grey level at 16 to 64 px and 0.7
         at 120 px; with `mixed` there 0.3 for stains, and up to 2.4 in white noise.
-      max_rounds: of conjugate gradients; three are made unless there is nothing to correct.
+      max_rounds: rounds of conjugate gradients; three are made unless nothing is to correct.
 
     Returns:
       float [b, h, w, c], bit-identical to `target` outside `region`.
@@ -353,7 +353,7 @@ def _restrict(red: Colour) -> jax.Array:
 
 
 def _share(h: int, w: int) -> np.ndarray:
-    """Of an (odd, odd) pixel, from each coarse one; beyond the last these stay constant."""
+    """Share of each coarse pixel in an (odd, odd) pixel; beyond the last it stays constant."""
     share = np.full((h, w, 1), 0.25, np.float32)
     share[-1] *= 2
     share[:, -1] *= 2

@@ -12,7 +12,7 @@ ROUGHNESS = (1.6, 4.0)  # of Q = perimeter^2 / (4 pi area); a circle has 1 (MMR+
 
 
 def draw_blocks(key: jax.Array, uniforms: int, normals: int) -> tuple[jax.Array, jax.Array]:
-    """What `Draws` is made of: so many numbers in [0, 1) and so many standard normal ones."""
+    """The numbers of `Draws`: so many in [0, 1) and so many standard normal numbers."""
     drawn = jax.random.uniform(key, (uniforms + normals,), minval=1e-7)  # 0 would give -inf
     return drawn[:uniforms], np.sqrt(2) * jax.lax.erf_inv(2 * drawn[uniforms:] - 1)
 
