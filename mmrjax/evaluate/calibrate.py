@@ -24,7 +24,7 @@ from scipy import stats
 from mmrjax.runtime import files
 
 SCHEMA = 1
-ROUNDING = 1e-9  # of sums of weights such as 1/3
+ROUNDING = 1e-9  # error of sums of weights such as 1/3
 
 
 class TooFew(ValueError):

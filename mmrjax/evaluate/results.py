@@ -64,9 +64,9 @@ def evaluate(
       records: the test images. A column "unseen" of their table tells whose combination of defect
         and condition was kept from training (data/tracks.py).
       held_out: good images that were not trained on; the threshold comes from them.
-      config: of the run.
-      seed: of the run.
-      folder: of the run, or of another view of the run.
+      config: the run's.
+      seed: the run's.
+      folder: the run's, or that of another view of the run.
 
     Returns:
       The content of results.json.

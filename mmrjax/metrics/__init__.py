@@ -1,9 +1,9 @@
 """Metrics of anomaly detection and localisation, exact and fast.
 
-`evaluate` and `curves` serve a test run, `summarise` several runs, `paired_difference` two methods.
-Each metric has a function of its own, too; ranking.py and pro.py define the metrics. Everything
-runs in NumPy except streaming.py, which counts the maps of large test sets on device and is
-imported by its own name.
+`measure` serves a test run, `summarise` several runs, `paired_difference` two methods. Each metric
+has a function of its own, too; ranking.py and pro.py define the metrics. Everything runs in NumPy
+except streaming.py, which counts the maps of large test sets on device and is imported by its own
+name.
 
 Every degenerate case has a value. p is the share of defect pixels (for images: of anomalies); "-"
 means as defined, nothing special. The function of a single metric raises ValueError if this table
@@ -39,10 +39,9 @@ says None.
 """
 
 from mmrjax.metrics.domain import IMAGE_METRICS, METRICS, PIXEL_METRICS, TINY_METRICS
-from mmrjax.metrics.exact import curves, evaluate, measure, pixel_auroc_and_aupro
+from mmrjax.metrics.exact import aupro, measure, paired_difference, pixel_auroc_and_aupro
 from mmrjax.metrics.misses import MISSED, by_defect
-from mmrjax.metrics.paired import paired_difference
-from mmrjax.metrics.pro import Regions, aupro, pro_curve, pro_mmr, pro_mmr_per_image, regions
+from mmrjax.metrics.pro import Regions, pro_mmr, pro_mmr_per_image, regions
 from mmrjax.metrics.ranking import auroc, average_precision, f1_max
 from mmrjax.metrics.summary import (
     OFFICIAL_MODE,
@@ -63,15 +62,12 @@ __all__ = [
     "auroc",
     "average_precision",
     "by_defect",
-    "curves",
-    "evaluate",
     "f1_max",
     "largest_errors",
     "measure",
     "officially_rounded",
     "paired_difference",
     "pixel_auroc_and_aupro",
-    "pro_curve",
     "pro_mmr",
     "pro_mmr_per_image",
     "regions",

@@ -74,11 +74,11 @@ def pixel_samples(
     """Pixel metrics of every resample.
 
     Args:
-        histograms: of all g groups.
+        histograms: pixels of all g groups.
         pro_mmr: [m] value of each image that counts for pixel metrics, NaN if undefined.
         group: [m] index of its group.
         draws: [b, g] multiplicities.
-        limit: of AU-PRO.
+        limit: largest false-positive rate of AU-PRO.
 
     Returns:
         Metric name -> [b], NaN for resamples without a defect pixel or without a normal pixel.

@@ -49,7 +49,7 @@ class Measured(NamedTuple):
         values: metric -> 0..1, or None if undefined.
         reasons: metric -> why it is None.
         bounds: metric -> (low, high) around its exact value; only metrics that are not exact.
-        counts: numbers of images, see `evaluate`.
+        counts: numbers of images, see `report`.
         samples: metric -> [b] values on resampled groups.
         image: ranking of the image scores, None if image metrics are undefined.
         region: ranking of the pixels by region weight, None if pixel metrics are undefined.
@@ -64,7 +64,16 @@ class Measured(NamedTuple):
     region: ranking.Ranked | None
 
     def report(self) -> dict:
-        """The domain's entry in results.json, as `evaluate` returns it."""
+        """The domain's entry in results.json.
+
+        Returns:
+            {metric: 0..1 or None for each of METRICS, "counts": {good, anomaly, pixel_images,
+            empty_masks, and, if any, dropped_resamples: the most resamples in which a metric was
+            undefined}, "reasons": {metric: why it is None}, "ci95": {metric: [low, high] or None},
+            and, if any metric is inexact, "bounds": {metric: [low, high]}}. An interval is None if
+            the metric is, if there is only one group, or if the metric is undefined in over half of
+            the resamples.
+        """
         dropped = max((int(np.isnan(s).sum()) for s in self.samples.values()), default=0)
         extra = {"dropped_resamples": dropped} if dropped else {}
         intervals = {name: bootstrap.interval(self.samples.get(name)) for name in METRICS}
@@ -81,7 +90,12 @@ class Measured(NamedTuple):
         return entry | ({"bounds": bounds} if bounds else {})
 
     def curves(self, points: int = 300) -> dict[str, dict[str, list[float]]]:
-        """Curves to plot, as `curves` returns them."""
+        """ROC of the image scores, and region overlap against false-positive rate up to PRO_LIMIT.
+
+        Returns:
+            {"roc": {"fpr", "tpr"}, "pro": {"fpr", "pro"}}, lists of at most `points` numbers that
+            lie on the curve; a curve whose area would be undefined is absent.
+        """
         result = {}
         if self.image is not None:
             x, y = ranking.thin(*ranking.polyline(self.image), points)
@@ -111,8 +125,8 @@ def assemble(
         used: [n] bool, counts for pixel metrics.
         empty: [n] bool, no defect pixel in view.
         counted: pixels of the used images, or the reason why pixel metrics are undefined.
-        groups: [n] as in `exact.evaluate`, or None.
-        resamples: number, as `bootstrap` in `exact.evaluate`.
+        groups: [n] as in `exact.measure`, or None.
+        resamples: number, as `bootstrap` in `exact.measure`.
         seed: seeds the bootstrap.
         tiny_side: as in `misses.tiny_recall`.
     """

@@ -13,12 +13,19 @@ import numpy as np
 
 from mmrjax.metrics import bootstrap as bootstrap_lib
 from mmrjax.metrics import misses, pro, ranking
-from mmrjax.metrics.domain import Measured, assemble, checked_scores, pixel_reason
+from mmrjax.metrics.domain import (
+    IMAGE_METRICS,
+    PRO_LIMIT,
+    Measured,
+    assemble,
+    checked_scores,
+    pixel_reason,
+)
 
-_BINS = 4096  # of the histograms behind the intervals
+_BINS = 4096  # bins of the histograms behind the intervals
 
 
-def evaluate(
+def measure(
     scores: np.ndarray,
     maps: np.ndarray | None,
     masks: np.ndarray | None,
@@ -27,7 +34,8 @@ def evaluate(
     groups: Sequence | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
-) -> dict:
+    tiny_side: int = misses.TINY_SIDE,
+) -> Measured:
     """Metrics of one domain.
 
     Pixel metrics use the good images (as all normal, whatever their mask) and those anomalous
@@ -42,54 +50,11 @@ def evaluate(
         has_mask: [n] bool, false for images without pixel truth. None only with `maps` None.
         groups: [n] hashable; images of a group are resampled together. Default: each image alone.
         bootstrap: number of resamples for the 95 % intervals; 0 for none.
-        seed: of the resampling.
-
-    Returns:
-        {metric: 0..1 or None for each of METRICS, "counts": {good, anomaly, pixel_images,
-        empty_masks, and, if any, dropped_resamples: the most resamples in which a metric was
-        undefined}, "reasons": {metric: why it is None}, "ci95": {metric: [low, high] or None}}. An
-        interval is None if the metric is, if there is only one group, or if the metric is undefined
-        in over half of the resamples.
+        seed: seeds the resampling.
+        tiny_side: regions without a side of so many px are tiny (misses.py).
 
     Raises:
         ValueError: NaN or infinity in scores or maps, or arrays that do not fit together.
-    """
-    return measure(scores, maps, masks, is_anomaly, has_mask, groups, bootstrap, seed).report()
-
-
-def curves(
-    scores: np.ndarray,
-    maps: np.ndarray | None,
-    masks: np.ndarray | None,
-    is_anomaly: np.ndarray,
-    has_mask: np.ndarray | None,
-    points: int = 300,
-) -> dict[str, dict[str, list[float]]]:
-    """Curves to plot: ROC of the image scores, region overlap against false-positive rate to 0.3.
-
-    Arguments and errors as in `evaluate`.
-
-    Returns:
-        {"roc": {"fpr", "tpr"}, "pro": {"fpr", "pro"}}, lists of at most `points` numbers that lie
-        on the curve; a curve whose area would be undefined is absent.
-    """
-    return measure(scores, maps, masks, is_anomaly, has_mask, bootstrap=0).curves(points)
-
-
-def measure(
-    scores: np.ndarray,
-    maps: np.ndarray | None,
-    masks: np.ndarray | None,
-    is_anomaly: np.ndarray,
-    has_mask: np.ndarray | None,
-    groups: Sequence | None = None,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    tiny_side: int = misses.TINY_SIDE,
-) -> Measured:
-    """The results behind `evaluate` and `curves`, in one pass; arguments and errors as `evaluate`.
-
-    Regions without a side of `tiny_side` px are tiny (misses.py).
     """
     scores, maps, truth, is_anomaly, used = _checked(scores, maps, masks, is_anomaly, has_mask)
     empty = np.zeros(len(scores), bool) if truth is None else ~_any(truth)
@@ -100,6 +65,56 @@ def measure(
     if reason is None:
         counted = gather(_rows(maps, used), pro.regions(_rows(truth, used)))
     return assemble(scores, is_anomaly, used, empty, counted, groups, bootstrap, seed, tiny_side)
+
+
+def paired_difference(
+    scores_a: np.ndarray,
+    scores_b: np.ndarray,
+    is_anomaly: np.ndarray,
+    groups: Sequence | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """Image metrics of method a, of method b, and a minus b; each resample of images serves both.
+
+    The interval tells whether the difference would survive another sample of images. It tells
+    nothing of another training seed. If several seeds are given, their metrics are averaged.
+
+    Args:
+        scores_a: [n], or [s, n] for s seeds of method a.
+        scores_b: [n], or [t, n] for t seeds of method b.
+        is_anomaly: [n] bool.
+        groups: [n] as in `measure`.
+        bootstrap: number of resamples.
+        seed: seeds the resampling.
+
+    Returns:
+        {metric: {"a": 0..1, "b": 0..1, "difference": a - b, "ci95": [low, high]}}; each is None if
+        the metric is undefined.
+
+    Raises:
+        ValueError: as in `measure`.
+    """
+    values, samples = [], []
+    for scores in (scores_a, scores_b):
+        runs = [
+            measure(row, None, None, is_anomaly, None, groups, bootstrap, seed)
+            for row in np.atleast_2d(scores)
+        ]
+        defined = [name for name in IMAGE_METRICS if runs[0].values[name] is not None]
+        values.append({n: float(np.mean([run.values[n] for run in runs])) for n in defined})
+        samples.append({n: np.mean([r.samples[n] for r in runs], axis=0) for n in runs[0].samples})
+    rows = {}
+    for name in IMAGE_METRICS:
+        a, b = (side.get(name) for side in values)
+        drawn = all(name in side for side in samples)
+        rows[name] = {
+            "a": a,
+            "b": b,
+            "difference": None if a is None or b is None else a - b,
+            "ci95": bootstrap_lib.interval(samples[0][name] - samples[1][name]) if drawn else None,
+        }
+    return rows
 
 
 def _checked(scores, maps, masks, is_anomaly, has_mask):
@@ -209,16 +224,46 @@ def gather(maps: np.ndarray, regions: pro.Regions) -> Pixels:
 
 
 def pixel_auroc_and_aupro(
-    maps: np.ndarray, masks: np.ndarray, limit: float = 0.3
+    maps: np.ndarray, masks: np.ndarray, limit: float = PRO_LIMIT
 ) -> tuple[float, float]:
-    """Pixel AUROC and AU-PRO from one sort, the fastest exact way to these two metrics.
+    """Pixel AUROC and AU-PRO of MVTec AD: all thresholds, ties merged, exact at the limit.
 
-    Arguments and errors as in `pro.aupro`.
+    A constant map gives an AU-PRO of limit / 2, which is chance; a perfect map gives 1.
+
+    Args:
+        maps: [n, h, w] float32 or float64, higher means more anomalous; good images belong in it.
+        masks: [n, h, w] bool, all false for good images.
+        limit: largest false-positive rate of AU-PRO, in (0, 1].
+
+    Returns:
+        Both 0..1.
+
+    Raises:
+        ValueError: NaN or infinity in the maps, no defect pixel, no normal pixel, or unequal
+            shapes.
+    """
+    if not 0 < limit <= 1:
+        raise ValueError(f"limit={limit} must lie in (0, 1]")
+    pixel, region = pixel_rankings(maps, masks)
+    return float(ranking.area(pixel)), float(ranking.area(region, limit))
+
+
+def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = PRO_LIMIT) -> float:
+    """AU-PRO; arguments and errors as in `pixel_auroc_and_aupro`."""
+    return pixel_auroc_and_aupro(maps, masks, limit)[1]
+
+
+def pixel_rankings(maps: np.ndarray, masks: np.ndarray) -> tuple[ranking.Ranked, ranking.Ranked]:
+    """Rankings of defect pixels against normal pixels: of weight 1, and of weight 1 / area.
+
+    Arguments and errors as in `pixel_auroc_and_aupro`.
     """
     maps, regions = pro.checked(maps, masks)
-    pro.require_both_classes(regions)
-    pixel, region = _tables(*_split(maps, regions), regions.weight)
-    return float(ranking.area(pixel)), float(ranking.area(region, limit))
+    if not 0 < len(regions.pixel) < maps.size:
+        raise ValueError(
+            f"defect and normal pixels are needed; {len(regions.pixel)} of {maps.size} are defects"
+        )
+    return _tables(*_split(maps, regions), regions.weight)
 
 
 def _split(maps: np.ndarray, regions: pro.Regions) -> tuple[list[np.ndarray], np.ndarray]:

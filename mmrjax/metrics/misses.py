@@ -15,7 +15,7 @@ MISSED = {"missed_at_5": 0.05, "missed_at_1": 0.01}
 TINY_RATE = 0.05
 TINY_SIDE = 10  # px in view
 
-_ROUNDING = 1e-9  # of rate * weight
+_ROUNDING = 1e-9  # error of rate * weight
 _BLOCK = 128  # resamples at once
 
 

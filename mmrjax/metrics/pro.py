@@ -1,6 +1,6 @@
 """Per-region overlap in its two definitions, and the connected regions that both need.
 
-`aupro` is the definition of MVTec AD: one ranking over the whole test set, every region with equal
+`exact.aupro` has the definition of MVTec AD: one ranking over the test set, every region with equal
 weight, false-positive rate over all normal pixels, good images included. `pro_mmr` is the score in
 the MMR and RD4AD tables: a curve of 200 thresholds per defective image, averaged over images. The
 two differ by several points on the same maps, so a report names which one it shows.
@@ -61,12 +61,6 @@ class Regions(NamedTuple):
             return np.zeros(0, values.dtype)
         return np.maximum.reduceat(values, np.cumsum(self.area) - self.area)
 
-    def normal(self) -> np.ndarray:
-        """[n * h * w] bool, true for the pixels outside every region."""
-        mask = np.ones(np.prod(self.shape), bool)
-        mask[self.pixel] = False
-        return mask
-
 
 def regions(masks: np.ndarray) -> Regions:
     """Finds the 8-connected regions of boolean masks [n, h, w]; empty masks are cheap.
@@ -96,35 +90,6 @@ def regions(masks: np.ndarray) -> Regions:
         np.concatenate(area) if area else none,
         np.concatenate(image) if image else none,
     )
-
-
-def aupro(maps: np.ndarray, masks: np.ndarray | Regions, limit: float = _LIMIT) -> float:
-    """AU-PRO of MVTec AD, exact: all thresholds, ties merged, linear interpolation at the limit.
-
-    Only the normal pixels that can lie below `limit` are sorted, together with all pixels that tie
-    with the last of them, so ties across the limit stay exact. A constant map gives limit / 2,
-    which is chance; a perfect map gives 1.
-
-    Args:
-        maps: [n, h, w] float32 or float64, higher means more anomalous; good images belong in it.
-        masks: [n, h, w] bool, all false for good images; or the `regions` of such masks.
-        limit: largest false-positive rate, in (0, 1].
-
-    Returns:
-        0..1.
-
-    Raises:
-        ValueError: NaN or infinity in the maps, no defect pixel, no normal pixel, or unequal
-            shapes.
-    """
-    return float(ranking.area(_ranked_head(maps, masks, limit), limit))
-
-
-def pro_curve(
-    maps: np.ndarray, masks: np.ndarray | Regions, limit: float = _LIMIT
-) -> tuple[np.ndarray, np.ndarray]:
-    """The curve whose area is `aupro`: false-positive rate 0..limit, region overlap 0..1."""
-    return head(*ranking.polyline(_ranked_head(maps, masks, limit)), limit)
 
 
 def head(x: np.ndarray, y: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
@@ -243,32 +208,3 @@ def checked(maps: np.ndarray, masks: np.ndarray | Regions) -> tuple[np.ndarray, 
         raise ValueError(f"maps {maps.shape} and masks {tuple(defects.shape)} must have one shape")
     ranking.require_finite(maps, "anomaly maps")
     return maps, defects
-
-
-def require_both_classes(defects: Regions) -> None:
-    """Raises ValueError unless there are defect pixels and normal pixels."""
-    size = int(np.prod(defects.shape))
-    if not 0 < len(defects.pixel) < size:
-        raise ValueError(
-            f"defect and normal pixels are needed; {len(defects.pixel)} of {size} are defects"
-        )
-
-
-def _ranked_head(maps: np.ndarray, masks: np.ndarray | Regions, limit: float) -> ranking.Ranked:
-    """Ranking that is exact up to false-positive rate `limit`; later groups only carry weight."""
-    if not 0 < limit <= 1:
-        raise ValueError(f"limit={limit} must lie in (0, 1]")
-    maps, defects = checked(maps, masks)
-    require_both_classes(defects)
-    values = maps.ravel()
-    normal = values[defects.normal()]
-    total = len(normal)
-    keep = int(np.ceil(limit * total)) + 1
-    if keep < total:
-        normal.partition(total - keep)
-        head = normal[total - keep :]
-        cut = head[0]
-        below = normal[: total - keep]
-        normal = np.concatenate([below[below == cut], head])  # with all that tie at the cut
-    normal.sort()
-    return ranking.rank(values[defects.pixel], normal, defects.weight, negatives=total)

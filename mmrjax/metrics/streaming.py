@@ -34,7 +34,7 @@ BUCKETS = 1 << 16
 FINITE = range(128, 65408)  # buckets of finite scores; infinity and NaN lie outside
 ROWS = 128  # histograms that one call fills
 
-_BINS = 2048  # of the histograms behind the intervals: more occupied buckets than that are joined
+_BINS = 2048  # bins of the histograms behind the intervals; more buckets are joined
 
 
 class Counted(NamedTuple):
@@ -289,7 +289,7 @@ def measure(
         counted: histograms of the same n images, in their order.
         is_anomaly: [n] bool.
         has_mask: [n] bool, false for images without pixel truth.
-        groups: [n] as in `exact.evaluate`.
+        groups: [n] as in `exact.measure`.
         bootstrap: number of resamples for the intervals; 0 for none.
         seed: seeds the resampling.
         tiny_side: regions without a side of so many px are tiny.

@@ -6,7 +6,7 @@ import numpy as np
 
 from mmrjax.metrics.domain import METRICS
 
-OFFICIAL_MODE = "mmr"  # of eval.metrics_mode: ground truth and rounding as in the official MMR code
+OFFICIAL_MODE = "mmr"  # value of eval.metrics_mode: truth and rounding as in the official code
 
 # The official code rounds these metrics of every class or domain before it averages them. It does
 # not round pixel AUROC (quirk 21).
@@ -26,7 +26,7 @@ def largest_errors(entries: Iterable[Mapping]) -> dict[str, float]:
     """Largest possible distance of each inexact metric from its exact value, over many entries.
 
     Args:
-        entries: metrics of results.json, from `exact.evaluate`; exact entries lack "bounds".
+        entries: metrics of results.json, from `Measured.report`; exact entries lack "bounds".
 
     Returns:
         {metric: fraction}, empty if everything is exact.

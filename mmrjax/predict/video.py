@@ -67,7 +67,7 @@ def run(
 
     Args:
       detector: a trained run.
-      path: of the video.
+      path: the video.
       output: folder to write into.
       rows: gets a row per frame, for scores.csv.
       draws: writes the overlay.

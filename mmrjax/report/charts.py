@@ -22,7 +22,7 @@ PLOT_HEIGHT = 236
 LEFT, RIGHT, TOP, BOTTOM = 42, 10, 10, 38
 SERIES_COLOURS = 8  # classes s0 … s7 of report.css: domains and seeds; then again with dashes
 METHOD_COLOURS = 4  # classes m0 … m3: methods
-MAX_POINTS = 240  # of one line; more cannot be seen at this size
+MAX_POINTS = 240  # points of a line; more are invisible at this size
 BINS = 36
 
 

@@ -36,7 +36,7 @@ class Run:
     """The files of one method, category and seed; an absent file is empty and named in missing."""
 
     method: str
-    title: str  # of the method
+    title: str  # the method's
     key: str  # "<dataset>/<category>"
     seed: int
     folder: pathlib.Path

@@ -81,7 +81,7 @@ def protocol(facts: Mapping) -> dict[str, str]:
     """The origin of a run's numbers as {term: text}: mode, truth, weights and versions.
 
     Args:
-        facts: of the run's results.json.
+        facts: the facts in the run's results.json.
     """
     truth = facts.get("ground_truth") or {}
     terms = {"metric mode": "metrics_mode", "masks": "masks", "labels": "labels"}
@@ -101,7 +101,7 @@ def departures(facts: Mapping, paper_weights: Mapping[str, str]) -> list[str]:
     """The networks whose weights are random or others than the paper's, a sentence each.
 
     Args:
-        facts: of the run's results.json.
+        facts: the facts in the run's results.json.
         paper_weights: {role: start of the weights file's name}, of the run's method.
     """
     sentences = []
@@ -134,7 +134,7 @@ def comparison_sentence(comparison: Mapping, a: str, b: str, several_keys: bool)
     """A paired comparison in words that claim no more than its interval allows.
 
     Args:
-        comparison: of results.json.
+        comparison: an entry of results.json.
         a: title of its first method.
         b: title of its second method.
         several_keys: names the category.

@@ -100,7 +100,7 @@ class Detector:
 
         Args:
           trained: the model.
-          config: of the model's run; view, batch size and target rate are used.
+          config: the run's; view, batch size and target rate are used.
           calibration: None for a model that only scores.
           scale: colour scale of a model without calibration.
         """
@@ -298,7 +298,7 @@ def boxes(
 
     Args:
       view_map: float32 [h, w], at the size of the view.
-      threshold: of map values.
+      threshold: a map value.
       view: resize and crop of the image before the model.
       size: (height, width) of the image in px.
     """

@@ -84,14 +84,6 @@ def difference(a: Scores, b: Scores, bootstrap: int = 1000) -> dict[str, dict]:
         )
     if len(set(a.is_anomaly)) < 2:
         raise ValueError("nothing to compare: the test images are all good or all defective")
-    rows = metrics.paired_difference(
+    return metrics.paired_difference(
         a.values, b.values, a.is_anomaly, a.groups, bootstrap=bootstrap
     )
-    for side, scores in (("a", a), ("b", b)):
-        runs = [
-            metrics.measure(values, None, None, scores.is_anomaly, None, bootstrap=0).values
-            for values in scores.values
-        ]
-        for name, row in rows.items():
-            row[side] = float(np.mean([run[name] for run in runs]))
-    return rows

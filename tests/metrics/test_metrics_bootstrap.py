@@ -88,7 +88,9 @@ def test_identical_groups_give_an_interval_of_no_width_at_the_exact_value():
     maps, masks = np.concatenate([maps, maps]), np.concatenate([masks, masks])
     truth, scores = masks.any(axis=(1, 2)), maps.max(axis=(1, 2))
     groups = np.arange(32) // 16
-    result = metrics.evaluate(scores, maps, masks, truth, np.ones(32, bool), groups, bootstrap=20)
+    result = metrics.measure(
+        scores, maps, masks, truth, np.ones(32, bool), groups, bootstrap=20
+    ).report()
     # The error of the histogram must not show.
     for name in metrics.IMAGE_METRICS + metrics.PIXEL_METRICS:
         assert result["ci95"][name] == pytest.approx([result[name]] * 2, abs=1e-12), name
@@ -96,7 +98,7 @@ def test_identical_groups_give_an_interval_of_no_width_at_the_exact_value():
 
 def test_resamples_without_a_class_are_dropped_and_counted():
     scores, truth = np.arange(5.0), np.arange(5) == 4
-    result = metrics.evaluate(scores, None, None, truth, None, bootstrap=400)
+    result = metrics.measure(scores, None, None, truth, None, bootstrap=400).report()
     dropped = result["counts"]["dropped_resamples"]
     assert 0.2 < dropped / 400 < 0.5  # expected (4/5)**5 = 0.33 without the only anomaly
     assert result["ci95"]["image_auroc"] == [1.0, 1.0]
@@ -113,7 +115,7 @@ def draw_scores(rng, n, shift=1.0):
 
 
 def interval(scores, truth, groups=None):
-    result = metrics.evaluate(scores, None, None, truth, None, groups, bootstrap=300)
+    result = metrics.measure(scores, None, None, truth, None, groups, bootstrap=300).report()
     return result["ci95"]["image_auroc"]
 
 
@@ -149,8 +151,8 @@ def test_pixel_intervals_widen_with_groups_of_near_duplicates_too():
     truth = masks.any(axis=(1, 2))[again]
     maps, masks = maps[again], masks[again]
     arguments = (maps.max(axis=(1, 2)), maps, masks, truth, np.ones(96, bool))
-    alone = metrics.evaluate(*arguments, bootstrap=200)
-    together = metrics.evaluate(*arguments, groups=again, bootstrap=200)
+    alone = metrics.measure(*arguments, bootstrap=200).report()
+    together = metrics.measure(*arguments, groups=again, bootstrap=200).report()
     for name in metrics.PIXEL_METRICS:
         assert alone[name] == together[name]
         ratio = np.diff(together["ci95"][name])[0] / np.diff(alone["ci95"][name])[0]

@@ -29,7 +29,7 @@ def make_set(n=8, size=24):
 
 
 def exact(case):
-    return metrics.evaluate(**case, bootstrap=20)
+    return metrics.measure(**case, bootstrap=20).report()
 
 
 def streamed(case):
@@ -86,7 +86,7 @@ def test_no_pixel_truth(evaluate):
 
 def test_no_map():
     case = make_set() | {"maps": None, "masks": None, "has_mask": None}
-    assert is_none(metrics.evaluate(**case), PIXEL, "no anomaly map")
+    assert is_none(metrics.measure(**case).report(), PIXEL, "no anomaly map")
 
 
 def test_no_defect_pixel_in_any_view(evaluate):
@@ -194,12 +194,12 @@ def test_maps_of_different_sizes():
     case = make_set(2)
     case["maps"] = [case["maps"][0], case["maps"][1][:, 1:]]
     with pytest.raises(ValueError, match=r"maps of 2 sizes.*one size.*streaming"):
-        metrics.evaluate(**case)
+        metrics.measure(**case).report()
 
 
 def test_no_image():
     with pytest.raises(ValueError, match="no image"):
-        metrics.evaluate(**rows(make_set(), slice(0)))
+        metrics.measure(**rows(make_set(), slice(0))).report()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])

@@ -29,7 +29,7 @@ def make_domain(n=24, size=32):
 
 
 def test_result_has_exactly_the_keys_of_the_contract_and_is_json():
-    result = metrics.evaluate(**make_domain(48), bootstrap=50)
+    result = metrics.measure(**make_domain(48), bootstrap=50).report()
     names = set(metrics.METRICS)
     assert set(result) == names | {"counts", "reasons", "ci95"}
     assert set(result["ci95"]) == names
@@ -44,7 +44,7 @@ def test_result_has_exactly_the_keys_of_the_contract_and_is_json():
 
 def test_values_are_those_of_the_single_metrics():
     domain = make_domain()
-    result = metrics.evaluate(**domain, bootstrap=0)
+    result = metrics.measure(**domain, bootstrap=0).report()
     scores, truth, maps, masks = (domain[k] for k in ("scores", "is_anomaly", "maps", "masks"))
     assert result["image_auroc"] == metrics.auroc(scores, truth)
     assert result["image_ap"] == metrics.average_precision(scores, truth)
@@ -59,11 +59,11 @@ def test_values_are_those_of_the_single_metrics():
 
 def test_anomalies_without_pixel_truth_count_for_image_metrics_only():
     domain = make_domain()
-    full = metrics.evaluate(**domain, bootstrap=0)
+    full = metrics.measure(**domain, bootstrap=0).report()
     domain["has_mask"][:6] = False  # three anomalies, and three good images, which always count
     domain["masks"][0] = True  # rows without truth are not read
     keep = domain["has_mask"] | ~domain["is_anomaly"]
-    result = metrics.evaluate(**domain, bootstrap=20)
+    result = metrics.measure(**domain, bootstrap=20).report()
     assert result["image_auroc"] == full["image_auroc"]
     assert result["counts"]["pixel_images"] == 21
     assert result["pixel_auroc"] == metrics.auroc(domain["maps"][keep], domain["masks"][keep])
@@ -73,15 +73,15 @@ def test_anomalies_without_pixel_truth_count_for_image_metrics_only():
 
 def test_mask_of_a_good_image_is_ignored():
     domain = make_domain()
-    expected = metrics.evaluate(**domain, bootstrap=0)
+    expected = metrics.measure(**domain, bootstrap=0).report()
     domain["masks"][1, :5, :5] = True
-    assert metrics.evaluate(**domain, bootstrap=0) == expected
+    assert metrics.measure(**domain, bootstrap=0).report() == expected
 
 
 def test_mask_emptied_by_the_crop_keeps_the_label_and_is_counted():
     domain = make_domain()
     domain["masks"][[0, 2]] = False
-    result = metrics.evaluate(**domain, bootstrap=0)
+    result = metrics.measure(**domain, bootstrap=0).report()
     assert result["counts"] == {"good": 12, "anomaly": 12, "pixel_images": 24, "empty_masks": 2}
     assert result["image_auroc"] == metrics.auroc(domain["scores"], domain["is_anomaly"])
     assert result["aupro_0.3"] == pytest.approx(metrics.aupro(domain["maps"], domain["masks"]))
@@ -111,7 +111,7 @@ def test_undefined_metrics_are_none_with_their_reason(change, image_reason, pixe
         domain["masks"][:] = False
     elif change == "no_maps":
         domain |= {"maps": None, "masks": None, "has_mask": None}
-    result = metrics.evaluate(**domain, bootstrap=20)
+    result = metrics.measure(**domain, bootstrap=20).report()
     for names, reason in (
         (metrics.IMAGE_METRICS, image_reason),
         (metrics.PIXEL_METRICS, pixel_reason),
@@ -119,7 +119,7 @@ def test_undefined_metrics_are_none_with_their_reason(change, image_reason, pixe
         for name in names:
             assert result["reasons"].get(name) == reason
             assert (result[name] is None) == (result["ci95"][name] is None) == (reason is not None)
-    curves = metrics.curves(**domain)
+    curves = metrics.measure(**domain, bootstrap=0).curves()
     assert ("roc" in curves) == (image_reason is None)
     assert ("pro" in curves) == (pixel_reason is None)
 
@@ -127,7 +127,7 @@ def test_undefined_metrics_are_none_with_their_reason(change, image_reason, pixe
 def test_pro_mmr_alone_can_be_undefined():
     domain = make_domain(4)
     domain["masks"][::2] = True
-    result = metrics.evaluate(**domain, bootstrap=20)
+    result = metrics.measure(**domain, bootstrap=20).report()
     assert result["pro_mmr"] is None
     assert result["ci95"]["pro_mmr"] is None
     assert result["reasons"] == {
@@ -139,7 +139,7 @@ def test_pro_mmr_alone_can_be_undefined():
 
 def test_domain_of_one_image_has_no_interval_and_no_image_metric():
     domain = {k: v[:1] for k, v in make_domain().items()}
-    result = metrics.evaluate(**domain, bootstrap=20)
+    result = metrics.measure(**domain, bootstrap=20).report()
     assert result["image_auroc"] is None
     assert 0 <= result["aupro_0.3"] <= 1
     assert result["ci95"] == dict.fromkeys(metrics.METRICS)
@@ -150,13 +150,13 @@ def test_broken_scores_and_maps_are_refused_with_number_and_remedy(bad):
     domain = make_domain()
     domain["maps"][[3, 5, 7], 2, 2] = bad
     with pytest.raises(ValueError, match=r"3 of 24 anomaly maps .*first: 3.*learning rate"):
-        metrics.evaluate(**domain)
+        metrics.measure(**domain).report()
     with pytest.raises(ValueError, match="3 of 24 anomaly maps"):
-        metrics.curves(**domain)
+        metrics.measure(**domain, bootstrap=0).curves()
     domain = make_domain()
     domain["scores"][2] = bad
     with pytest.raises(ValueError, match="1 of 24 image scores"):
-        metrics.evaluate(**domain)
+        metrics.measure(**domain).report()
 
 
 def test_arrays_that_do_not_fit_are_refused():
@@ -171,7 +171,7 @@ def test_arrays_that_do_not_fit_are_refused():
         {k: v[:0] for k, v in domain.items()},
     ):
         with pytest.raises(ValueError, match=r"must|groups has 23|no image"):
-            metrics.evaluate(**(domain | change))
+            metrics.measure(**(domain | change)).report()
 
 
 def test_permuted_labels_change_values_but_no_input():
@@ -179,13 +179,15 @@ def test_permuted_labels_change_values_but_no_input():
     kept = {k: v.copy() for k, v in domain.items()}
     for v in domain.values():
         v.flags.writeable = False
-    before = metrics.evaluate(**domain, bootstrap=20)
+    before = metrics.measure(**domain, bootstrap=20).report()
     order = np.random.default_rng(0).permutation(24)
     permuted = domain | {k: domain[k][order] for k in ("is_anomaly", "masks")}
-    assert metrics.evaluate(**permuted, bootstrap=20)["image_auroc"] != before["image_auroc"]
+    assert (
+        metrics.measure(**permuted, bootstrap=20).report()["image_auroc"] != before["image_auroc"]
+    )
     for k, v in domain.items():
         assert v.tobytes() == kept[k].tobytes()
-    assert metrics.evaluate(**domain, bootstrap=20) == before
+    assert metrics.measure(**domain, bootstrap=20).report() == before
 
 
 def test_order_of_images_changes_neither_values_nor_intervals():
@@ -193,7 +195,7 @@ def test_order_of_images_changes_neither_values_nor_intervals():
     domain["has_mask"][:5] = False
     order = np.random.default_rng(1).permutation(24)
     shuffled = {k: v[order] for k, v in domain.items()}
-    one, other = (metrics.evaluate(**d, bootstrap=50) for d in (domain, shuffled))
+    one, other = (metrics.measure(**d, bootstrap=50).report() for d in (domain, shuffled))
     for name in metrics.METRICS:
         assert one[name] == pytest.approx(other[name], abs=1e-12)
         assert one["ci95"][name] == pytest.approx(other["ci95"][name], abs=1e-12)
@@ -201,8 +203,8 @@ def test_order_of_images_changes_neither_values_nor_intervals():
 
 def test_curves_have_the_area_of_their_metric():
     domain = make_domain()
-    result = metrics.evaluate(**domain, bootstrap=0)
-    curves = metrics.curves(**domain)
+    result = metrics.measure(**domain, bootstrap=0).report()
+    curves = metrics.measure(**domain, bootstrap=0).curves()
     assert json.loads(json.dumps(curves)) == curves
     roc, pro = curves["roc"], curves["pro"]
     for curve in (*roc.values(), *pro.values()):
@@ -214,32 +216,29 @@ def test_curves_have_the_area_of_their_metric():
     assert np.trapezoid(pro["pro"], pro["fpr"]) / 0.3 == pytest.approx(
         result["aupro_0.3"], abs=1e-3
     )
-    assert len(metrics.curves(**domain, points=20)["pro"]["fpr"]) == 20
+    assert len(metrics.measure(**domain, bootstrap=0).curves(20)["pro"]["fpr"]) == 20
 
 
 def test_paired_difference_is_the_difference_of_the_metrics():
     domain = make_domain()
-    rng = np.random.default_rng(8)
-    other = (domain["maps"] + rng.random(domain["maps"].shape)).astype(np.float32)
-    worse = domain["scores"] + rng.random(24)
-    truth = {k: domain[k] for k in ("masks", "is_anomaly", "has_mask")}
-    found = metrics.paired_difference(
-        domain["scores"], worse, maps_a=domain["maps"], maps_b=other, bootstrap=100, **truth
+    worse = domain["scores"] + np.random.default_rng(8).random(24)
+    found = metrics.paired_difference(domain["scores"], worse, domain["is_anomaly"], bootstrap=100)
+    a, b = (
+        metrics.measure(scores, None, None, domain["is_anomaly"], None, bootstrap=0).values
+        for scores in (domain["scores"], worse)
     )
-    a = metrics.evaluate(domain["scores"], domain["maps"], **truth, bootstrap=0)
-    b = metrics.evaluate(worse, other, **truth, bootstrap=0)
-    assert set(found) == set(metrics.METRICS)
-    assert found.pop("tiny_recall") == {"difference": None, "ci95": None}  # 12 good images
-    for name, one in found.items():
-        assert one["difference"] == a[name] - b[name]
-        assert one["ci95"][0] <= one["difference"] <= one["ci95"][1]
+    assert set(found) == set(metrics.IMAGE_METRICS)
+    for name, row in found.items():
+        assert (row["a"], row["b"]) == (a[name], b[name])
+        assert row["difference"] == a[name] - b[name]
+        assert row["ci95"][0] <= row["difference"] <= row["ci95"][1]
 
 
 def test_paired_difference_of_a_method_with_itself_is_exactly_zero():
     domain = make_domain()
     found = metrics.paired_difference(domain["scores"], domain["scores"], domain["is_anomaly"])
     assert set(found) == set(metrics.IMAGE_METRICS)
-    assert all(one == {"difference": 0.0, "ci95": [0.0, 0.0]} for one in found.values())
+    assert all((row["difference"], row["ci95"]) == (0.0, [0.0, 0.0]) for row in found.values())
 
 
 def test_paired_interval_is_narrower_than_two_independent_ones():
@@ -248,7 +247,7 @@ def test_paired_interval_is_narrower_than_two_independent_ones():
     hard = rng.normal(size=200) + truth  # both methods see the same hard images
     a, b = hard + 0.1 * rng.normal(size=200), hard + 0.1 * rng.normal(size=200)
     low, high = metrics.paired_difference(a, b, truth)["image_auroc"]["ci95"]
-    single = metrics.evaluate(a, None, None, truth, None)["ci95"]["image_auroc"]
+    single = metrics.measure(a, None, None, truth, None).report()["ci95"]["image_auroc"]
     assert high - low < 0.5 * (single[1] - single[0])
 
 
@@ -265,7 +264,7 @@ def test_paired_difference_averages_the_metric_over_seeds():
 
 def test_paired_difference_of_an_undefined_metric_is_none():
     found = metrics.paired_difference(np.arange(4.0), np.arange(4.0), np.ones(4, bool))
-    assert found["image_auroc"] == {"difference": None, "ci95": None}
+    assert found["image_auroc"] == dict.fromkeys(("a", "b", "difference", "ci95"))
 
 
 # One sort for two metrics

@@ -139,17 +139,17 @@ def test_tiny_recall_equals_a_loop_over_components_exactly_and_streamed(side):
 def test_tiny_recall_is_undefined_without_tiny_defects_or_with_few_good_images():
     maps, masks, is_anomaly = make_maps()
     rest = (is_anomaly, np.ones(len(maps), bool))
-    few = metrics.evaluate(is_anomaly * 1.0, maps, masks, *rest, bootstrap=0)
+    few = metrics.measure(is_anomaly * 1.0, maps, masks, *rest, bootstrap=0).report()
     assert few["tiny_recall"] is not None
     kept = np.arange(len(maps)) >= 6  # 19 good ones
-    few = metrics.evaluate(
+    few = metrics.measure(
         is_anomaly[kept] * 1.0, maps[kept], masks[kept], *(x[kept] for x in rest), bootstrap=0
-    )
+    ).report()
     assert few["tiny_recall"] is None
     assert few["reasons"] == {"tiny_recall": "fewer than 20 good images"}
     masks[is_anomaly] = False
     masks[is_anomaly, 2:13, 5] = True  # 11 px long
-    long = metrics.evaluate(is_anomaly * 1.0, maps, masks, *rest, bootstrap=0)
+    long = metrics.measure(is_anomaly * 1.0, maps, masks, *rest, bootstrap=0).report()
     assert long["reasons"] == {"tiny_recall": "no defect under 10 px in view"}
 
 

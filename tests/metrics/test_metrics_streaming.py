@@ -64,7 +64,7 @@ KINDS = ("smooth", "tied", "constant", "one_bucket", "powers_of_two", "signed")
 @pytest.mark.parametrize("kind", KINDS)
 def test_bounds_hold_the_exact_value_and_the_reported_one(kind):
     case = make_set(kind)
-    exact, found = metrics.evaluate(**case, bootstrap=0), stream(case, bootstrap=0)
+    exact, found = metrics.measure(**case, bootstrap=0).report(), stream(case, bootstrap=0)
     assert set(found["bounds"]) == set(BOUNDED)
     for name in BOUNDED:
         low, high = found["bounds"][name]
@@ -117,7 +117,7 @@ def test_maps_without_truth_count_for_image_metrics_only():
     case = make_set("powers_of_two")
     case["has_mask"][:6] = False
     case["masks"][1] = True  # of a good image: not read
-    exact, found = metrics.evaluate(**case, bootstrap=0), stream(case, bootstrap=0)
+    exact, found = metrics.measure(**case, bootstrap=0).report(), stream(case, bootstrap=0)
     assert found["counts"] == exact["counts"]
     for name in metrics.METRICS:
         assert found[name] == pytest.approx(exact[name], abs=1e-12), name
@@ -126,7 +126,7 @@ def test_maps_without_truth_count_for_image_metrics_only():
 def test_intervals_agree_with_those_of_the_exact_form():
     case = make_set("smooth")
     groups = np.arange(24) // 2
-    exact = metrics.evaluate(**case, groups=groups, bootstrap=200)["ci95"]
+    exact = metrics.measure(**case, groups=groups, bootstrap=200).report()["ci95"]
     found = stream(case, groups=groups, bootstrap=200)["ci95"]
     for name in metrics.METRICS:
         assert found[name] == pytest.approx(exact[name], abs=1e-2), name
