@@ -152,8 +152,8 @@ def run_all(
     """Every method, category and seed in turn; then the aggregate and the report.
 
     Args:
-      config: of this call.
-      stage: of the whole command.
+      config: the configuration of this call.
+      stage: the stage of the whole command.
       workdir: its folder, or that of a row of a sweep.
       mode: "train" or "evaluate".
 

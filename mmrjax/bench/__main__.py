@@ -156,13 +156,13 @@ def _everything(programs: model.Programs, arguments: argparse.Namespace, tell: C
 
 
 def _ours(task: str, arguments: argparse.Namespace) -> dict:
-    """What one task of ours found, in a process of its own."""
+    """The numbers of one of our tasks, measured in a process of its own."""
     *_, found = _lines(["-m", "mmrjax.bench", f"--worker={task}", *_flags(arguments)])
     return found
 
 
 def _everything_of_ours(arguments: argparse.Namespace) -> Iterator[dict]:
-    """What is there after each part, and at last all of it."""
+    """Yields the numbers so far after each part, and at last all numbers."""
     started = time.perf_counter()
     found: dict = {}
     for found in _lines(["-m", "mmrjax.bench", "--worker=everything", *_flags(arguments)]):

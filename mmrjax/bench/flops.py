@@ -1,8 +1,8 @@
 """Floating-point operations of MMR, counted on paper: 2 per multiply and add of a matrix product.
 
-Only matrix products and convolutions count, at their full size (a padded border counts too). What
-the benchmark divides by, and what the tests hold the compiled program to. Per image; batch, scan
-and device count change nothing.
+Only matrix products and convolutions count, at their full size (a padded border counts, too). The
+benchmark divides by these numbers, and the tests hold the compiled program to them. They are per
+image; batch, scan and device count change nothing.
 """
 
 from collections.abc import Mapping

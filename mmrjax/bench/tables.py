@@ -1,4 +1,4 @@
-"""What `mmrjax.bench` prints: tables and lines of what was measured."""
+"""The tables and lines of measurements that `mmrjax.bench` prints."""
 
 from collections.abc import Sequence
 

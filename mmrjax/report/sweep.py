@@ -119,7 +119,7 @@ def _common(protocols: Iterable[Mapping]) -> dict[str, str]:
 
 
 def _departures(rows: Iterable[Mapping]) -> list[tuple[str, str]]:
-    """(what is not the paper's, the rows of which that is true) once each."""
+    """(departure from the paper, the rows that have it), each departure once."""
     labels: dict[str, list[str]] = {}
     for row in rows:
         for text in row["departures"]:

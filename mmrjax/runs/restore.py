@@ -46,7 +46,7 @@ def trained(
 
     Args:
       folder: <workdir>/<method>/<category>/seed<k>.
-      store: of the run's checkpoints; None is `folder`.
+      store: the run's checkpoints; None takes those in `folder`.
 
     Raises:
       FileNotFoundError: no run, no weights of the teacher, or nothing trained yet.

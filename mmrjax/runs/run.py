@@ -31,7 +31,7 @@ class Run:
       seed: seed of everything that is drawn.
       folder: <workdir>/<method>/<category>/seed<k>, with checkpoints and metrics.jsonl.
       results: folder of the evaluation: `folder`, or that of another view of the run.
-      store: of the checkpoints.
+      store: the checkpoints.
     """
 
     config: ConfigDict

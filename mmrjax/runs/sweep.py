@@ -31,10 +31,10 @@ class Row:
     """A planned row.
 
     Attributes:
-      label: what the table calls it.
+      label: name of the row in the table.
       overrides: "group.field=value" each.
       paper: percent, one per metric of `config.sweep.metrics`; or a text in their place.
-      config: of the run.
+      config: the configuration of the run.
       folder: its name in the work directory.
     """
 
@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, run_all: RunAll) -> tuple[dic
 
     Args:
       config: with `sweep.rows`.
-      workdir: of the sweep.
+      workdir: the work directory of the sweep.
       run_all: (config, workdir of a row) -> (aggregate, path of its report.html).
 
     Returns:

@@ -117,7 +117,7 @@ def settle(
       run: directory of the run.
       digest: digest of the records; a run belongs to the data it was trained on.
       mode: with "evaluate", what is stored wins over `config` in every field that shaped training.
-      store: of the run's checkpoints; None is `run`.
+      store: the run's checkpoints; None takes those in `run`.
 
     Returns:
       The configuration to go on with.

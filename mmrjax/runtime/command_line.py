@@ -22,7 +22,7 @@ def run(program: Callable[[], int], ending: str = "") -> int:
     Args:
       program: returns its status. The words of a ValueError, RuntimeError or OSError are meant for
         the user; other errors are bugs and keep their traceback.
-      ending: of the line, such as the effect of an error on the files; begins with its own comma.
+      ending: end of the line, such as the effect of an error on the files, with its own comma.
     """
     try:
         return program()

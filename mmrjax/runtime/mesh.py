@@ -24,12 +24,12 @@ def make_mesh(count: int | None = None, fsdp: int = 1, batch_sizes: Sequence[int
     """A mesh ("data", "fsdp") over all devices of all processes, or over the first `count`.
 
     Args:
-      count: of devices; None takes all.
+      count: number of devices; None takes all.
       fsdp: devices that share a large parameter.
-      batch_sizes: of the run. If the devices are cores that `devices.show_cores` chose, the mesh
-        takes as many as divide these sizes: the process may have chosen for an earlier run with
-        others. Other devices are all taken, and `check_divisible` reports a batch that leaves some
-        of them idle.
+      batch_sizes: those of the run. If the devices are cores that `devices.show_cores` chose, the
+        mesh takes as many as divide these sizes: the process may have chosen for an earlier run
+        with others. Other devices are all taken, and `check_divisible` reports a batch that leaves
+        some of them idle.
 
     Raises:
       ValueError: `fsdp` does not divide the devices.

@@ -42,8 +42,8 @@ def lay_out(tree: dict, dtype: jnp.dtype, on_gpu: bool, unroll: int = 1) -> dict
 
     Args:
       tree: variables of Flax modules, nested dictionaries, or several of them.
-      dtype: of the modules' computations. Kernels and their biases are cast to it, as layers would
-        in every call; in bfloat16 a call reads half as much. Other leaves keep their type.
+      dtype: type of the modules' computations. Kernels and their biases are cast to it, as layers
+        would in every call; in bfloat16 a call reads half as much. Other leaves keep their type.
       on_gpu: also transposes the kernels of convolutions and takes stacks of blocks apart.
       unroll: blocks that the program computes without a loop. Longer stacks are not taken apart: a
         loop needs the stack.

@@ -72,7 +72,7 @@ def initialize(coordinator: str | None, processes: int | None, index: int | None
     Args:
       coordinator: host:port on which the first process listens.
       processes: their number.
-      index: of this process, from 0.
+      index: number of this process, from 0.
 
     Raises:
       ValueError: too little is known, or the processes do not find each other.

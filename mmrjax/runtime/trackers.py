@@ -49,7 +49,7 @@ def opened(config: ConfigDict, run: pathlib.Path, kind: str) -> Iterator[list["T
     """The trackers of a run, closed at the end; none in any process but the first.
 
     Args:
-      config: of the run.
+      config: the configuration of the run.
       run: <workdir>/<method>/<category>/seed<k>.
       kind: "train" or "test", the kind of lines to come.
 
