@@ -41,7 +41,7 @@ says None.
 from mmrjax.metrics.domain import IMAGE_METRICS, METRICS, PIXEL_METRICS, TINY_METRICS
 from mmrjax.metrics.exact import aupro, measure, paired_difference, pixel_auroc_and_aupro
 from mmrjax.metrics.misses import MISSED, by_defect
-from mmrjax.metrics.pro import Regions, pro_mmr, pro_mmr_per_image, regions
+from mmrjax.metrics.pro import pro_mmr, pro_mmr_per_image, regions
 from mmrjax.metrics.ranking import auroc, average_precision, f1_max
 from mmrjax.metrics.summary import (
     OFFICIAL_MODE,
@@ -57,7 +57,6 @@ __all__ = [
     "OFFICIAL_MODE",
     "PIXEL_METRICS",
     "TINY_METRICS",
-    "Regions",
     "aupro",
     "auroc",
     "average_precision",

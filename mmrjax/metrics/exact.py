@@ -127,7 +127,7 @@ def _checked(scores, maps, masks, is_anomaly, has_mask):
     scores, is_anomaly = checked_scores(scores, is_anomaly)
     if maps is None:
         return scores, None, None, is_anomaly, np.zeros(len(scores), bool)
-    maps, masks, has_mask = _stack(maps, "maps"), _stack(masks, "masks"), np.asarray(has_mask)
+    maps, masks, has_mask = np.asarray(maps), np.asarray(masks), np.asarray(has_mask)
     if (
         maps.ndim != 3
         or maps.shape != masks.shape
@@ -143,18 +143,6 @@ def _checked(scores, maps, masks, is_anomaly, has_mask):
     has_truth = is_anomaly & has_mask
     truth = masks & has_truth[:, None, None] if masks[~has_truth].any() else masks
     return scores, maps, truth, is_anomaly, has_truth | ~is_anomaly
-
-
-def _stack(stack: np.ndarray | Sequence[np.ndarray], what: str) -> np.ndarray:
-    """The stack as one array; ValueError if it is a list of several sizes."""
-    if not isinstance(stack, np.ndarray):
-        shapes = sorted({np.shape(image) for image in stack})
-        if len(shapes) > 1:
-            raise ValueError(
-                f"{what} of {len(shapes)} sizes, such as {shapes[0]} and {shapes[-1]}: give them "
-                "one size, or count them with metrics.streaming, which takes any"
-            )
-    return np.asarray(stack)
 
 
 def _rows(stack: np.ndarray, used: np.ndarray) -> np.ndarray:

@@ -355,8 +355,8 @@ def _outcome(item: Mapping, threshold: float | None) -> str:
     """The verdict on an image at the threshold, in a word or two."""
     if threshold is None:
         return ""
-    words = ("passed", "false alarm") if item["label"] == "good" else ("missed", "found")
-    return words[item["score"] > threshold]
+    outcomes = ("passed", "false alarm") if item["label"] == "good" else ("missed", "found")
+    return outcomes[item["score"] > threshold]
 
 
 def _markdown(text: object) -> str:
