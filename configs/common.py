@@ -102,8 +102,8 @@ def get_config() -> ConfigDict:
     evaluation.bootstrap = 1000  # resamples for the 95 % intervals; 0 = none
     evaluation.save_maps = False  # keep every float32 map as maps/maps.npy
 
-    # A table of runs (see sweep.py): (label, ("group.field=value", …), the paper's percent or a
-    # text in their place) each. Only a configuration file can declare it.
+    # A table of runs (see mmrjax/runs/sweep.py): (label, ("group.field=value", …), the paper's
+    # percent or a text in their place) each. Only a configuration file can declare it.
     config.sweep = sweep = ConfigDict()
     sweep.rows = ()
     sweep.metrics = ("image_auroc", "pro_mmr")  # of results.json; what the percent are of

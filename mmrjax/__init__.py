@@ -4,7 +4,7 @@
 def load(workdir, target_fpr=None):
     """A trained run, ready to predict: `mmrjax.load(workdir).predict(images)`.
 
-    See detector.py, which is imported only now: JAX takes a while.
+    See runs/detector.py. The function imports it, because the import of JAX takes a while.
     """
     from mmrjax.runs import detector
 

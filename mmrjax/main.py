@@ -1,15 +1,15 @@
 """Trains, evaluates, reports: python -m mmrjax.main --config=configs/demo.py --workdir=runs/demo.
 
-Every command can be repeated: what is finished is not done again, and a killed run continues where
-its last checkpoint was. Runs lie in <workdir>/<method>/<category>/seed<k>/ (the method first, so
-that several methods share one work directory and one report); another view of finished runs lies in
-<workdir>/evaluations/<view>/ (see workdir.py). A configuration that declares a sweep has one such
-work directory per row, <workdir>/<row>/, and its comparison on top (see sweep.py).
+Every command can be repeated: finished work is not done again, and a killed run continues from its
+last checkpoint. Runs lie in <workdir>/<method>/<category>/seed<k>/. The method comes first, so that
+several methods share one work directory and one report. Another view of finished runs lies in
+<workdir>/evaluations/<view>/ (see runs/workdir.py). A configuration that declares a sweep has such
+a work directory for each row, <workdir>/<row>/, and its comparison on top (see runs/sweep.py).
 
-Several processes (`--distributed` on TPU pods, SLURM and Open MPI) run the same command together;
-work directory, records and raw data lie on storage that all of them see. The first one writes.
+Several processes (`--distributed` on TPU pods, SLURM and Open MPI) run the same command together.
+Work directory, records and raw data lie on storage that all processes see. Only the first writes.
 
-The work directory and `data.data_dir` may be in a bucket, gs://… (see staging.py and
+The work directory and `data.data_dir` may be in a bucket, gs://… (see runs/staging.py and
 data_builders/remote.py).
 """
 

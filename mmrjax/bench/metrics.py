@@ -78,7 +78,7 @@ def exact_pair(case: Case) -> tuple[float, float]:
 
 
 def whole_evaluation(found: scoring.Predictions | scoring.Histograms, resamples: int) -> dict:
-    """Everything evaluate.py takes from the metrics, over all images and each domain."""
+    """All metrics of an evaluation, over all images and for each domain."""
     is_anomaly, domain = found.table["label"], found.table["domain"]
     columns = found.scores, is_anomaly, found.table["defect"], found.table["group"]
     results = {}

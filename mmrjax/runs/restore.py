@@ -1,7 +1,7 @@
 """A trained run read again from its folder, without its data: configuration, student, teacher.
 
 Nothing in the folder is touched, not even while the run is still training. Called by convert.py,
-and by detector.py and export.py for the whole of it.
+and by detector.py and export/ for the whole of it.
 """
 
 import math
