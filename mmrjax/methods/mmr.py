@@ -172,6 +172,29 @@ class MMR(base.Method):
         total = sum(parts.values())
         return {"map": total, "parts": parts}
 
+    def torch_scorer(self, variables, frozen):
+        """Teacher and student in PyTorch; ValueError if heads see a part of the image each."""
+        from mmrjax.weights import torch_scorers, torch_twin  # here: they need the torch extra
+
+        if "attention" in variables:
+            raise ValueError("hybrid attention has no PyTorch form; use --output=….jax")
+        variables, frozen = jax.device_get((variables, frozen))
+        size, names = tuple(self.config.data.image_size), weights.torch_names
+        grid = tuple(side // self.student.patch for side in size)
+        state = torch_scorers.tensors(names.student_to_torch(variables, grid))
+        header = {"heads": self.student.heads, "image_size": "{},{}".format(*size)}
+        teacher = names.teacher_to_torch(frozen["teacher"], self.teacher.arch)
+        return torch_scorers.MMRScorer(
+            torch_scorers.teacher(teacher, self.config.teacher.name),
+            torch_twin.student_of(state, header),
+            {
+                f"layer{n}": [anomaly_map.operator(side >> (n + 1), side, True) for side in size]
+                for n in self.teacher.layers
+            },
+            self.config.student.mask_ratio,
+            variables.get("places"),
+        )
+
 
 def _has_flash_attention() -> bool:
     """Whether cuDNN's flash attention runs here: on NVIDIA from Ampere on."""

@@ -34,6 +34,26 @@ def embed(features: dict, patch: int, width: int) -> jax.Array:
     return x.reshape(*x.shape[:3], width, len(pooled)).mean(axis=-1)
 
 
+def in_torch(arch, options, size_hw: tuple[int, int], scale: float):
+    """`embed` and the resizing before it as a PyTorch module; needs the torch extra.
+
+    Args:
+      arch: the `resnet.Architecture` of the teacher.
+      options: with `layers`, `patch` and `width`.
+      size_hw: size of the images, px.
+      scale: size of what the teacher sees, relative to the image.
+
+    Returns:
+      `weights.torch_scorers.Embedding`.
+    """
+    from mmrjax.weights import torch_scorers
+
+    channels = {layer: arch.channels[layer - 1] for layer in options.layers}
+    seen = scaled(size_hw, scale, max(options.layers))
+    matrices = anomaly_map.resize_matrix, adaptive_pool_matrix
+    return torch_scorers.Embedding(channels, size_hw, seen, options.patch, options.width, *matrices)
+
+
 def scaled(size_hw: tuple[int, int], scale: float, layer: int) -> tuple[int, int]:
     """Sides of what the teacher sees.
 

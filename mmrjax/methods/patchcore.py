@@ -201,6 +201,26 @@ class PatchCore(base.Method):
             result["scored"] = sum(anomaly_map.nearest(x, size) for x in raw.values())
         return result
 
+    def torch_scorer(self, variables, frozen):
+        """Teacher, embeddings and memory banks in PyTorch."""
+        from mmrjax.weights import torch_names, torch_scorers  # here: they need the torch extra
+
+        options, size = self.config.patchcore, tuple(self.config.data.image_size)
+        arch, sides = self.backbone.arch, (0, 1)
+        memory, frozen = jax.device_get((variables["memory"], frozen))
+        scales = {}
+        for part, scale in by_part(options.scales).items():
+            embedding = patch_embedding.in_torch(arch, options, size, scale)
+            own = memory if len(options.scales) == 1 else memory[part]
+            bank = torch_scorers.Memory(own, memory_bank.BANK_ROWS_PER_CHUNK)
+            grid, sigma = embedding.grid, smoothing(scale)
+            up = [anomaly_map.operator(grid[i], size[i], False, sigma) for i in sides]
+            scales[part] = embedding, bank, up
+        state = torch_names.teacher_to_torch(frozen["teacher"], arch)
+        teacher = torch_scorers.teacher(state, self.config.teacher.name)
+        raw, places = options.score == "patch", jax.device_get(variables.get("places"))
+        return torch_scorers.PatchCoreScorer(teacher, scales, raw, size, places)
+
 
 def by_part(scales: tuple[float, ...]) -> dict[str, float]:
     """{name of a part of the map: its scale}."""

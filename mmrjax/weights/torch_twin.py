@@ -5,8 +5,8 @@ same safetensors files load in both. It needs the torch extra and imports nothin
 leaves may copy this file alone. Tensors are NCHW. Shapes: b batch, n patches, k kept patches,
 d width, c channels, h w image, g grid side.
 
-bench_torch.py times it; scripts/score_in_torch.py scores an image with weights that
-`python -m mmrjax.convert to-torch` has written; onnx_export.py puts the networks into an ONNX file.
+scripts/score_in_torch.py scores an image with weights that `python -m mmrjax.convert to-torch` has
+written; weights/torch_scorers.py makes whole scorers of the networks, for ONNX and the benchmark.
 """
 
 import math

@@ -1,5 +1,6 @@
 """An ONNX file says what the model says, for any batch, in a process that has no JAX."""
 
+import functools
 import itertools
 import json
 import pathlib
@@ -15,10 +16,9 @@ from PIL import Image
 from mmrjax import methods
 from mmrjax.data import geometry
 from mmrjax.export import __main__ as export
-from mmrjax.methods import patchcore
+from mmrjax.methods import memory_bank, patchcore
 from mmrjax.runs import detector as detector_lib
 from mmrjax.runtime import mesh as mesh_lib
-from mmrjax.train import loop
 
 for name in ("torch", "onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name, reason="needs the onnx extra")
@@ -140,17 +140,21 @@ def test_the_example_looks_through_the_windows_of_a_tiled_run(tiny_config, tmp_p
         {"data.tiling": True, "data.tile_overlap": 16, "data.resize": (96, 144)}
     )
     detector = untrained("patchcore", config)
-    predict = jax.jit(detector.trained.method.predict)
+    predict = jax.jit(functools.partial(export._map_and_score, detector.trained.method))
 
     class Session:
         def run(self, names, feed):
             trained = detector.trained
-            found = predict(trained.variables, trained.frozen, feed["images"] / np.float32(255))
+            found = predict(trained.variables, trained.frozen, feed["images"])
             return [np.asarray(found[name]) for name in names]
 
     pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    about = json.loads(json.dumps(export.description(detector, True)))
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    found = dict(
+        zip(("map", "score"), Session().run(("map", "score"), {"images": image}), strict=True)
+    )
+    about = json.loads(json.dumps(export.description(detector, found, True)))
     example = runpy.run_path(str(EXAMPLE))
     image = example["load_image"](str(tmp_path / "a.png"), about)
     score, found = example["score"](Session(), image, about)
@@ -167,7 +171,7 @@ def untrained(name, config):
     frozen, facts = method.load_frozen()
     variables, _ = method.init(jax.random.key(0), frozen)
     if name == "patchcore":
-        rows = patchcore.BANK_ROWS_PER_CHUNK + 5
+        rows = memory_bank.BANK_ROWS_PER_CHUNK + 5
         memories = {}
         for i, part in enumerate(patchcore.by_part(config.patchcore.scales), 1):
             bank = np.abs(np.random.default_rng(i).normal(size=(rows, config.patchcore.width)))
@@ -189,7 +193,7 @@ def untrained(name, config):
             }
             for layer in layers
         }
-    trained = loop.Trained(method, variables, frozen, facts, devices)
+    trained = methods.base.Trained(method, variables, frozen, facts, devices)
     return detector_lib.Detector(trained, config)
 
 
@@ -197,7 +201,7 @@ def test_a_method_without_a_pytorch_form_is_refused(tiny_config):
     from mmrjax.export import onnx
 
     with pytest.raises(
-        ValueError, match=r"knows mmr and patchcore, not aminet; use --output=.*jax"
+        ValueError, match=r"knows mmr, mmr_plus, patchcore, not aminet; use --output=.*jax"
     ):
         onnx.serialise(untrained("aminet", tiny_config))
 
