@@ -94,8 +94,8 @@ class Method:
     #   as it is gone through; `count` is the number of images in all batches together.
     prepare: Callable | None = None
     fit: Callable | None = None
-    # torch_scorer(variables, frozen) -> the method in PyTorch, a `weights.torch_scorers.Scorer`, for
-    #   ONNX and for the benchmark. Raises ValueError for options without a PyTorch form.
+    # torch_scorer(variables, frozen) -> the method in PyTorch, a `weights.torch_scorers.Scorer`,
+    #   for ONNX and for the benchmark. Raises ValueError for options without a PyTorch form.
     torch_scorer: Callable | None = None
 
     def __init__(self, config: ConfigDict):
