@@ -10,8 +10,9 @@ import pytest
 
 from data_builders import build
 from mmrjax import methods
+from mmrjax.data import epochs, splits
 from mmrjax.data import records as records_lib
-from mmrjax.data import splits
+from mmrjax.methods import base
 from mmrjax.runtime import checkpoint, devices
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import mesh as mesh_lib
@@ -26,6 +27,7 @@ FIELDS = (
     "train.epochs=3",
     "optim.warmup=0",
 )
+STAGE = base.Stage("train", epochs=1, plan=epochs.Plan(8), tx=optax.adamw(1e-3))
 
 
 def shard_shapes(array) -> set[tuple[int, ...]]:
@@ -108,7 +110,7 @@ def test_only_large_parameters_are_split_along_their_longest_axis_that_divides()
 def test_moments_are_split_as_their_parameters_and_the_rest_of_the_state_is_whole():
     mesh = mesh_lib.make_mesh(fsdp=2)
     large = np.zeros((512, 256), np.float32)
-    made = step.create({"params": {"w": large}, "positions": {"t": large}}, optax.adamw(1e-3))
+    made = step.create({"params": {"w": large}, "positions": {"t": large}}, STAGE)
     placed = mesh_lib.put(made, step.shardings(made, mesh))
     moments = [leaf for leaf in jax.tree.leaves(placed.opt_state) if leaf.ndim]
     assert len(moments) == 2
@@ -122,7 +124,7 @@ def test_moments_are_split_as_their_parameters_and_the_rest_of_the_state_is_whol
 def test_checkpoint_restores_with_another_fsdp(tmp_path, saved, restored):
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(512, 256)).astype(np.float32), "b": np.ones(7, np.float32)}
-    made = step.create({"params": params}, optax.adamw(1e-3))
+    made = step.create({"params": params}, STAGE)
     made = made.replace(opt_state=jax.tree.map(lambda x: x + 3, made.opt_state))
     meshes = {fsdp: mesh_lib.make_mesh(fsdp=fsdp) for fsdp in (saved, restored)}
     placed = {n: mesh_lib.put(made, step.shardings(made, mesh)) for n, mesh in meshes.items()}
