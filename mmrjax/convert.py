@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from mmrjax import methods
 from mmrjax.data import geometry
 from mmrjax.methods import mmr
 from mmrjax.models import resnet
@@ -28,7 +29,9 @@ from mmrjax.runtime import checkpoint, command_line, files
 from mmrjax.weights import layouts, source, storage, torch_names
 
 # What a file of our format holds, by --kind.
-CONTENT = {"teacher": "teacher", "mae": "encoder", "timm": "encoder", "mmr": "student"}
+CONTENT = {"teacher": "teacher", "mae": "encoder", "timm": "encoder"} | {
+    kind.official: "student" for kind in methods.METHODS.values() if kind.official
+}
 LICENCES = {"mae": source.MAE_LICENCE, "timm": "Apache-2.0 (the checkpoints of timm's authors)"}
 # Facts beside the weights that go with them wherever they go.
 CARRIED = ("random", "step", "teacher", "image_size", "resize", "interpolation")
@@ -145,7 +148,7 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
     if kind == "teacher":
         used, missing = torch_names.teacher_part(state), []
         variables = torch_names.teacher_from_torch(state, resnet.architecture(arch))
-    elif kind == "mmr":
+    elif CONTENT[kind] == "student":
         used, missing = state, []
         layers = tuple(torch_names.student_channels(state))
         variables = torch_names.student_from_torch(state, layers)
@@ -174,7 +177,7 @@ def _check(state: layouts.State, kind: str, arch: str, what: str) -> None:
         return
     model = student_lib.MaskedStudent(*student_size(arch), torch_names.student_channels(state))
     like = layouts.hollow(model.init, jnp.zeros((1, 224, 224, 3)))
-    torch_names.check_student(state, like, kind == "mmr", what)
+    torch_names.check_student(state, like, CONTENT[kind] == "student", what)
 
 
 def to_torch(
@@ -206,7 +209,7 @@ def to_torch(
     arch = _known_arch(kind, arch, facts, path)
     if kind == "teacher":
         state = torch_names.teacher_to_torch(variables, resnet.architecture(arch))
-    elif kind == "mmr":
+    elif CONTENT[kind] == "student":
         state = torch_names.student_to_torch(variables, grid)
     else:
         state = torch_names.encoder_to_torch(variables, grid)

@@ -84,6 +84,7 @@ class Method:
     # of shared groups that the method does not read, and those that only choose a kernel.
     free: ClassVar[tuple[str, ...]] = ()
     stage_names: ClassVar[tuple[str, ...]] = ()  # of its `stages`, in order
+    official = ""  # kind of its official checkpoints in mmrjax.convert; "": none is known
     unroll = 1  # blocks of an encoder that are computed without a loop, see placement.py
 
     # Optional steps; a method that has one defines it.

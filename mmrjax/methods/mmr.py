@@ -37,6 +37,7 @@ class MMR(base.Method):
     }
     published: ClassVar = {"aebad/s": {"image_auroc": 84.7, "pro_mmr": 89.1}}  # arXiv 2304.02216
     stage_names = ("train",)
+    official = "mmr"
     free = ("student.attention", "student.unroll")
 
     @classmethod

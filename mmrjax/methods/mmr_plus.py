@@ -30,6 +30,7 @@ class MMRPlus(mmr.MMR):
     name = "mmr_plus"
     title = "MMR+"
     published: ClassVar = {}
+    official = ""  # PyTorch's student knows no limits of attention
 
     @classmethod
     def defaults(cls):
