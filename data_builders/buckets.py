@@ -1,8 +1,8 @@
 """Folders in a bucket, gs://…, and their copies here; needs the extra `gcs`.
 
-Through gcsfs, by which etils' epath and Orbax reach buckets too. Here it is asked directly, because
-it lists a whole tree in one request. This module knows neither records (see remote.py) nor runs
-(see mmrjax/runs/staging.py), and both packages use it.
+Etils' epath and Orbax reach buckets through gcsfs. This module uses gcsfs directly, because gcsfs
+lists a tree in a single request. This module knows neither records (see remote.py) nor runs (see
+mmrjax/runs/staging.py), and both packages use it.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ RIGHTS = (
 
 
 def is_remote(place: str | os.PathLike) -> bool:
-    """Whether a path is meant as an address such as gs://bucket/name; with one slash too."""
+    """Whether a path is meant as an address such as gs://bucket/name, or gs:/bucket/name."""
     return "://" in str(place) or str(place).startswith("gs:")
 
 
@@ -78,7 +78,7 @@ def download(address: str, folder: pathlib.Path, names: Iterable[str]) -> None:
 
 
 def upload(folder: pathlib.Path, address: str, names: Iterable[str]) -> None:
-    """Copies files of a folder to an address, one after the other; each appears there whole.
+    """Copies files of a folder to an address, in order; no reader sees half a file there.
 
     Raises:
       ValueError, OSError: as `naming`.
@@ -89,7 +89,7 @@ def upload(folder: pathlib.Path, address: str, names: Iterable[str]) -> None:
 
 
 def delete(address: str, names: Iterable[str]) -> None:
-    """Deletes files below an address; those that are not there do not matter.
+    """Deletes files below an address; absent files are no error.
 
     Raises:
       ValueError, OSError: as `naming`.
@@ -113,7 +113,7 @@ def read(address: str, name: str) -> bytes | None:
 
 @contextlib.contextmanager
 def naming(address: str) -> Iterator[None]:
-    """Makes one line of whatever a bucket's client raises.
+    """Turns any error of a bucket's client into a single line.
 
     Raises:
       ValueError: the client is not installed.
@@ -130,7 +130,7 @@ def naming(address: str) -> Iterator[None]:
             f"{address}: there is no bucket {bucket!r}, or you may not see it; create it with "
             f"gcloud storage buckets create {SCHEME}{bucket}, {RIGHTS}"
         ) from e
-    except Exception as e:  # whatever gcsfs, its HTTP client and its credentials raise
+    except Exception as e:  # gcsfs, its HTTP client and its credentials raise errors of many types
         text = " ".join(str(e).split())[:300]
         raise OSError(
             f"{address} cannot be used ({type(e).__name__}: {text}); see to the network, {RIGHTS}"
@@ -138,14 +138,14 @@ def naming(address: str) -> Iterator[None]:
 
 
 def _system():
-    """The client, one for a process; it says what is wrong by raising it, not in the log."""
-    import fsspec  # here: only who uses buckets has it
+    """The client of this process; it raises its errors and does not log them."""
+    import fsspec  # here: an extra that only users of buckets install
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return fsspec.filesystem("gs")
 
 
 def _check_bucket(system, address: str) -> None:
-    """Raises FileNotFoundError when nothing can lie there: an empty listing does not tell."""
+    """Raises FileNotFoundError if there is no such bucket, which lists as empty."""
     bucket = address.removeprefix(SCHEME).split("/")[0]
     system.call("GET", "b/{}/o", bucket, maxResults=1, json_out=True)

@@ -3,8 +3,8 @@
     python -m data_builders.build magnetic_tile --raw_dir=~/tiles --data_dir=data
     python -m data_builders.build visa --download --raw_dir=~/visa --data_dir=data
 
-`mmrjax.main` calls `build()` before it trains; it downloads nothing. How records lie on disk and
-are kept fresh is told in `store`.
+`mmrjax.main` calls `build()` before it trains; it downloads nothing. The module
+`store` describes how records lie on disk and are kept fresh.
 """
 
 import argparse

@@ -51,8 +51,8 @@ class Report:
     """The findings of a check.
 
     Attributes:
-      problems: kind (a key of HANDLED or TO_MEND) -> one line each, beginning with the file's name.
-      counts: one line per category.
+      problems: kind (a key of HANDLED or TO_MEND) -> lines that begin with a file's name.
+      counts: a line per category.
     """
 
     problems: dict[str, list[str]] = dataclasses.field(
@@ -121,7 +121,7 @@ def _clutter(root: pathlib.Path) -> Iterator[str]:
 
 
 class _CategoryCheck:
-    """Goes through the files of one category."""
+    """The check of all files of a category."""
 
     def __init__(self, builder_cls, root, category, folder, report):
         self.builder_cls = builder_cls
@@ -161,7 +161,7 @@ class _CategoryCheck:
         return path.relative_to(self.root).as_posix()
 
     def _read_all(self) -> None:
-        """Names every damaged image, where the builder stopped at the first."""
+        """Names every damaged image; the builder stopped at the first."""
         for path in files.list_images(self.folder):
             try:
                 images.decode(path.read_bytes(), cv2.IMREAD_UNCHANGED, str(path))
@@ -226,7 +226,7 @@ class _CategoryCheck:
 
 
 def _content(pixels: np.ndarray) -> bytes:
-    """A hash of what is seen: the same for a grey image stored with one channel or with three."""
+    """A hash of the visible pixels: equal for a grey image stored with one channel or three."""
     if pixels.ndim == 2:
         pixels = pixels[..., None].repeat(3, axis=2)
     digest = hashlib.blake2b(repr((pixels.shape[:2], pixels.dtype.str)).encode())

@@ -69,8 +69,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     An example is a dict with `id`, `image` and `label`, and optionally the other features:
       image: pathlib.Path, encoded bytes, or RGB pixels uint8 [h, w, 3]
-      mask: pathlib.Path, pixels [h, w] (not 0 = defect), or None. A path goes through `binarise`;
-        one where no file lies counts as None. Good images need none: theirs is all zero. A
+      mask: pathlib.Path, pixels [h, w] (not 0 = defect), or None. A file goes through `binarise`;
+        an absent file counts as None. Good images need no mask: their record's mask is all zero. A
         defective image whose mask is None or empty gets has_mask False.
       defect ("good", or "anomaly" for defective ones), domain (""), group (the id), frame (-1),
         source ("real"), twin (""): the default in brackets applies when the key is absent.
@@ -81,7 +81,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     MUST_HOLD: ClassVar[str] = ""  # a folder in each category's own, by which that is recognised
     EXPECTED: ClassVar[Mapping[str, Mapping[str, int]]] = {}
     HOW_TO_GET: ClassVar[str] = ""
-    DOWNLOAD: ClassVar[download.Archive | None] = None  # where a program may fetch it
+    DOWNLOAD: ClassVar[download.Archive | None] = None  # the archive, if a program may fetch it
     PROCEDURAL: ClassVar[bool] = False  # drawn by a program: no raw folder, `raw_dir` is None
 
     def __init_subclass__(cls, **kwargs):
@@ -101,13 +101,13 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self._ids: set[str] = set()
         self._twins: dict[str, str] = {}
 
-    # What a subclass gives
+    # For subclasses to define.
 
     @classmethod
     def category_folders(cls, root: pathlib.Path) -> dict[str, pathlib.Path]:
         """Returns the folder of each category whose images lie under `root`; empty if none.
 
-        A subclass replaces this where FOLDERS and MUST_HOLD cannot say it.
+        A subclass replaces this if FOLDERS and MUST_HOLD cannot express its layout.
         """
         folders = {
             category: root / cls.FOLDERS.get(category, category) for category in cls.CATEGORIES
@@ -129,7 +129,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """
 
     def file_examples(self, raw_dir: pathlib.Path, category: str) -> Examples:
-        """Yields (split, example) of whole image files, for `check`, in which a file is named.
+        """Yields (split, example) of image files, for `check`, which names files.
 
         The same as `examples`, unless these are parts of files.
         """
@@ -150,7 +150,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             return f"{cls.name} {cls.VERSION}"
         return files.folder_fingerprint(cls.category_folders(root)[category])
 
-    # What the base class does with it
+    # The work of the base class.
 
     @classmethod
     def select_categories(
@@ -166,7 +166,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @classmethod
     def find_root(cls, raw_dir: pathlib.Path) -> pathlib.Path | None:
-        """Returns the folder with the published layout: `raw_dir`, or one up to two levels below.
+        """Returns the folder with the published layout: `raw_dir`, or one or two levels below it.
 
         Raises:
           ValueError: several sub-folders hold the layout.
@@ -275,7 +275,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return mask
 
     def _mask(self, source: Any, image: Any, size_hw: tuple[int, int], name: str) -> np.ndarray:
-        """Returns the mask [h, w] as bool, all false where there is none."""
+        """Returns the mask [h, w] as bool; all false if the example has no mask."""
         if isinstance(source, os.PathLike):
             path = pathlib.Path(source)
             source = self.read_mask(path, image, size_hw, name) if path.is_file() else None
@@ -284,7 +284,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         check_mask_size(source, size_hw, name)
         return source != 0
 
-    # TFDS prints these two to stdout; `build` logs one line instead.
+    # TFDS prints two lines to stdout; `build` logs a line instead.
 
     def _log_download_bytes(self) -> None:
         pass

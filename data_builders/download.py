@@ -1,8 +1,8 @@
 """Fetches a data set's published archive, only when asked to, and unpacks it.
 
-An interrupted download continues where it stopped. Nothing is unpacked whose sha256 is not the one
-that is expected, and nothing is put in its place before it is whole. Called by the command line of
-`build`; whatever the archive holds is judged by `unpack`.
+An interrupted download continues at its last byte. An archive of an unexpected sha256 is not
+unpacked, and no file gets its name before it is complete. The command line of `build` calls this
+module; `unpack` judges the content of an archive.
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ class Archive:
 def fetch_and_unpack(
     archive: Archive, folder: pathlib.Path, log: Callable[[str], None]
 ) -> pathlib.Path:
-    """Puts the archive and what it holds into `folder`; what is there already is not done again.
+    """Puts the archive and its content into `folder`; skips steps whose result is there already.
 
     Returns:
       The folder of the unpacked files, named after the archive.
 
     Raises:
       ValueError: another sha256 than expected, or an archive that `unpack` refuses.
-      OSError: the network or the disk fails; what has come is kept for the next attempt.
+      OSError: the network or the disk fails; the bytes so far are kept for the next attempt.
     """
     target = folder / archive.filename.split(".")[0]
     if target.is_dir():
@@ -110,7 +110,7 @@ def _download(url: str, part: pathlib.Path) -> None:
             raise OSError(f"{url} cannot be downloaded: {e}") from e
         # `part` holds all of it already; the hash decides.
     except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
-        # What an odd server says may have several lines.
+        # An odd server's answer may have several lines.
         reason = repr(e) if isinstance(e, http.client.HTTPException) else getattr(e, "reason", e)
         raise OSError(
             f"{url} cannot be downloaded: {reason}; the same command continues where it stopped"

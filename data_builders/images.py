@@ -1,7 +1,7 @@
 """Image files in, the bytes that a record keeps out: decoding, checks, masks.
 
 A record holds an image as the bytes of a JPEG, PNG or BMP file that every reader decodes to the
-same uint8 pixels. Files of that kind are kept byte for byte; anything else (WebP, TIFF, 16-bit
+same uint8 pixels. Such files are kept byte for byte; anything else (WebP, TIFF, 16-bit
 depth, an alpha channel, a rotation noted in EXIF, which decoders treat differently) becomes a PNG,
 upright. Called by `common.RecordBuilder` for each record; it knows nothing of data sets or TFDS.
 """
@@ -94,7 +94,7 @@ def read_grey(path: os.PathLike) -> np.ndarray:
     """Returns an image file as grey levels [h, w] in their own integer type.
 
     A colour image counts with its brightest channel; alpha is ignored; a rotation noted in EXIF is
-    carried out. Made for masks: the class numbers of 16-bit ones survive, which OpenCV's own
+    carried out. Made for masks: the class numbers of 16-bit masks survive, which OpenCV's
     reading as grey would divide away.
 
     Raises:
@@ -245,7 +245,7 @@ def _check_size(data: bytes, where: str) -> None:
 
 
 def _size_in_header(data: bytes) -> tuple[int, int]:
-    """(width, height), or (0, 0) where no header can be read."""
+    """(width, height), or (0, 0) if no header can be read."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.size
@@ -279,7 +279,7 @@ def _decode_upright(data: bytes, where: str) -> np.ndarray:
     """As `decode` with IMREAD_UNCHANGED, with the rotation that the file notes carried out."""
     pixels = decode(data, cv2.IMREAD_UNCHANGED, where)
     turn = orientation(data)
-    if turn == 1 or data.startswith(_TIFF):  # of which OpenCV carries it out
+    if turn == 1 or data.startswith(_TIFF):  # OpenCV turns a TIFF by itself
         return pixels
     return np.ascontiguousarray(_TURNS[turn](pixels))
 

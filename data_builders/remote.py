@@ -1,9 +1,9 @@
 """Records in a bucket, `data_dir=gs://…`, and the copies of them that are read.
 
-ArrayRecord reads files of this machine alone. So records are copied once into the cache,
-<cache>/buckets/<bucket>/<folder>/<data set>/<category>/<version>, checked against the sha256 of
-every file, which `fingerprint.json` holds; and what is built is built there, and then sent. That
-file is sent last and deleted first: records without it are none. Called by `build` only.
+ArrayRecord reads local files alone. Records are therefore copied once into the cache,
+<cache>/buckets/<bucket>/<folder>/<data set>/<category>/<version>, and checked against the sha256 of
+every file in `fingerprint.json`. New records are built in the cache and then sent. The fingerprint
+is sent last and deleted first: records without it do not count. Only `build` calls this module.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def _stored(records: store.CategoryRecords) -> bytes | None:
 
 
 def _digests(address: str, stored: bytes) -> dict[str, str]:
-    """{name: sha256} of the files at an address; they lie in no folder, and in no other one."""
+    """{name: sha256} of the files at an address; names with a folder are refused."""
     try:
         digests = dict(json.loads(stored)["files"])
     except (ValueError, KeyError, TypeError) as e:

@@ -1,7 +1,7 @@
 """The records of one category on disk: whether they are fresh, and how they are written.
 
 Records lie in `<data_dir>/<name>/<category>/<version>/` with a `fingerprint.json` beside the TFDS
-files, which tells finished and fresh records from anything else. A build happens in a hidden folder
+files, which marks finished and fresh records. A build happens in a hidden folder
 that is renamed when complete; a lock makes a second process wait and then reuse the first one's
 records. Called by `build` only.
 """
@@ -35,7 +35,7 @@ def read_fingerprint(record_dir: pathlib.Path) -> dict | None:
 
 
 def describe_counts(found: Mapping[str, int], expected: Mapping[str, int]) -> str:
-    """Returns one line of counts, found/expected where the data set's publisher gives a number."""
+    """Returns a line of counts, as found/expected if the data set's publisher gives a number."""
     keys = [*expected, *sorted(found.keys() - expected.keys())]
     wrong = differing_counts(found, expected)
     line = "found/expected: " if expected else "found: "
@@ -56,7 +56,7 @@ def differing_counts(found: Mapping[str, int], expected: Mapping[str, int]) -> l
 
 
 class CategoryRecords:
-    """The records of one category on disk, and how they come about."""
+    """The records of a category on disk, and how they are built."""
 
     def __init__(self, builder_cls, category, root, home, log):
         self.builder_cls = builder_cls

@@ -58,7 +58,7 @@ class Studio:
 
         Args:
           scene: settings of the picture.
-          bench: tile of `bench.make_bench`.
+          bench: tile of `table_top.make_tile`.
           rng: generator of the reflections of the room.
         """
         self.scene, self._tile = scene, bench

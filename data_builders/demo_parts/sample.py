@@ -91,7 +91,7 @@ def make_sample(recipe: Recipe, seed: int = SEED) -> Sample:
 
     scene = scene_lib.draw_scene(generator("scene"), recipe.domain or "same", recipe.number)
     blade = part.make_blade(generator("part"))
-    tile = table_top.make_bench(generator("bench"), scene.bench)
+    tile = table_top.make_tile(generator("bench"), scene.bench)
     studio = render.Studio(scene, tile, generator("room"))
     good = studio.photograph(blade.surface)
     twin = render.expose(good, scene, generator("noise"))

@@ -9,10 +9,10 @@ import dataclasses
 
 import numpy as np
 
-from data_builders.demo_parts import table_top as bench
+from data_builders.demo_parts import table_top
 
 DOMAINS = ("same", "background", "illumination", "view")
-_SHIFTED_BENCHES = tuple(name for name in bench.FAMILIES if name not in bench.MATS)
+_SHIFTED_BENCHES = tuple(name for name in table_top.FAMILIES if name not in table_top.MATS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Scene:
       key_size: half width of the soft box, as a sine; small is hard light.
       key: RGB power of the main light.
       room: RGB power of the light from everywhere else.
-      bench: family of `bench.FAMILIES`.
+      bench: family of `table_top.FAMILIES`.
       exposure: factor on everything.
       focus: sigma of the lens blur, in finished pixels.
       grain: sigma of the sensor noise at mid grey, in grey levels.
@@ -89,7 +89,7 @@ def _training_scene(rng: np.random.Generator, number: int) -> Scene:
         key_size=u(0.26, 0.36),
         key=_light(u(0.85, 1.15), u(-0.08, 0.12)),
         room=_light(u(0.85, 1.1), u(-0.10, 0.06)),
-        bench=bench.MATS[number % len(bench.MATS)],
+        bench=table_top.MATS[number % len(table_top.MATS)],
         exposure=u(0.92, 1.08),
         focus=u(0.35, 0.6),
         grain=u(1.0, 1.8),

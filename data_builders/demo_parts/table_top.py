@@ -21,11 +21,11 @@ _MAT_COLOURS = {
 MATS = tuple(_MAT_COLOURS)
 
 
-def make_bench(rng: np.random.Generator, family: str) -> np.ndarray:
+def make_tile(rng: np.random.Generator, family: str) -> np.ndarray:
     """Tile of bench top, [SIDE, SIDE, 3] float32 linear reflectance.
 
     Args:
-      rng: the generator of this bench.
+      rng: the generator of this table top.
       family: a key of `FAMILIES`.
     """
     tile = FAMILIES[family](rng)

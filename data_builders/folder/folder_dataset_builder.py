@@ -1,6 +1,6 @@
 """A directory of the user's own, in any of the layouts that `layout` understands.
 
-Its name is the category; a directory of several directories in MVTec's layout is one category each.
+Its name is the category. Several directories in MVTec's layout inside it are a category each.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from data_builders import common, files, images
 from data_builders.folder import layout
 
-_BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras whose images are kept in 16 bits
+_BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras that store 16 bits
 
 
 class Builder(common.RecordBuilder):
@@ -41,7 +41,7 @@ class Builder(common.RecordBuilder):
     def select_categories(
         cls, raw_dir: pathlib.Path | None, in_raw: set[str], built: set[str]
     ) -> list[str]:
-        """Those in the raw folder; without it, the one of its name, or all that are built."""
+        """The categories in the raw folder, or the built records of its name, or the only records."""
         if in_raw:
             return sorted(in_raw)
         if raw_dir is None:

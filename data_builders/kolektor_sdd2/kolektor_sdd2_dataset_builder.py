@@ -1,7 +1,7 @@
 """KolektorSDD2: train/<id>.png and test/<id>.png, each with its mask <id>_GT.png.
 
-Every image has a mask; it is all zero where the surface is good, and so gives the label. The 246
-defective training images become records too: protocols that train on good ones leave them out.
+Every image has a mask, which is all zero for a good surface and so gives the label. The 246
+defective training images become records too: protocols that train on good images leave them out.
 """
 
 import functools

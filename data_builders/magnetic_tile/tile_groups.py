@@ -34,7 +34,7 @@ def tile_groups(numbers: Sequence[int], grey_images: Iterable[np.ndarray]) -> np
 
 
 def runs_of_numbers(numbers: Sequence[int]) -> np.ndarray:
-    """Returns the run that each number [n] belongs to; a gap over LARGEST_GAP starts a new one."""
+    """Returns the run that each number [n] belongs to; a gap over LARGEST_GAP starts a new run."""
     numbers = np.asarray(numbers)
     order = np.argsort(numbers, kind="stable")
     runs = np.empty(len(numbers), int)
@@ -55,7 +55,7 @@ def train_groups(groups: np.ndarray, is_good: np.ndarray) -> set[int]:
 
 
 def _surface(grey: np.ndarray) -> np.ndarray:
-    """The fine structure of a tile, whatever the exposure: float32 [side * side], variance 1."""
+    """The fine structure of a tile at any exposure: float32 [side * side], variance 1."""
     small = cv2.resize(grey.astype(np.float32), (_SIDE, _SIDE), interpolation=cv2.INTER_LINEAR)
     detail = small - cv2.GaussianBlur(small, (0, 0), _BLUR_SIGMA)
     detail -= detail.mean()
@@ -63,7 +63,7 @@ def _surface(grey: np.ndarray) -> np.ndarray:
 
 
 def _merge(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Joins the pairs of groups (first[i], second[i]) and counts the groups from 0 again."""
+    """Joins the pairs of groups (first[i], second[i]) and renumbers the groups from 0."""
     joined = np.arange(groups.max() + 1)
     for a, b in np.unique(np.stack([first, second], axis=1), axis=0):
         low, high = sorted((joined[a], joined[b]))

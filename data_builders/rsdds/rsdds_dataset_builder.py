@@ -4,7 +4,7 @@ RSDDs dataset/Type-{I,II} RSDDs dataset/{Rail surface images,GroundTruth}/rail_<
 
 The published images are strips, some 160 x 1000 (I) and 55 x 1250 (II) pixels; every one has a
 defect, so good images exist only as parts of strips. A tile is as wide as its strip and keeps the
-native size; tiles overlap by half, and the last one ends with the strip. A tile is good only if no
+native size; tiles overlap by half, and the last tile ends with the strip. A tile is good only if no
 defect lies in it or within MARGIN pixels. Its `group` is the strip, and whole strips are split.
 """
 
