@@ -41,7 +41,7 @@ class Builder(common.RecordBuilder):
     def select_categories(
         cls, raw_dir: pathlib.Path | None, in_raw: set[str], built: set[str]
     ) -> list[str]:
-        """The categories in the raw folder, or the built records of its name, or the only records."""
+        """The categories in the raw folder, else the built one of its name, else the only one."""
         if in_raw:
             return sorted(in_raw)
         if raw_dir is None:
