@@ -38,7 +38,7 @@ class Server(http.server.ThreadingHTTPServer):
         """A client that has heard enough hangs up."""
 
     def environment(self) -> dict[str, str]:
-        """What leads all clients here."""
+        """The variables that lead all clients here."""
         return {
             "STORAGE_EMULATOR_HOST": self.address,
             "TENSORSTORE_GCS_HTTP_URL": self.address,

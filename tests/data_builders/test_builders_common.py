@@ -1,4 +1,4 @@
-"""What the base class refuses, fills in and counts; shown with a data set that a program draws."""
+"""Checks, defaults and counts of the base class, shown with a data set that a program draws."""
 
 import os
 import pathlib

@@ -203,7 +203,7 @@ def kill_after_a_checkpoint(args: list[str], objects: dict) -> None:
 
 @pytest.fixture(scope="module")
 def said() -> list[str]:
-    """What the programs of this module log."""
+    """The log lines of the programs in this module."""
     return []
 
 
@@ -432,7 +432,7 @@ def while_sending(method: str, path: str, body: bytes) -> bool:
 def test_a_bucket_that_is_lost_on_the_way_ends_in_one_line(
     bucket, storage, tiny_raw, tiny_fields, tmp_path, capfd, monkeypatch, lost
 ):
-    """What is in the bucket by then stays, and the same command continues."""
+    """The content of the bucket stays, and the same command continues."""
     address, objects = bucket
     args = arguments(f"{address}/{lost.__name__}", tiny_fields(tiny_raw, tmp_path / "records"))
     args.append("--config.method.names=patchcore")

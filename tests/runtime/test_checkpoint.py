@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def log(caplog):
-    """What is logged; absl does not pass it on by itself."""
+    """The log lines; absl does not pass it on by itself."""
     logger = logging.get_absl_logger()
     logger.addHandler(caplog.handler)
     with caplog.at_level(std_logging.INFO, logger=logger.name):
