@@ -57,9 +57,7 @@ def image_samples(
     blocks = []
     for start in range(0, len(draws), _BLOCK):
         ranked = ranking.grouped(scores, is_anomaly, draws[start : start + _BLOCK, group])
-        blocks.append(
-            [ranking.area(ranked), ranking.precision_area(ranked), ranking.best_f1(ranked)]
-        )
+        blocks.append(ranking.area_precision_f1(ranked))
     names = ("image_auroc", "image_ap", "image_f1_max")
     return dict(zip(names, np.concatenate(blocks, axis=1), strict=True))
 
@@ -89,14 +87,7 @@ def pixel_samples(
         owners = rows[:, histograms.owner]
         pixel = ranking.from_counts(owners @ histograms.defect, rows @ histograms.normal)
         region = pixel._replace(positive=owners @ histograms.overlap)
-        blocks.append(
-            [
-                ranking.area(pixel),
-                ranking.precision_area(pixel),
-                ranking.best_f1(pixel),
-                ranking.area(region, limit),
-            ]
-        )
+        blocks.append([*ranking.area_precision_f1(pixel), ranking.area(region, limit)])
     names = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_0.3")
     samples = dict(zip(names, np.concatenate(blocks, axis=1), strict=True))
     defined = ~np.isnan(pro_mmr)

@@ -224,11 +224,8 @@ def checked_scores(scores: np.ndarray, is_anomaly: np.ndarray) -> tuple[np.ndarr
 
 def _three(prefix: str, ranked: ranking.Ranked) -> dict[str, float]:
     """AUROC, average precision and best F1 of one ranking."""
-    return {
-        f"{prefix}_auroc": float(ranking.area(ranked)),
-        f"{prefix}_ap": float(ranking.precision_area(ranked)),
-        f"{prefix}_f1_max": float(ranking.best_f1(ranked)),
-    }
+    names = (f"{prefix}_{name}" for name in ("auroc", "ap", "f1_max"))
+    return dict(zip(names, map(float, ranking.area_precision_f1(ranked)), strict=True))
 
 
 def _image_reason(is_anomaly: np.ndarray) -> str | None:

@@ -246,13 +246,17 @@ def thin(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndar
     return np.interp(even, along, x), np.interp(even, along, y)
 
 
-def auroc(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Area under the ROC curve, exact, ties counting one half.
+def area_precision_f1(ranked: Ranked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """AUROC, average precision and best F1 of the same table, [...] each."""
+    return area(ranked), precision_area(ranked), best_f1(ranked)
+
+
+def auroc(scores: np.ndarray, is_positive: np.ndarray) -> float:
+    """Area under the ROC curve, exact; a tie counts one half.
 
     Args:
         scores: [n] (or any shape), higher means more anomalous; finite.
         is_positive: bool, shape of `scores`.
-        weights: non-negative multiplicities, shape of `scores`; default 1.
 
     Returns:
         0..1.
@@ -260,39 +264,34 @@ def auroc(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | Non
     Raises:
         ValueError: NaN or infinite scores, or only one class present.
     """
-    return float(area(_table(scores, is_positive, weights)))
+    return float(area(_table(scores, is_positive)))
 
 
-def average_precision(
-    scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None = None
-) -> float:
+def average_precision(scores: np.ndarray, is_positive: np.ndarray) -> float:
     """Average precision, exact, as scikit-learn defines it; arguments and errors as in `auroc`."""
-    return float(precision_area(_table(scores, is_positive, weights)))
+    return float(precision_area(_table(scores, is_positive)))
 
 
-def f1_max(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None = None) -> float:
+def f1_max(scores: np.ndarray, is_positive: np.ndarray) -> float:
     """Largest F1 over all thresholds, exact; arguments and errors as in `auroc`."""
-    return float(best_f1(_table(scores, is_positive, weights)))
+    return float(best_f1(_table(scores, is_positive)))
 
 
-def _table(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None) -> Ranked:
+def _table(scores: np.ndarray, is_positive: np.ndarray) -> Ranked:
     """Checks the arguments of the three public metrics and ranks them."""
     scores, is_positive = np.asarray(scores).ravel(), np.asarray(is_positive).ravel()
-    weights = None if weights is None else np.asarray(weights, np.float64).ravel()
     if is_positive.dtype != bool or scores.shape != is_positive.shape:
         raise ValueError(
             f"scores {scores.shape} and is_positive {is_positive.shape} {is_positive.dtype} must "
             "have one size, is_positive boolean"
         )
     require_finite(scores, "scores")
-    positives = is_positive.sum() if weights is None else np.sum(weights, where=is_positive)
-    negatives = (~is_positive).sum() if weights is None else np.sum(weights, where=~is_positive)
-    if positives == 0 or negatives == 0:
+    positives = int(is_positive.sum())
+    if not 0 < positives < len(scores):
         raise ValueError(
-            f"both classes are needed, got {positives:g} positives and {negatives:g} negatives"
+            f"both classes are needed, got {positives} positives and "
+            f"{len(scores) - positives} negatives"
         )
-    if weights is not None:
-        return grouped(scores, is_positive, weights)
     return rank(scores[is_positive], np.sort(scores[~is_positive]))
 
 

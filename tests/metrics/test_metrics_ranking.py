@@ -55,13 +55,14 @@ CASES = ("continuous", "tied", "constant", "one_outlier", "perfect", "inverted",
 @pytest.mark.parametrize("name", CASES)
 def test_ranking_metrics_equal_slow_definitions(name, weighted):
     scores, truth = make_case(name)
-    weights = np.random.default_rng(3).integers(0, 4, 300) if weighted else None
-    ones = np.ones(300) if weights is None else weights
-    ap, f1 = slow_ap_and_f1(scores, truth, ones)
-    expected = slow_auroc(scores, truth, ones)
-    assert metrics.auroc(scores, truth, weights) == pytest.approx(expected, abs=1e-12)
-    assert metrics.average_precision(scores, truth, weights) == pytest.approx(ap, abs=1e-12)
-    assert metrics.f1_max(scores, truth, weights) == pytest.approx(f1, abs=1e-12)
+    weights = np.random.default_rng(3).integers(0, 4, 300) if weighted else np.ones(300)
+    expected = (slow_auroc(scores, truth, weights), *slow_ap_and_f1(scores, truth, weights))
+    if weighted:
+        found = ranking.area_precision_f1(ranking.grouped(scores, truth, weights))
+    else:
+        functions = (metrics.auroc, metrics.average_precision, metrics.f1_max)
+        found = [function(scores, truth) for function in functions]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,8 +100,6 @@ def test_auroc_below_one_half_is_reported_as_it_is():
 def test_a_single_class_is_refused(metric, only):
     with pytest.raises(ValueError, match="both classes"):
         metric(np.arange(4.0), np.full(4, only))
-    with pytest.raises(ValueError, match="both classes"):
-        metric(np.arange(4.0), np.arange(4) < 2, np.where(np.arange(4) < 2, 0, 1))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
