@@ -7,7 +7,7 @@ uint8 RGB [b, h, w, 3] at the model's input size, for any b. It is a serialised 
     scorer = jax.export.deserialize(open("scorer.jax", "rb").read())
     found = scorer.call(images)   # {"map": [b, h, w], "score": [b], "is_anomaly": [b]}
 
-A name that ends in .onnx makes it an ONNX file (see onnx_export.py) for onnxruntime; there the
+A name that ends in .onnx makes it an ONNX file (see export/onnx.py) for onnxruntime; there the
 input is called "images", and the outputs have the same names.
 
 <output>.json beside it says how an image becomes that input, and what the threshold promises. The
@@ -105,7 +105,7 @@ def _portable(method: methods.base.Method, dtype: str = "") -> methods.base.Meth
     """The method with kernels that exist on every platform and for a batch of any size.
 
     Args:
-      method: of a run.
+      method: the method of a run.
       dtype: compute dtype; "" keeps that of the run.
     """
     config = method.config.copy_and_resolve_references()
@@ -140,7 +140,7 @@ def inputs(detector: detector_lib.Detector, folder: str | None) -> np.ndarray:
 
 
 def run(path: pathlib.Path, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What an exported program says of uint8 images [b, h, w, 3]."""
+    """Runs an exported program on uint8 images [b, h, w, 3]."""
     return jax.device_get(export.deserialize(path.read_bytes()).call(images))
 
 
@@ -156,9 +156,9 @@ def compare(
     Args:
       detector: the model.
       path: the file.
-      found: what it says of `images`.
+      found: its results for `images`.
       images: uint8 [b, h, w, 3].
-      in_float32: whether the file computes so, where the model may compute in bfloat16.
+      in_float32: whether the file computes in float32; the model may compute in bfloat16.
 
     Raises:
       RuntimeError: it exceeds TOLERANCE.

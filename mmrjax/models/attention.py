@@ -29,7 +29,7 @@ class Hybrid:
     Attributes:
       kinds: FULL, LOCAL or GLOBAL for every head before any choice by distance, [depth][heads].
       window: side of a local head's window in patches, odd.
-      stride: of the lattice that global heads see, in patches; its phase rotates through stride²
+      stride: that of the lattice of the global heads, in patches; its phase rotates through stride²
         layers.
       gather: collects the visible keys instead of masking all pairs, for large grids. The result is
         the same. It needs LOCAL and GLOBAL heads only, equally many LOCAL ones in every layer, a

@@ -25,8 +25,8 @@ def layer_norm(dtype: jnp.dtype, name: str | None, epsilon: float = EPSILON) -> 
     In float32 the variance is computed in two passes, as torch does.
 
     Args:
-      dtype: of input and output, float32 or bfloat16.
-      name: of the module.
+      dtype: type of input and output, float32 or bfloat16.
+      name: name of the module.
       epsilon: added to the variance.
     """
     if dtype == jnp.bfloat16:

@@ -24,8 +24,8 @@ class MaskedStudent(nn.Module):
       patch: patch side in px; both image sides must be multiples of it.
       unroll: blocks per scan iteration.
       dtype: compute dtype; parameters stay float32.
-      hybrid: what each head sees (MMR+); None: everything.
-      kernel: of attention without `hybrid`, see `vit.Attention`.
+      hybrid: patches that each head sees (MMR+); None: all.
+      kernel: that of attention without `hybrid`, see `vit.Attention`.
       conv: how 3x3 convolutions of the pyramid are computed, see `winograd.by_name`.
 
     Collections: `params`, trained; `positions`, two fixed tables, float32 [1 + n, d]; with `hybrid`

@@ -21,8 +21,8 @@ class Attention(nn.Module):
     Attributes:
       heads: attention heads, a divisor of the width.
       dtype: compute dtype.
-      hybrid: what each head sees (MMR+); None: everything.
-      kernel: of attention without `hybrid`: "xla", or "cudnn", the flash attention of NVIDIA GPUs.
+      hybrid: patches that each head sees (MMR+); None: all.
+      kernel: attention without `hybrid` by "xla", or by "cudnn", NVIDIA's flash attention.
     """
 
     heads: int
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
       depth: number of blocks.
       heads: attention heads, a divisor of the width.
       mlp_ratio: hidden width of a block's MLP, in widths.
-      epsilon: of every norm.
+      epsilon: that of every norm.
       unroll: blocks per iteration of the scan.
       dtype: compute dtype; parameters stay float32.
       hybrid: see `Attention`.

@@ -115,7 +115,7 @@ def runs(folder: pathlib.Path, name: str, above: str = "*/*") -> list[pathlib.Pa
 
     Args:
       folder: a work directory, the root of a view, or any folder above runs.
-      name: of the file, such as config.json.
+      name: name of the file, such as config.json.
       above: pattern of the folders between `folder` and a run; <method>/<category> by default.
     """
     paths = sorted(folder.glob(f"{above}/seed*/{name}"))
