@@ -259,7 +259,7 @@ def test_an_image_gets_the_same_map_in_torch(trained, suffix, tmp_path, monkeypa
     assert np.ptp(got) > 0.01
     np.testing.assert_allclose(got, want["map"][0], rtol=0, atol=2e-5)
     score = float(capsys.readouterr().out.split()[-1])
-    assert score == pytest.approx(float(want["score"][0]), abs=2e-5)
+    assert score == pytest.approx(float(method.score(want["map"])[0]), abs=2e-5)
 
 
 @pytest.mark.torch
