@@ -120,7 +120,7 @@ def test_view_is_that_of_evaluation_within_one_grey_level(interpolation, native,
     image = noise(native)
     canvas = np.full((100, 130, 3), 255, np.uint8)
     canvas[: native[0], : native[1]] = image
-    see = jax.jit(augment.view, static_argnums=(2, 3, 4))
+    see = jax.jit(augment.evaluation_view, static_argnums=(2, 3, 4))
     got = np.asarray(see(canvas, jnp.asarray(native), resize, size_hw, interpolation))
     want = geometry.view_image(image, resize, size_hw, interpolation).astype(float)
     assert np.abs(got - want).max() <= 1

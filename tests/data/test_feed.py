@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmrjax.data import epochs, feed
+from mmrjax.data import records as records_lib
 from mmrjax.runtime import devices as device_lib
 from mmrjax.runtime import mesh as mesh_lib
 
@@ -25,7 +26,7 @@ def make(records, train_rows):
         options = {"resident_gib": 1.0, "max_side": 0, "plan": epochs.Plan(BATCH), "seed": 54}
         options |= {"steps_per_call": 1, **changes}
         device_mesh = device_mesh or mesh_lib.make_mesh(TWO_DEVICES)
-        return feed.Feed(records, rows, mode=mode, device_mesh=device_mesh, **options)
+        return feed.Feed(records.take(rows), mode=mode, device_mesh=device_mesh, **options)
 
     return build
 
@@ -255,22 +256,22 @@ def test_rows_do_not_depend_on_the_number_of_devices(make, resident):
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-def test_the_next_chunk_is_decoded_while_the_consumer_has_one(records, stream, monkeypatch):
+def test_the_next_chunk_is_decoded_while_the_consumer_has_one(stream, monkeypatch):
     """The first chunk is handed over while the next two are held up, and they need no `next`."""
-    first, *later = (set(stream._indices[row]) for row in stream._table(0)[0][:3])
+    first, *later = (set(row) for row in stream._table(0)["index"][:3])
     computing, everything = threading.Event(), threading.Event()
-    waited, decoded, image = [], set(), records.image
+    waited, decoded, image = [], set(), records_lib.Records.image
 
-    def decode(i, max_side):
+    def decode(self, i, max_side):
         if i not in first:
             waited.append(computing.wait(PATIENCE))
-        array = image(i, max_side)
+        array = image(self, i, max_side)
         decoded.add(i)
         if decoded >= set.union(*later):
             everything.set()
         return array
 
-    monkeypatch.setattr(records, "image", decode)
+    monkeypatch.setattr(records_lib.Records, "image", decode)
     chunks = stream.chunks(0, 4)
     next(chunks)
     computing.set()
@@ -279,26 +280,26 @@ def test_the_next_chunk_is_decoded_while_the_consumer_has_one(records, stream, m
 
 
 @pytest.mark.parametrize("mode", ["resident", "stream"])
-def test_the_images_of_a_chunk_are_decoded_at_once(make, resident, records, monkeypatch, mode):
+def test_the_images_of_a_chunk_are_decoded_at_once(make, train_rows, monkeypatch, mode):
     """Each of two waits for the other; there is one chunk, so no other chunk's image helps."""
     monkeypatch.setattr(device_lib, "cores", lambda: BATCH)
-    barrier, image = threading.Barrier(BATCH, timeout=PATIENCE), records.image
+    barrier, image = threading.Barrier(BATCH, timeout=PATIENCE), records_lib.Records.image
 
-    def decode(i, max_side):
+    def decode(self, i, max_side):
         barrier.wait()
-        return image(i, max_side)
+        return image(self, i, max_side)
 
-    rows = resident._indices[:4]
+    rows = train_rows[:4]
     expected = batches(make("resident", rows=rows), 0, 1)
-    monkeypatch.setattr(records, "image", decode)
+    monkeypatch.setattr(records_lib.Records, "image", decode)
     assert_same(batches(make(mode, rows=rows), 0, 1), expected)
 
 
 @pytest.mark.parametrize("mode", ["resident", "stream"])
-def test_a_damaged_image_is_named(make, records, monkeypatch, mode):
+def test_a_damaged_image_is_named(make, monkeypatch, mode):
     """In the words of the records, though a thread decoded it."""
-    monkeypatch.setattr(records, "encoded", lambda i, field: b"no picture")
-    monkeypatch.setattr(records, "size", lambda i, max_side: (64, 55))
+    monkeypatch.setattr(records_lib.Records, "encoded", lambda self, i, field: b"no picture")
+    monkeypatch.setattr(records_lib.Records, "size", lambda self, i, max_side: (64, 55))
     with pytest.raises(ValueError, match=r"^the image of record 'train/good/.*' cannot be decoded"):
         batches(make(mode), 0, 1)
 
