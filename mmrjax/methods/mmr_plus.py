@@ -64,12 +64,12 @@ class MMRPlus(mmr.MMR):
 
     def _check_switches(self) -> None:
         options, given = self.options, self.options.labelled_target != "blend"
-        needs = [name for name in ("contrast", "domain") if options[name] not in ("none", "coral")]
-        if not options.synthetic_every and needs:
-            raise ValueError(
-                f"mmr_plus.{needs[0]}={options[needs[0]]} needs synthetic defects; set "
-                f"mmr_plus.synthetic_every=4, or mmr_plus.{needs[0]}=none"
-            )
+        for name, instead in (("contrast", "none"), ("domain", "coral")):
+            if not options.synthetic_every and options[name] not in ("none", "coral"):
+                raise ValueError(
+                    f"mmr_plus.{name}={options[name]} needs synthetic defects; set "
+                    f"mmr_plus.synthetic_every=4, or mmr_plus.{name}={instead}"
+                )
         if options.synthetic_every == 1:
             raise ValueError("mmr_plus.synthetic_every=1 leaves no real row; give 0, 2 or more")
         if given and options.defect_folder and options.domain != "none":
@@ -100,11 +100,12 @@ class MMRPlus(mmr.MMR):
     def _numbered(self, names: np.ndarray) -> np.ndarray:
         """The number of each image's domain, int32 [n]."""
         domains, index = np.unique(names, return_inverse=True)
-        if len(domains) < 2 or (self.options.domain == "coral" and len(domains) > DOMAINS):
+        limited = self.options.domain == "coral"
+        if len(domains) < 2 or (limited and len(domains) > DOMAINS):
+            wanted = f"two to {DOMAINS}" if limited else "two or more"
             raise ValueError(
-                f"mmr_plus.domain={self.options.domain} needs training images of two or more "
-                f"domains, coral of up to {DOMAINS}; all {len(names)} are of "
-                f"{', '.join(map(repr, domains[:4].tolist()))}; set mmr_plus.domain=none"
+                f"mmr_plus.domain={self.options.domain} needs training images of {wanted} domains, "
+                f"not {len(domains)} (such as {str(domains[0])!r}); set mmr_plus.domain=none"
             )
         return index.astype(np.int32)
 

@@ -426,10 +426,10 @@ def test_domains_of_a_data_set_and_of_joined_ones(make):
 
 
 def test_one_domain_cannot_be_aligned(make):
-    with pytest.raises(ValueError, match=r"two or more domains.* all 3 are of 'a'; set mmr_plus.d"):
+    with pytest.raises(ValueError, match=r"two to 16 domains, not 1 \(such as 'a'\); set mmr"):
         make(domain="coral").plan(Table(domain=np.array(["a"] * 3)))
     many = Table(domain=np.arange(17).astype(str))
-    with pytest.raises(ValueError, match=r"coral of up to 16; all 17 are of"):
+    with pytest.raises(ValueError, match=r"two to 16 domains, not 17 \(such as '0'\); set"):
         make(domain="coral").plan(many)
 
 
@@ -438,7 +438,8 @@ def test_one_domain_cannot_be_aligned(make):
     [
         ({"contrast": "features"}, r"contrast=features needs synthetic defects; set .*=4, or"),
         ({"contrast": "tokens"}, "contrast=tokens needs synthetic"),
-        ({"domain": "supcon"}, r"domain=supcon needs synthetic .*domain=none"),
+        ({"domain": "supcon"}, r"domain=supcon needs synthetic .*domain=coral"),
+        ({"synthetic_every": 1}, r"synthetic_every=1 leaves no real row; give 0, 2 or more"),
         ({"synthetic_every": 3}, r"every 3th row of train.batch_size=8 cannot"),
     ],
 )
