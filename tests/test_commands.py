@@ -105,8 +105,6 @@ RUN_BY = {
     "test_the_example_needs_neither_jax_nor_torch",
     r"python -m mmrjax.data.defects --preview .*": "tests/data/defects/test_preview.py::"
     "test_a_sheet_has_a_row_for_each_kind_its_outlines_and_the_real_ones",
-    r"python -m mmrjax.bench.metrics\b.*": "tests/bench/test_metrics.py::"
-    "test_the_command_prints_json",
     r"python scripts/pretrain_teacher.py .*": "tests/test_pretrain_teacher.py::"
     "test_script_writes_a_teacher_that_loads",
 }
@@ -114,7 +112,6 @@ NOT_RUN = {
     r"scripts/demo\b.*": "a quarter of an hour; its program runs small in tests/test_notebook.py",
     r"pip install .*": "needs a package index; scripts/environment.sh does it before the tests",
     r"tensorboard .*": "another program, which serves until it is stopped",
-    r"scripts/bench_gpu.sh.*": "needs a GPU and ten minutes; tests/bench/test_gpu.py pretends both",
     r"python -m mmrjax.main .*configs/demo_trays.py .*": "draws trays for minutes; tests/"
     "data_builders has its builder, tests/runs/test_detector.py the tiling",
     r"sbatch .*": "needs a cluster; the script itself is run with a pretended srun",

@@ -1,1 +1,1 @@
-"""Speed and memory, beside the official code's model: python -m mmrjax.bench."""
+"""Speed and memory of a method, alone or side by side with PyTorch: python -m mmrjax.bench."""

@@ -207,7 +207,7 @@ class Embedding(nn.Module):
             x = x @ getattr(self, f"pool{layer}")
             pooled.append(getattr(self, f"align{layer}")(x))
         x = torch.stack(pooled, dim=-2)  # [b, h', w', layers, width]
-        return x.flatten(3).unflatten(3, (self.width, len(pooled))).mean(dim=-1)
+        return x.flatten(3).unflatten(3, (self.width, len(pooled))).mean(dim=-1).float()
 
 
 class Memory(nn.Module):
