@@ -1,14 +1,14 @@
-"""The place of the part in a picture, found on the host, once per training picture (MMR+).
+"""The region of the part in a picture: on the host, once per training picture (MMR+, section 7).
 
-Defects must not land on the background. For textures and surfaces that fill the picture the answer
-is everywhere; pass None to `defects.synthesise` instead.
+Synthetic defects must not land on the background. A texture or a surface fills the picture and
+needs no such region: pass None to `synthesise`.
 """
 
 import cv2
 import numpy as np
 
-BORDER = 8  # px, the frame whose median colour stands for the background
-PLAUSIBLE = (0.10, 0.95)  # share of the picture; outside of it the rule has failed
+BORDER = 8  # px, width of the frame whose median colour stands for the background
+PLAUSIBLE = (0.10, 0.95)  # share of the picture that a part covers; otherwise the rule has failed
 
 
 def foreground(image: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def foreground(image: np.ndarray) -> np.ndarray:
       image: uint8 [h, w, 3], RGB.
 
     Returns:
-      bool [h, w]; all True where the part would be less than 10 % or more than 95 % of the picture.
+      bool [h, w]; all True if the part would cover less than 10 % or more than 95 % of the picture.
 
     Raises:
       ValueError: not a uint8 colour picture.
@@ -47,7 +47,7 @@ def _largest(mask: np.ndarray) -> np.ndarray:
 
 
 def _filled(mask: np.ndarray) -> np.ndarray:
-    """Holes are what is not joined to the outside of the picture."""
+    """Fills the holes: regions that are not joined to the outside of the picture."""
     outside = cv2.copyMakeBorder(1 - mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
     cv2.floodFill(outside, None, (0, 0), 2)
     return (outside[1:-1, 1:-1] != 2).astype(np.uint8)

@@ -1,6 +1,6 @@
 """Reading records: metadata in memory, images decoded on demand.
 
-The schema is written in data_builders/common.py and is the only contract between the two.
+data_builders/common.py defines the schema, the only contract between builders and reading.
 """
 
 import dataclasses
@@ -138,8 +138,8 @@ def load(directory: str | pathlib.Path) -> Records:
 
 
 def _read(directory: pathlib.Path) -> tuple[dict, list[tuple[str, int]], list[dict]]:
-    """Every record once: {split: source}, (split, row) of each, and its columns."""
-    import tensorflow_datasets as tfds  # here: models run and are timed without it
+    """Reads every record: {split: source}, the (split, row) and the columns of each record."""
+    import tensorflow_datasets as tfds  # not at the top: models run and are timed without it
 
     builder = tfds.builder_from_directory(str(directory))
     skip = {name: tfds.decode.SkipDecoding() for name in ("image", "mask")}
@@ -156,10 +156,10 @@ def _read(directory: pathlib.Path) -> tuple[dict, list[tuple[str, int]], list[di
 
 
 def join(parts: Sequence[Records], category: str = "all") -> Records:
-    """Returns the records of several categories or data sets as one, in the order given.
+    """Joins the records of several categories or data sets, in the order given.
 
-    The table gets a column `part`, "<dataset>/<category>"; groups begin with it, and ids with the
-    data set if there are several, so that equal names stay apart.
+    The table gets a column `part`, "<dataset>/<category>". Equal names stay apart: groups begin
+    with the part, and ids begin with the data set if there are several data sets.
     """
     names = [f"{part.dataset}/{part.category}" for part in parts]
     datasets = list(dict.fromkeys(part.dataset for part in parts))

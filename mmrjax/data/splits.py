@@ -1,7 +1,7 @@
-"""Which records are trained on and which are tested: functions of the records, at read time.
+"""The split into training and test: functions of the records, at read time.
 
-Here are the protocols of one data set; the cross-domain tracks over several are in `tracks`. All
-but "image_split" refuse a group of images on both sides.
+The protocols of one data set stand here, the cross-domain tracks over several data sets in
+`tracks`. All protocols but "image_split" refuse a group with images on both sides.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from mmrjax.data.records import GOOD, Records
 
 MIN_HELD_OUT = 4  # groups; they promise a false-positive rate of 20 %
 FEW = 20  # training groups below which a run says what to expect
-HOLD_OUT = 0xCA11  # the draw of held-out groups, apart from what else a seed draws
+HOLD_OUT = 0xCA11  # separates the draw of held-out groups from the other draws of a seed
 
 
 def select(
@@ -23,11 +23,12 @@ def select(
     """Returns (train, test) record indices, each sorted.
 
     "one_class": the published split; only good images train.
-    "k_shot": the same test, but only `shots` of the training images, drawn by `seed`. With one
-    seed, the images of fewer shots are among those of more.
+    "k_shot": the same test, but only `shots` of the training images, drawn by `seed`. With the same
+    seed, the images of fewer shots are among those of more shots.
     "one_for_all": as "one_class", for the records of all categories that `units` has joined.
-    "image_split": as many training and good test images as there, but drawn image by image. Images
-    of one group then lie on both sides: it exists to measure how much such a leak flatters.
+    "image_split": as many training and good test images as in the published split, but drawn image
+    by image. Images of one group then lie on both sides. The protocol exists to measure how much
+    such a leak raises the scores.
 
     Raises:
       ValueError: no good training image, fewer than `shots`, no test image, or a group on both
@@ -87,7 +88,7 @@ def apart(records: Records, held_out: Records) -> Records:
 
 
 def few(train: Records) -> str:
-    """A warning about few training images, all good, in words; "" if there are enough."""
+    """A warning, in words, if the good training images are few; "" if there are enough."""
     parts = len(np.unique(train.table["group"]))
     if parts >= FEW:
         return ""
@@ -100,10 +101,10 @@ def few(train: Records) -> str:
 
 
 def units(parts: Iterable[Records], protocol: str) -> Iterator[Records]:
-    """Yields what one model is trained on: each category, or all of them joined.
+    """Yields the records of each model: one category, or with "one_for_all" all of them joined.
 
-    Joined by "one_for_all", the domain of a record begins with its category, so that results are
-    told and averaged by category.
+    In joined records the domain of a record begins with its category, so that results are reported
+    and averaged by category.
     """
     if protocol != "one_for_all":
         yield from parts

@@ -1,8 +1,8 @@
-"""Cross-domain protocols over several data sets, joined by `records.join`.
+"""Cross-domain protocols over several data sets, joined by `records.join` (MMR+ spec, section 8).
 
 Track A keeps a published test and lets the other data sets add training images. Track B splits each
-data set 70 to 30 by group, and can withhold combinations of defect and condition from training.
-MMR+ spec, section 8. A configuration asks for them by data.protocol, see `select`.
+data set 70 to 30 by group, and can withhold combinations of defect and condition from training. The
+field data.protocol selects a track, see `select`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mmrjax.data.records import GOOD, Records
 ANY = "*"  # any defect or any condition, in a held-out combination
 DARK = "dark"  # the condition that `mark_dark` gives
 
-# A group that shows several defects counts for the last of these; unlisted ones come after all.
+# A group that shows several defects counts for the last in this list; unlisted defects come last.
 _SEVERITY = ("good", "uneven", "blowhole", "break", "crack", "fray")
 
 
@@ -28,9 +28,9 @@ class Track:
     """Record indices, each sorted.
 
     Attributes:
-      train: trained on; where labels are asked for, with defective images.
-      test: the others, but for those left out.
-      unseen: those of `test` that are of a held-out combination.
+      train: training images; with labels, some of them are defective.
+      test: test images.
+      unseen: the test images of a held-out combination.
     """
 
     train: np.ndarray
@@ -39,7 +39,7 @@ class Track:
 
 
 def select(records: Records, data: ConfigDict, seed: int) -> Track:
-    """The records that a configuration trains on and tests.
+    """Selects the training and the test images of a configuration.
 
     Args:
       records: the records of a category, or joined records.
@@ -82,11 +82,11 @@ def combinations(texts: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 def joined(parts: Sequence[Records], held_out: Sequence[str] = ()) -> Records:
-    """Several categories or data sets as one, told by data set in results.
+    """Joins several categories or data sets whose results are reported by data set.
 
-    The column `condition` of the table is what `domain` was, and `domain` is the part,
-    "<dataset>/<category>". Parts of which the condition "dark" is held out get it by `mark_dark`.
-    A single part stays as it is but for that.
+    The former `domain` of the table becomes its column `condition`, and `domain` becomes the part,
+    "<dataset>/<category>". `mark_dark` gives the condition "dark" to the parts of which that
+    condition is held out. A single part keeps its domains otherwise.
     """
     records = parts[0] if len(parts) == 1 else records_lib.join(parts)
     dark = sorted({part for part, _, condition in combinations(held_out) if condition == DARK})
@@ -125,15 +125,15 @@ def track_b(
     Groups are drawn within strata of equal defect (the most severe one in the group) and, where no
     group of the part has several domains, equal domain; a stratum of n groups trains floor(0.7 n).
 
-    Images of a held-out combination never train. A group that holds nothing else is tested; of
-    other groups of the training side these images are left out altogether, because their siblings
-    train.
+    Images of a held-out combination never train. A group of such images alone is tested. In other
+    groups of the training side such images are left out altogether, because the rest of the group
+    trains.
 
     Args:
       records: joined ones, or a single part.
-      seed: seeds the draw.
-      held_out: (part, defect, condition) that training never sees, "" for any; those of parts
-        that are not there are passed over.
+      seed: of the draw.
+      held_out: (part, defect, condition) that training never sees, "" for any; a part that is not
+        among the records is passed over.
       labelled: whether the defective images of the training side train too.
 
     Raises:
@@ -164,8 +164,8 @@ def track_b(
 def mark_dark(records: Records, parts: Sequence[str]) -> Records:
     """Returns the records with the domain "dark" for the darkest third of the groups of some parts.
 
-    For data sets that name no condition. Darkness is the mean of HSV's V over all pixels of the
-    group's images, which are decoded for it.
+    The rule serves data sets that name no condition. Brightness is the mean of HSV's V over all
+    pixels of the group's images, which are decoded for it.
     """
     domain = records.table["domain"].astype(object)
     part, group = part_of(records), records.table["group"]
@@ -187,7 +187,7 @@ def part_of(records: Records) -> np.ndarray:
 
 
 def turns(records: Records, by_part: bool, by_domain: bool) -> np.ndarray | None:
-    """The group that each image takes turns with in a batch, str [n]; None: no turns.
+    """The part or domain whose turn in a batch each image takes, str [n]; None: no turns.
 
     Args:
       records: training images.

@@ -21,7 +21,7 @@ JUDGED = (
 
 
 def page(content: Mapping, about: Mapping[str, files.MethodInfo]) -> dict:
-    """Everything the templates of a sweep show."""
+    """Everything that the templates of a sweep show."""
     rows = _rows(content, about)
     titles = [tables.metric(name).title for name in content["metrics"]]
     return {
@@ -110,21 +110,21 @@ def _mean(values: Sequence[Mapping | None]) -> float | None:
 
 
 def _common(protocols: Iterable[Mapping]) -> dict[str, str]:
-    """The terms of a protocol, each with its one text or what it is in the different rows."""
+    """The terms of a protocol, each with its text, or with the texts of the different rows."""
     texts: dict[str, dict[str, None]] = {}
     for protocol in protocols:
         for term, text in protocol.items():
             texts.setdefault(term, {})[text] = None
-    return {term: "; or ".join(found) for term, found in texts.items()}
+    return {term: "; or ".join(different) for term, different in texts.items()}
 
 
 def _departures(rows: Iterable[Mapping]) -> list[tuple[str, str]]:
-    """(departure from the paper, the rows that have it), each departure once."""
+    """(a departure from the paper, the labels of the rows that depart) of each departure."""
     labels: dict[str, list[str]] = {}
     for row in rows:
         for text in row["departures"]:
             labels.setdefault(text, []).append(row["label"])
-    return [(text, "; ".join(some)) for text, some in labels.items()]
+    return [(text, "; ".join(rows_of_text)) for text, rows_of_text in labels.items()]
 
 
 def _ours(value: Mapping | None) -> str:

@@ -1,9 +1,11 @@
-"""One table of runs: in each row some fields differ, and ours stands beside the paper's numbers.
+"""One table of runs in which some fields differ from row to row.
 
-A configuration declares it as `config.sweep`, see configs/aebad_ablation.py. A row is an ordinary
-run in <workdir>/<row>/ and is resumed, repeated and reported there as one started by hand; the row
-that changes no value is <workdir>/default/, so several sweeps in one work directory share it. The
-comparison lies on top of them and is written again after every row. Called by main.py.
+A configuration declares the table as `config.sweep`, see configs/aebad_ablation.py. A row is an
+ordinary run in <workdir>/<row>/ and is resumed, repeated and reported like a run that is started by
+hand. The row that changes no value lies in <workdir>/default/, so that several tables in one work
+directory share it. The comparison lies in <workdir> and is written anew after every row. With
+`sweep.judge=held_out_defects` no row sees the test (data/judge.py) and the comparison is a ranking.
+main.py calls this module.
 """
 
 import dataclasses
@@ -31,9 +33,9 @@ class Row:
     """A planned row.
 
     Attributes:
-      label: name of the row in the table.
+      label: the row's name in the table.
       overrides: "group.field=value" each.
-      paper: percent, one per metric of `config.sweep.metrics`; or a text in their place.
+      paper: percent, one number for each metric of `config.sweep.metrics`; or a text instead.
       config: the configuration of the run.
       folder: its name in the work directory.
     """
@@ -78,7 +80,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, run_all: RunAll) -> tuple[dic
     for i, row in enumerate(rows):
         logging.info("row %d of %d: %s", i + 1, len(rows), row.label)
         done = run_all(row.config, workdir / row.folder)
-        # After every row: a stopped sweep shows what it has.
+        # After every row, so that a stopped sweep shows its finished rows.
         content, path = processes.first(functools.partial(compare, row, *done))
     return content, pathlib.Path(path)
 
@@ -97,7 +99,7 @@ def plan(config: ConfigDict) -> list[Row]:
         own = config.copy_and_resolve_references()
         config_lib.override(own, overrides)
         unchanged = config_lib.flatten(own) == config_lib.flatten(config)
-        own.sweep.rows = ()  # an ordinary run, as by hand
+        own.sweep.rows = ()  # an ordinary run
         own.title = f"{config.title}: {label}"
         config_lib.validate(own, methods.METHODS)
         folder = "default" if unchanged else re.sub(r"[^\w.]+", "_", label).strip("_")
@@ -109,7 +111,7 @@ def plan(config: ConfigDict) -> list[Row]:
 
 
 def _measured(aggregate: dict, root: pathlib.Path, config: ConfigDict) -> dict:
-    """{method: metrics with mean and std over seeds, the seeds, and what the runs say of them}."""
+    """{method: mean and std over seeds of each metric, the seeds, the protocol, the departures}."""
     measured = {}
     for method, content in aggregate["methods"].items():
         table = content["metrics"]
@@ -122,7 +124,7 @@ def _measured(aggregate: dict, root: pathlib.Path, config: ConfigDict) -> dict:
                 name: {part: summary.get(name, {}).get(part) for part in ("mean", "std")}
                 for name in config.sweep.metrics
             },
-            "seeds": sorted({one["seed"] for one in content["runs"]}),
+            "seeds": sorted({run["seed"] for run in content["runs"]}),
             "protocol": words.protocol(facts),
             "departures": words.departures(facts, methods.METHODS[method].paper_weights),
         }
@@ -130,7 +132,7 @@ def _measured(aggregate: dict, root: pathlib.Path, config: ConfigDict) -> dict:
 
 
 def _content(config: ConfigDict, rows: Sequence[Row], finished: dict[str, dict]) -> dict:
-    """results.json: fractions 0-1; a row that has not run yet has no methods."""
+    """The content of results.json, in fractions; a row that has not run yet has no methods."""
     names = tuple(config.sweep.metrics)
     is_judged = config.sweep.judge != "test"  # the paper's numbers are those of the test
 

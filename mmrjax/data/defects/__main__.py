@@ -1,7 +1,7 @@
 """The contact sheet of `python -m mmrjax.data.defects --preview`.
 
-One row per kind, drawn on good pictures, each with its outline below; at the bottom real defective
-pictures, if a folder of them is given, to judge the synthetic ones by.
+The sheet has a row of good pictures with drawn defects for each kind, and their outlines below.
+Real defective pictures follow at the bottom for comparison, if a folder of them is given.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import numpy as np
 from mmrjax.data import foreground, geometry
 from mmrjax.data.defects import bank as defect_bank
 from mmrjax.data.defects import synthesise as defects
+from mmrjax.data.defects import windows
 
 GAP, LABEL = 3, 70  # px between pictures, and for the names at the left
 BATCH = 8
@@ -60,13 +61,13 @@ def draw(arguments: argparse.Namespace) -> np.ndarray:
         else None
     )
     bank = defect_bank.make_bank(pairs)[0] if pairs else None
-    tiny = sum(kind in defects.TINY for kind in kinds)
+    tiny = sum(kind in windows.TINY for kind in kinds)
     settings = defects.DefectSettings(kinds=kinds, tiny_share=tiny / len(kinds))
     good = pictures(arguments.good, size)
-    found = _drawn(good, settings, bank, arguments)
+    drawn = _draw_each(good, settings, bank, arguments)
     rows = []
     for kind in kinds:
-        images, masks = zip(*found[kind], strict=True) if found[kind] else ((), ())
+        images, masks = zip(*drawn[kind], strict=True) if drawn[kind] else ((), ())
         outlined = [outline(image, mask) for image, mask in zip(images, masks, strict=True)]
         rows += [_row(kind, images, arguments), _row("", outlined, arguments)]
     if arguments.real:
@@ -78,24 +79,24 @@ def draw(arguments: argparse.Namespace) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def _drawn(good, settings, bank, arguments) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+def _draw_each(good, settings, bank, arguments) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
     """Up to `columns` (picture, mask) of each kind."""
     synthesise = jax.jit(defects.synthesise, static_argnames="settings")
     rng = np.random.default_rng(arguments.seed)
-    found = {kind: [] for kind in settings.kinds}
-    for step in range(4 * arguments.columns * len(found) // BATCH + 1):
+    drawn = {kind: [] for kind in settings.kinds}
+    for step in range(4 * arguments.columns * len(drawn) // BATCH + 1):
         images = good[rng.integers(0, len(good), BATCH)]
         part = (
             np.stack([foreground.foreground(i) for i in images]) if arguments.foreground else None
         )
         key = jax.random.fold_in(jax.random.key(arguments.seed), step)
         batch = jax.device_get(synthesise(key, images, part, settings=settings, bank=bank))
-        for image, mask, kind in zip(batch.images, batch.mask, batch.kind, strict=True):
-            if kind != defects.NONE and len(found[defects.KINDS[kind]]) < arguments.columns:
-                found[defects.KINDS[kind]].append((image.astype(np.uint8), mask))
-        if min(map(len, found.values())) == arguments.columns:
+        for image, mask, kind in zip(batch.pixels, batch.mask, batch.kind, strict=True):
+            if kind != defects.NONE and len(drawn[defects.KINDS[kind]]) < arguments.columns:
+                drawn[defects.KINDS[kind]].append((image.astype(np.uint8), mask))
+        if min(map(len, drawn.values())) == arguments.columns:
             break
-    return found
+    return drawn
 
 
 def pictures(folder: str, size_hw: tuple[int, int]) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Labelled defects, from records or any folder of (picture, mask) pairs, for cut-and-blend.
+"""Labelled defects, from records or any folder of (picture, mask) pairs: the kind "real".
 
-This is the kind "real". The masks may come from a data set or from another generator. Never give it
-pictures of a test split: what is trained on must not be tested on.
+The masks may come from a data set or from another generator. The pictures must not be those of a
+test split, since training sees their defects.
 """
 
 import dataclasses
@@ -12,23 +12,22 @@ import cv2
 import numpy as np
 
 from mmrjax.data import geometry, tracks
-from mmrjax.data.defects import synthesise
+from mmrjax.data.defects import synthesise, windows
 from mmrjax.data.records import Records
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-SIDE = 96  # px, of a bank's pictures
-WHOLE = synthesise.LARGE_WINDOW  # of one with all that can be blended
-MARGIN = 6  # px of context that every defect keeps on each side; what is painted ends 5 px before
+SIDE = 96  # px, of the squares that a preview cuts out; training cuts windows.LARGE_SIDE
+MARGIN = 6  # px of context on each side of a defect; a painted core ends 5 px before the border
 ANYWHERE = "any"  # part of a defect that may go on a picture of every part
 
 
 def find_pairs(folder: str | pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
-    """Finds the (picture, mask) pairs of a folder and of what lies below it.
+    """Finds the (picture, mask) pairs of a folder and of its subfolders.
 
-    What is the mask of a pair is the picture of none. A mask has the picture's name, with or
-    without `_mask` or `_gt`, and lies beside it (with another ending where the names are equal) or
-    in a folder `masks`, `mask`, `gt` or `ground_truth` next to the picture's own folder, or, as in
-    MVTec AD, test/dent/x.png and ground_truth/dent/x_mask.png.
+    The mask of a pair is the picture of no other pair. A mask has the picture's name, with or
+    without `_mask` or `_gt`. A mask lies beside its picture (with another ending if the names are
+    equal), or in a folder `masks`, `mask`, `gt` or `ground_truth` next to the picture's own folder,
+    or as in MVTec AD: test/dent/x.png and ground_truth/dent/x_mask.png.
 
     Raises:
       ValueError: there is no such pair.
@@ -57,16 +56,16 @@ def _mask_of(picture: pathlib.Path, known: dict[str, pathlib.Path]) -> pathlib.P
     apart = [f / f"{stem}{m}{e}" for f in folders for m in ("", "_mask", "_gt") for e in PICTURES]
     # x.jpg + x.png: the lossless one is the mask.
     twin = [parent / f"{stem}.png"] if picture.suffix.lower() in (".jpg", ".jpeg") else []
-    found = (known.get(str(m).lower()) for m in (*beside, *apart, *twin))
-    return next((m for m in found if m not in (None, picture)), None)
+    masks = (known.get(str(m).lower()) for m in (*beside, *apart, *twin))
+    return next((m for m in masks if m not in (None, picture)), None)
 
 
 def load_pairs(
-    folder: str | pathlib.Path, view: geometry.View, whole: bool = False
+    folder: str | pathlib.Path, view: geometry.View, whole_pictures: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields RGB uint8 [*view.frame, 3] and bool [*view.frame] of every pair.
 
-    With `whole` no label vanishes in the view, however small.
+    With `whole_pictures` no label vanishes in the view, however small.
 
     Raises:
       ValueError: a file cannot be read, the sizes of a pair differ, or a mask has values but none
@@ -84,12 +83,14 @@ def load_pairs(
             raise ValueError(
                 f"{mask} has no value above {truth.max()}; expected 0 and, in the defect, 255"
             )
-        yield _seen(image, truth, view, whole)
+        yield _seen(image, truth, view, whole_pictures)
 
 
-def _seen(image: np.ndarray, mask: np.ndarray, view: geometry.View, whole: bool = False) -> tuple:
-    """Picture and mask in the view; with `whole` no label vanishes in it, however small."""
-    if whole:
+def _seen(
+    image: np.ndarray, mask: np.ndarray, view: geometry.View, whole_pictures: bool = False
+) -> tuple:
+    """Picture and mask in the view; with `whole_pictures` the smallest label stays visible."""
+    if whole_pictures:
         reach = [-(-n // side) for n, side in zip(mask.shape, view.resize, strict=True)]
         mask = cv2.dilate(mask, np.ones(reach, np.uint8))
     return (
@@ -102,11 +103,11 @@ def make_bank(pairs, side: int = SIDE) -> tuple[synthesise.Bank, int]:
     """Cuts every defect out of its picture, one square per connected component.
 
     Args:
-      pairs: of (uint8 [h, w, 3], bool [h, w]), all at the size that training sees.
+      pairs: yields (picture uint8 [h, w, 3], mask bool [h, w]) at the size that training sees.
       side: px of the squares.
 
     Returns:
-      (bank, number of components that were too large for it and left out).
+      (bank, number of components that were left out, being too large for a square).
 
     Raises:
       ValueError: no defect fits.
@@ -116,8 +117,8 @@ def make_bank(pairs, side: int = SIDE) -> tuple[synthesise.Bank, int]:
         empty += not mask.any()
         cut, left_out = cut_out(image, mask, side)
         too_large += left_out
-        images += [one for one, _ in cut]
-        masks += [own for _, own in cut]
+        images += [square for square, _ in cut]
+        masks += [square for _, square in cut]
     if not images:
         raise ValueError(
             f"no defect of at most {side - 2 * MARGIN} px in the pairs ({too_large} are larger, "
@@ -129,7 +130,7 @@ def make_bank(pairs, side: int = SIDE) -> tuple[synthesise.Bank, int]:
 def cut_out(
     image: np.ndarray, mask: np.ndarray, side: int = SIDE
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-    """The defects of one picture, each in the middle of a square.
+    """Cuts the defects out of a picture, each in the middle of a square.
 
     Args:
       image: uint8 [h, w, 3].
@@ -137,10 +138,10 @@ def cut_out(
       side: px of the squares.
 
     Returns:
-      ((uint8 [side, side, 3], bool [side, side]) per connected component that fits with its margin,
-      number of those that do not).
+      ([(uint8 [side, side, 3], bool [side, side])] of the connected components that fit with their
+      margin, number of the components that do not fit).
     """
-    found, too_large = [], 0
+    squares, too_large = [], 0
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), None, None, 8)
     for i, (x, y, w, h, _) in enumerate(stats[1:].tolist(), start=1):
         if max(w, h) > side - 2 * MARGIN:
@@ -148,13 +149,13 @@ def cut_out(
             continue
         top, left = y + h // 2 - side // 2, x + w // 2 - side // 2
         own = (labels == i).astype(np.uint8)
-        found.append(
+        squares.append(
             (
                 _cut(image, top, left, side, cv2.BORDER_REPLICATE),
                 _cut(own, top, left, side, cv2.BORDER_CONSTANT) > 0,
             )
         )
-    return found, too_large
+    return squares, too_large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +164,11 @@ class Labelled:
 
     Attributes:
       bank: the m defects.
-      part: str [m], "<dataset>/<category>" of each, or ANYWHERE.
-      defect: str [m], its type.
-      domain: str [m], that of its record; "" from a folder.
-      left_out: how many were: too large to be cut out; of whole pictures, without any in view.
+      part: str [m], "<dataset>/<category>" of each defect, or ANYWHERE.
+      defect: str [m], the type of each defect.
+      domain: str [m], the domain of its record; "" from a folder.
+      left_out: number of defects that are too large to be cut out, or of whole pictures without a
+        defect in view.
     """
 
     bank: synthesise.Bank
@@ -178,8 +180,9 @@ class Labelled:
     def chances(self, parts: Sequence[str], domains: Sequence[str] | None = None) -> np.ndarray:
         """How likely each defect is on a picture of each part, float32 [parts, m].
 
-        Defects of the same part and of ANYWHERE; every type alike, however many there are of it.
-        With `domains`, one for each of `parts`, those alone whose record is of that domain.
+        A picture gets defects of its own part and of ANYWHERE. All types are equally likely,
+        however many defects a type has. With `domains`, str [parts], a picture gets defects of its
+        own domain alone.
         """
         kinds = [self.part, self.defect] + ([] if domains is None else [self.domain])
         _, kind, count = np.unique(np.stack(kinds), axis=1, return_inverse=True, return_counts=True)
@@ -188,11 +191,11 @@ class Labelled:
             is_own &= np.asarray(domains)[:, None] == self.domain
         return (is_own / count[kind.reshape(-1)]).astype(np.float32)
 
-    def only(self, kept: np.ndarray) -> "Labelled":
-        """Those where `kept`, bool [m]; the others are left out."""
-        bank = synthesise.Bank(*(array[kept] for array in self.bank))
-        columns = (column[kept] for column in (self.part, self.defect, self.domain))
-        return Labelled(bank, *columns, self.left_out + int((~kept).sum()))
+    def select(self, usable: np.ndarray) -> "Labelled":
+        """The defects that are `usable`, bool [m]; the others are left out."""
+        bank = synthesise.Bank(*(array[usable] for array in self.bank))
+        columns = (column[usable] for column in (self.part, self.defect, self.domain))
+        return Labelled(bank, *columns, self.left_out + int((~usable).sum()))
 
     def counts(self) -> dict[str, dict[str, int]]:
         """{part: {type: number of defects}}."""
@@ -203,46 +206,47 @@ class Labelled:
         return counts
 
 
-def from_records(records: Records, view: geometry.View, whole: bool = False) -> Labelled | None:
+def from_records(
+    records: Records, view: geometry.View, whole_pictures: bool = False
+) -> Labelled | None:
     """The labelled defects of records, at the size that training sees.
 
     Args:
-      records: defective ones of the training side; those without pixel truth give nothing.
-      view: how evaluation, and training but for its crops, looks at them.
-      whole: keep the pictures as they are; else each defect is cut out of its own.
+      records: defective ones of the training side; records without pixel truth give no defect.
+      view: how evaluation, and training but for its crops, looks at the pictures.
+      whole_pictures: keep the pictures as they are; else each defect is cut out of its picture.
 
     Returns:
-      The defects; None where no record has one (that fits).
+      The defects; None if no record has one (that fits).
     """
-    part, has_mask = tracks.part_of(records), records.table["has_mask"]
-    kept, own_rows, left_out = [], [], 0
-    for i in range(len(records)):
-        if not has_mask[i]:
-            continue
-        seen = _seen(records.image(i), records.mask(i), view, whole)
-        if whole:
+    pictures, rows, left_out = [], [], 0
+    for i in np.flatnonzero(records.table["has_mask"]).tolist():
+        seen = _seen(records.image(i), records.mask(i), view, whole_pictures)
+        if whole_pictures:
             own, missing = ([seen], 0) if seen[1].any() else ([], 1)
         else:
-            own, missing = cut_out(*seen, WHOLE)  # all that can be blended
-        kept, left_out = kept + own, left_out + missing
-        own_rows += [i] * len(own)
-    if not kept:
+            own, missing = cut_out(*seen, windows.LARGE_SIDE)
+        pictures, left_out = pictures + own, left_out + missing
+        rows += [i] * len(own)
+    if not pictures:
         return None
-    bank = synthesise.Bank(*(np.stack(arrays) for arrays in zip(*kept, strict=True)))
-    columns = (column[own_rows] for column in (part, *map(records.table.get, ("defect", "domain"))))
-    return Labelled(bank, *columns, left_out)
+    bank = synthesise.Bank(*map(np.stack, zip(*pictures, strict=True)))
+    columns = (tracks.part_of(records), records.table["defect"], records.table["domain"])
+    return Labelled(bank, *(column[rows] for column in columns), left_out)
 
 
-def from_folder(folder: str | pathlib.Path, view: geometry.View, whole: bool = False) -> Labelled:
+def from_folder(
+    folder: str | pathlib.Path, view: geometry.View, whole_pictures: bool = False
+) -> Labelled:
     """The defects of a folder of pairs (`find_pairs`), for pictures of every part.
 
-    `whole` is that of `from_records`.
+    `view` and `whole_pictures` are those of `from_records`.
 
     Raises:
       ValueError: there is no pair, one cannot be read, or none has a defect (that fits).
     """
-    pairs = load_pairs(folder, view, whole)
-    if whole:
+    pairs = load_pairs(folder, view, whole_pictures)
+    if whole_pictures:
         pairs = list(pairs)
         marked = [pair for pair in pairs if pair[1].any()]
         if not marked:
@@ -250,17 +254,17 @@ def from_folder(folder: str | pathlib.Path, view: geometry.View, whole: bool = F
         bank = synthesise.Bank(*map(np.stack, zip(*marked, strict=True)))
         left_out = len(pairs) - len(marked)
     else:
-        bank, left_out = make_bank(pairs, WHOLE)
+        bank, left_out = make_bank(pairs, windows.LARGE_SIDE)
     columns = ([name] * len(bank.images) for name in (ANYWHERE, pathlib.Path(folder).name, ""))
     return Labelled(bank, *map(np.array, columns), left_out)
 
 
-def joined(found: Sequence[Labelled]) -> Labelled:
-    """The defects of several as one."""
-    arrays = [(*one.bank, one.part, one.defect, one.domain) for one in found]
+def joined(sources: Sequence[Labelled]) -> Labelled:
+    """The defects of several sources together."""
+    arrays = [(*source.bank, source.part, source.defect, source.domain) for source in sources]
     images, masks, *columns = map(np.concatenate, zip(*arrays, strict=True))
-    total = sum(one.left_out for one in found)
-    return Labelled(synthesise.Bank(images, masks), *columns, total)
+    left_out = sum(source.left_out for source in sources)
+    return Labelled(synthesise.Bank(images, masks), *columns, left_out)
 
 
 def _cut(array: np.ndarray, top: int, left: int, side: int, border: int) -> np.ndarray:

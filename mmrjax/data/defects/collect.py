@@ -77,14 +77,14 @@ def _known(defective: Records, folder: str, view: geometry.View, whole: bool) ->
 def _shown(
     known: bank.Labelled, target: str, parts: Sequence[str], domains: Sequence[str] | None
 ) -> tuple[dict, dict]:
-    """What `collect` returns of pictures that are shown as they are."""
+    """The result of `collect` for pictures that are shown as they are."""
     usable, pictures = labelled.targets(target, *known.bank)
     if not usable.any():
         raise ValueError(
             f"mmr_plus.labelled_target={target}: the defects of all {len(usable)} labelled "
             "pictures fill them; set mmr_plus.labelled_target=blend"
         )
-    known = known.only(usable)
+    known = known.select(usable)
     facts = {"labelled_pictures": known.counts(), "labelled_left_out": known.left_out}
     arrays = {**known.bank._asdict(), **pictures, "chances": known.chances(parts, domains)}
     return {"labelled": arrays}, facts

@@ -1,8 +1,9 @@
-"""The kinds of large synthetic defects: each paints one on a window of the picture.
+"""The painters of large synthetic defects, one for each kind.
 
-A kind is a function (draws, place, settings) -> Painted. The paint vanishes before the border of
-its core's neighbourhood, or is blended there (poisson.py). The kinds of HELD_OUT are made by
-other shapes than those of TRAINING, for a validation that does not ask for what was taught.
+A painter is a function (draws, place, settings) -> Painted that draws one defect on a window of the
+picture. Its paint fades out around the core, or is blended there (poisson.py). The kinds of
+HELD_OUT have other shapes than the kinds of TRAINING, so that settings are not judged by the
+defects that training shows.
 """
 
 from collections.abc import Callable
@@ -15,16 +16,16 @@ import numpy as np
 from mmrjax.data.defects import shapes
 
 PI = float(np.pi)
-UNIFORMS, NORMALS = 272, 256  # random numbers that a kind may take,
-FIELDS = 9  # and n x n normal ones for its textures
+UNIFORMS, NORMALS = 272, 256  # random numbers that a painter may take
+FIELDS = 9  # further blocks of n x n normal numbers, for its textures
 
 
 class Place(NamedTuple):
-    """The surroundings of a defect, in a window of n px around it.
+    """A window of n px around the middle of a defect.
 
     Attributes:
-      pixels: float32 [n, n, 3] in [0, 255].
-      foreground: bool [n, n].
+      pixels: float32 [n, n, 3], grey levels in [0, 255].
+      foreground: bool [n, n], the part.
       y, x: float32 [n, n], px from the defect's middle.
     """
 
@@ -35,7 +36,13 @@ class Place(NamedTuple):
 
 
 class Painted(NamedTuple):
-    """source float32 [n, n, 3] and core bool [n, n] of a defect; mixed bool: keep textures."""
+    """A defect on a window of n px.
+
+    Attributes:
+      source: float32 [n, n, 3], grey levels, the window with the defect.
+      core: bool [n, n], the pixels of the defect.
+      mixed: bool [], whether blending keeps the texture of the picture.
+    """
 
     source: jax.Array
     core: jax.Array
@@ -51,18 +58,19 @@ def real(
 ) -> Painted:
     """A labelled defect cut out of another picture, mirrored at random.
 
-    Not turned: the grain of a brushed or rolled surface comes with it and would run across.
+    The defect is not turned, since the grain of a brushed or rolled surface comes with it and would
+    run across the picture's own grain.
 
     Args:
-      draws: for the choice.
-      place: its surroundings.
-      images: uint8 [m, s, s, 3].
+      draws: random numbers for the choice.
+      place: the window that gets the defect.
+      images: uint8 [m, s, s, 3], the pictures of the defects.
       masks: bool [m, s, s].
-      chances: float32 [m], how likely each is, up to a factor; None: all alike.
+      chances: float32 [m], how likely each defect is, up to a factor; None: all alike.
     """
     likely = jnp.cumsum(jnp.ones(len(images)) if chances is None else chances)
     which = jnp.sum(likely <= draws.uniform(0, 1) * likely[-1])
-    which = jnp.minimum(which, len(images) - 1)  # where none is likely, another kind is drawn
+    which = jnp.minimum(which, len(images) - 1)  # without a likely defect another kind is drawn
     flip_y, flip_x = draws.uniform(0, 1, 2) < 0.5
     side, y, x = images.shape[1], place.y, place.x
     row = jnp.where(flip_y, -y, y).astype(jnp.int32) + side // 2
@@ -79,7 +87,7 @@ def _tint(place: Place, factor: jax.Array, core: jax.Array, mixed: bool = False)
 
 
 def reach(n: int) -> float:
-    """Largest distance of a core from its middle, px: its dilation and a known pixel fit too."""
+    """Largest distance of a core from its middle, px: its dilation and a border pixel fit, too."""
     return n / 2 - 5.0
 
 
@@ -91,7 +99,7 @@ def _blob(
     limit = reach(n)
     size = jnp.minimum(draws.uniform(low, high), limit)
     stretch = jnp.exp(draws.uniform(0.0, 0.5))
-    # Bent coordinates: the jags of a plain star all point at its middle, those of a break do not.
+    # The coordinates are bent: the jags of a break do not all point at its middle.
     bend_y, bend_x = (0.12 * size * shapes.smooth(draws.normal(n, n), 6.0) for _ in range(2))
     u, v = shapes.rotate(place.y + bend_y, place.x + bend_x, draws.uniform(0, PI))
     radius = shapes.outline(draws, limit / (size * stretch))
@@ -126,7 +134,7 @@ def fracture(draws, place, settings) -> Painted:
     out = (~place.foreground).astype(jnp.float32)[..., None]
     near = shapes.blur(out, 9.0)
     shown = shapes.blur(place.pixels * out, 9.0) / jnp.maximum(near, 1e-6)
-    # Where the part fills the picture there is no background to show: a dark hollow stands for it.
+    # A part that fills the picture has no background to show: a dark hollow stands for it.
     dark = draws.uniform(0.12, 0.45) * shapes.blur(place.pixels, 9.0)
     behind = jnp.where(near > 1e-3, shown, dark)
     grain = settings.noise_intensity * 255 * shapes.smooth(draws.normal(n, n), 0.7)

@@ -2,16 +2,16 @@
 
 Perez, Gangnet and Blake, SIGGRAPH 2003, equation 7: for each pixel p of the region
 `|N_p| f_p - sum_{q in N_p, in region} f_q = sum_{q in N_p, outside} x_q + sum_{q in N_p} v_pq`,
-with N_p the neighbours inside the window. So a region may reach the window's border where that is
-the image's border (no condition is set there), and nowhere else. The unknown is u = f - s, the
-correction of the source.
+with N_p the neighbours inside the window. A region may reach the window's border only if that is
+the image's border, at which no condition is set. The unknown is u = f - s, the correction of the
+source.
 
-Pixels are coloured like a chessboard. A red one has black neighbours only, so the red half is
-eliminated exactly and conjugate gradients run on the black half (its Schur complement). They are
-preconditioned by a V-cycle of red-black Gauss-Seidel sweeps, on black alone a Jacobi iteration for
-the Schur complement. Each colour is kept as two quarters of the window, where neighbours are plain
-shifts. Three rounds suffice at 16 to 64 px. cv2.seamlessClone is not used: it shrinks masks
-and so loses tiny defects (MMR+ spec, section 7).
+Pixels are coloured like a chessboard. A red pixel has black neighbours only, so that the red half
+is eliminated exactly and conjugate gradients run on the black half (its Schur complement). They are
+preconditioned by a V-cycle of red-black Gauss-Seidel sweeps; on the black half alone a sweep is a
+Jacobi iteration for the Schur complement. Each colour is stored as two quarters of the window, so
+that neighbours are plain shifts. Three rounds suffice at 16 to 64 px. cv2.seamlessClone is not
+used: it shrinks masks and so loses tiny defects (MMR+ spec, section 7).
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-COARSEST = 28  # px; a grid of that side or less is solved by sweeps. More grids compile longer
+COARSEST = 28  # px; a grid of at most that side is solved by sweeps. More grids compile longer
 SWEEPS = 0.4  # on the coarsest grid, per px of its side
 SHARE = 0.75  # of a coarse cell that must be inside
-LEAST = 3  # rounds; earlier the residual of a large region can be small and its error smooth
-RELAXED = 1.4  # step of the outermost sweeps of a V-cycle; 1 took a quarter of a round more
+LEAST = 3  # rounds; before, the residual of a large region can be small while its error is not
+RELAXED = 1.4  # step of the outermost sweeps of a V-cycle; 1 takes a quarter of a round more
 
 Colour = tuple[jax.Array, jax.Array]  # two quarters [ceil(h / 2), ceil(w / 2), k] of a window
 
@@ -60,13 +60,13 @@ def blend(
       source: float [b, h, w, c].
       target: float [b, h, w, c].
       region: bool [b, h, w]; some pixel of each window must be outside.
-      mixed: bool [b] or one for all: take the larger of both gradients, else the source's.
-      tolerance: largest norm of the residual, relative to that of the uncorrected source, per
-        channel and over the black half of the pixels. The solver seeks the correction, so that,
-        unless `mixed`, the source's own texture does not loosen the goal. With
-        three rounds or more, 2e-3 leaves at most a quarter of a grey level at 16 to 64 px and 0.7
-        at 120 px; with `mixed` there 0.3 for stains, and up to 2.4 in white noise.
-      max_rounds: rounds of conjugate gradients; three are made unless nothing is to correct.
+      mixed: bool [b] or a single bool: take the larger of both gradients, else the source's.
+      tolerance: of the residual's norm on the black half, per channel, relative to the norm for the
+        uncorrected source. The solver seeks the correction, so that the source's own texture does
+        not loosen the goal unless `mixed`. With three rounds or more, 2e-3 leaves at most a quarter
+        of a grey level at 16 to 64 px and 0.7 at 120 px; with `mixed` at 120 px 0.3 for stains and
+        up to 2.4 in white noise.
+      max_rounds: of conjugate gradients; at least three are made unless nothing is to be corrected.
 
     Returns:
       float [b, h, w, c], bit-identical to `target` outside `region`.
@@ -90,22 +90,23 @@ def blend(
 
 
 def _separator(region: jax.Array) -> Callable:
-    """`apart(f, *args)` is f(*args), computed by itself.
+    """Returns `apart`; apart(f, *args) is f(*args), computed apart from the calls around it.
 
-    XLA for CPUs fuses a stencil into the next one, which then recomputes all its neighbours: 10 to
-    100 times slower. Only control flow keeps them apart, here a condition that it cannot know. If
-    that is false all regions are empty, so that any value will do. Elsewhere f is simply called.
+    XLA for CPUs fuses a stencil into the next stencil, which then recomputes all its neighbours: 10
+    to 100 times slower. Control flow alone prevents the fusion, here a condition that XLA cannot
+    know. If the condition is false all regions are empty, and any value will do. On other devices f
+    is simply called.
     """
     if jax.default_backend() != "cpu":
         return lambda f, *args: f(*args)
     needed = region.any()
 
     def apart(f, *args):
-        def skip(*args):  # what is at hand costs no code
-            at_hand = {(a.shape, a.dtype): a for a in jax.tree.leaves(args)}
-            found = jax.eval_shape(f, *args)
+        def skip(*args):  # returns arguments of the right shapes, which costs no code
+            known = {(a.shape, a.dtype): a for a in jax.tree.leaves(args)}
             return jax.tree.map(
-                lambda x: at_hand.get((x.shape, x.dtype), jnp.zeros(x.shape, x.dtype)), found
+                lambda x: known.get((x.shape, x.dtype), jnp.zeros(x.shape, x.dtype)),
+                jax.eval_shape(f, *args),
             )
 
         return jax.lax.cond(needed, f, skip, *args)
@@ -116,7 +117,7 @@ def _separator(region: jax.Array) -> Callable:
 def _right_side(source, target, region, apart) -> Colour:
     """(red, black) of the equation for u, not masked, if v is the gradient of the source."""
     b, h, w, c = source.shape
-    # In two steps, rows first: in one, the reads lie so far apart that it took three times as long.
+    # Two steps, rows first: the reads of a single step lie far apart and take three times as long.
     known = apart(
         lambda s, x, r: jnp.where(r[..., None], 0, x - s).transpose(1, 0, 2, 3),
         source,
@@ -128,7 +129,7 @@ def _right_side(source, target, region, apart) -> Colour:
 
 
 def _mixed_right_side(s, x, inside, is_mixed) -> Colour:
-    """The same where `is_mixed` [k] takes the larger of both gradients; all others [h, w, k]."""
+    """As `_right_side`; columns that `is_mixed` [k] take the larger gradient; others [h, w, k]."""
     z = jnp.pad(jnp.where(inside, 0, x - s), ((1, 1), (1, 1), (0, 0)))
     total = z[:-2, 1:-1] + z[2:, 1:-1] + z[1:-1, :-2] + z[1:-1, 2:]
     for axis in (0, 1):
@@ -171,7 +172,7 @@ def _solve(right, levels, tolerance, max_rounds: int, apart) -> tuple[Colour, Co
 
 
 def _schur(p, level, apart) -> Colour:
-    """The matrix that is left for the black half, times p."""
+    """The Schur complement, the matrix of the black half, times p."""
 
     def black(w, p, red):
         return _map(lambda d, w, p, n: d * (p - w * n), level.degree[1], w, p, _to_black(red))
@@ -180,7 +181,7 @@ def _schur(p, level, apart) -> Colour:
 
 
 def _eliminate(right, level, apart) -> tuple[Colour, Colour]:
-    """(red half of u if black were zero, right side of the system for the black half)."""
+    """(red half of u for a black half of zeros, right side of the system for the black half)."""
     red = apart(lambda w, b: _map(jnp.multiply, w, b), level.red, right[0])
     return red, apart(lambda b, red: _map(jnp.add, b, _to_black(red)), right[1], red)
 
@@ -193,8 +194,8 @@ def _recover(red, black, level, apart) -> Colour:
 def _v_cycle(b, levels, apart) -> Colour:
     """An approximate, symmetric inverse on the black half: smooth, correct coarsely, smooth.
 
-    The first and the last sweep are relaxed. Next to the coarse grid they are not: so all of the
-    residual is red, and of the correction only the red part is needed.
+    The first and the last sweep are relaxed. The sweeps next to the coarse grid are not, so that
+    the whole residual is red and only the red part of the correction is needed.
     """
     level = levels[0]
     if len(levels) == 1:
@@ -247,8 +248,8 @@ def _iterate(b, level, apart) -> Colour:
 def _chebyshev(n: int) -> tuple[float, np.ndarray, np.ndarray]:
     """Steps for a grid of n px: the first, and those along the last change and the next sweep.
 
-    A sweep of a region of n px has eigenvalues from sin(pi / (n + 1))^2 to 1. Twice the lowest is
-    taken, since regions rarely fill the window; what lies below is still reduced.
+    A sweep of a region of n px has eigenvalues from sin(pi / (n + 1))^2 to 1. The steps assume
+    twice the lowest eigenvalue, since regions rarely fill the window; lower ones are still reduced.
     """
     low = min(2 * np.sin(np.pi / (n + 1)) ** 2, 0.5)
     middle, half = (1 + low) / 2, (1 - low) / 2
@@ -261,12 +262,12 @@ def _chebyshev(n: int) -> tuple[float, np.ndarray, np.ndarray]:
 
 
 def _gauss_seidel_red(w, black) -> Colour:
-    """The red half that fits the black one where no right side is red; w is `_Level.red`."""
+    """The red half that fits the black half, for no right side on red; w is `_Level.red`."""
     return _map(jnp.multiply, w, _to_red(black))
 
 
 def _gauss_seidel_black(w, b, red) -> Colour:
-    """The black half that fits the red one, for the right side b."""
+    """The black half that fits the red half, for the right side b."""
     return _map(lambda w, b, n: w * (b + n), w, b, _to_black(red))
 
 
@@ -331,7 +332,7 @@ def _to_black(red: Colour) -> Colour:
 
 
 def _with(step: int, x: jax.Array, axis: int) -> jax.Array:
-    """Each element plus the one before (-1) or after it (1) along an axis; zero beyond the end."""
+    """Each element plus its predecessor (-1) or successor (1) along an axis; zero beyond it."""
     pad = [(0, 0)] * 3
     pad[axis] = (1, 0) if step < 0 else (0, 1)
     start = 0 if step < 0 else 1
@@ -353,7 +354,7 @@ def _restrict(red: Colour) -> jax.Array:
 
 
 def _share(h: int, w: int) -> np.ndarray:
-    """Share of each coarse pixel in an (odd, odd) pixel; beyond the last it stays constant."""
+    """The weight of each coarse pixel in an (odd, odd) pixel; the last pixels are repeated."""
     share = np.full((h, w, 1), 0.25, np.float32)
     share[-1] *= 2
     share[:, -1] *= 2

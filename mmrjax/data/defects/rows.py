@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mmrjax.data import geometry
 from mmrjax.data.defects import labelled, synthesise
 
 # Folded into an example's key, so that its mask and crop stay those of a batch without defects.
@@ -78,13 +79,10 @@ class Recipe:
             return self._synthetic(rows, known, chances)
         keys = jax.vmap(jax.random.fold_in, (0, None))(rows["keys"], LABELLED)
         shown = labelled.draw(keys, known, chances, self.labelled_share, self.config)
-        drawn = self._synthetic(rows)
-        defects = synthesise.Defects(drawn.images, drawn.mask, drawn.tiny, drawn.kind)
-        defects, normal, ignored = labelled.show(shown, rows["image"], defects)
-        return Drawn(defects.images, normal, defects.mask, defects.tiny, defects.kind, ignored)
+        return with_labelled(shown, self._synthetic(rows))
 
     def _synthetic(self, rows: dict, known: dict | None = None, chances=None) -> Drawn:
-        """Synthetic defects, with `known` also real ones, blended into the pictures."""
+        """Synthetic defects, and with `known` real defects, blended into the pictures."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(rows["keys"], DEFECT)
         pixels = jnp.round(255 * rows["image"])
         foreground = rows.get("foreground")
@@ -98,9 +96,30 @@ class Recipe:
             )
             bank = synthesise.Bank(known["images"], known["masks"])
             defects = synthesise.synthesise(keys, pixels, foreground, settings, bank, chances)
-        # Added as a difference: what is not blended stays the same bit for bit.
-        images = rows["image"] + (defects.images - pixels) / 255
+        # Added as a difference: pixels that are not blended stay the same bit for bit.
+        images = rows["image"] + geometry.to_unit(defects.pixels - pixels)
         return Drawn(images, rows["image"], defects.mask, defects.tiny, defects.kind)
+
+
+def with_labelled(shown: labelled.Rows, drawn: Drawn) -> Drawn:
+    """Puts labelled pictures in the place of synthetic defects, in the rows that use them."""
+    is_used = shown.is_used[:, None, None]
+    images, normal = (
+        jnp.where(is_used[..., None], geometry.to_unit(pixels), synthetic)
+        for pixels, synthetic in (
+            (shown.pixels, drawn.images),
+            (shown.twin_pixels, drawn.normal),
+        )
+    )
+    real = jnp.where(shown.mask.any((1, 2)), synthesise.KINDS.index("real"), synthesise.NONE)
+    return Drawn(
+        images,
+        normal,
+        jnp.where(is_used, shown.mask, drawn.mask),
+        jnp.where(is_used, shown.tiny, drawn.tiny),
+        jnp.where(shown.is_used, real, drawn.kind),
+        is_used & shown.ignored,
+    )
 
 
 def chosen(x: jax.Array, every: int) -> jax.Array:

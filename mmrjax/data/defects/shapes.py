@@ -1,6 +1,6 @@
-"""Shapes and textures that synthetic defects are made of: noise, blobs, lines, windows.
+"""Shapes and textures of synthetic defects: noise, blobs, lines, masks.
 
-Pure functions on square windows of n px, in pixels; what is random in them comes from `Draws`.
+Pure functions on square windows of n px, in pixels. Their random numbers come from `Draws`.
 """
 
 import jax
@@ -12,7 +12,7 @@ ROUGHNESS = (1.6, 4.0)  # of Q = perimeter^2 / (4 pi area); a circle has 1 (MMR+
 
 
 def draw_blocks(key: jax.Array, uniforms: int, normals: int) -> tuple[jax.Array, jax.Array]:
-    """The numbers of `Draws`: so many in [0, 1) and so many standard normal numbers."""
+    """Draws the numbers of a `Draws`: `uniforms` in (0, 1) and `normals` standard normal."""
     drawn = jax.random.uniform(key, (uniforms + normals,), minval=1e-7)  # 0 would give -inf
     return drawn[:uniforms], np.sqrt(2) * jax.lax.erf_inv(2 * drawn[uniforms:] - 1)
 
@@ -20,8 +20,8 @@ def draw_blocks(key: jax.Array, uniforms: int, normals: int) -> tuple[jax.Array,
 class Draws:
     """The random numbers of one defect, drawn in a block beforehand and handed out in turn.
 
-    It reads like a NumPy generator. Each call of jax.random is compiled on its own, and 75 of them
-    took more than half of the time to compile the generator.
+    The methods are those of a NumPy generator. Each call of jax.random compiles on its own; 75
+    calls took more than half of the time to compile the synthesis of defects.
 
     Args:
       uniforms: float32 [m] in (0, 1).
@@ -32,17 +32,17 @@ class Draws:
         self._uniforms, self._normals = uniforms, normals
 
     def uniform(self, low: float, high: float, *shape: int) -> jax.Array:
-        """Numbers in [low, high), of a shape; one without."""
+        """Numbers in [low, high) of a shape; a scalar without a shape."""
         taken, self._uniforms = _take(self._uniforms, shape, "uniforms")
         return low + (high - low) * taken
 
     def normal(self, *shape: int) -> jax.Array:
-        """Standard normal numbers of a shape; one without."""
+        """Standard normal numbers of a shape; a scalar without a shape."""
         taken, self._normals = _take(self._normals, shape, "normals")
         return taken
 
     def integer(self, low: int, high: int) -> jax.Array:
-        """One of low, ..., high - 1, int32."""
+        """An int32 of low, ..., high - 1."""
         return low + self.uniform(0, high - low).astype(jnp.int32)
 
     def sign(self, dark: float) -> jax.Array:
@@ -78,7 +78,7 @@ def blur(x: jax.Array, sigma: float) -> jax.Array:
 
 
 def smooth(noise: jax.Array, sigma: float) -> jax.Array:
-    """White noise [n, n] smoothed by `sigma` px, of about unit variance again."""
+    """White noise [n, n] smoothed by `sigma` px and scaled to about unit variance."""
     return blur(noise, sigma) * float(2 * np.sqrt(np.pi) * sigma)
 
 
@@ -91,8 +91,8 @@ def fractal(noise: jax.Array, sigma: float) -> jax.Array:
 def outline(draws: Draws, reach: float) -> jax.Array:
     """Radius of a ragged blob by angle, relative to its size: float32 [ANGLES], at most `reach`.
 
-    r = clip(1 + sum_k .35 / k N(0,1) cos(k angle + phase), .2, 2), k = 2 .. 32; of eight drawn the
-    first whose roughness is in ROUGHNESS.
+    r = clip(1 + sum_k .35 / k N(0,1) cos(k angle + phase), .2, 2), k = 2 .. 32. Eight outlines are
+    drawn; the first whose roughness is in ROUGHNESS is taken.
     """
     k = np.arange(2, 33)
     size = (0.35 / k).astype(np.float32) * draws.normal(8, 31)
@@ -116,7 +116,7 @@ def roughness(radius: jax.Array) -> jax.Array:
 
 
 def blob_depth(y: jax.Array, x: jax.Array, radius: jax.Array, size: jax.Array) -> jax.Array:
-    """How far inside a blob each pixel lies along its ray, px; negative outside, [n, n]."""
+    """Depth of each pixel inside a blob along its ray, px, [n, n]; negative outside."""
     place = jnp.arctan2(y, x) * (ANGLES / (2 * np.pi)) % ANGLES
     low = jnp.floor(place).astype(jnp.int32)
     share = place - low
@@ -125,7 +125,7 @@ def blob_depth(y: jax.Array, x: jax.Array, radius: jax.Array, size: jax.Array) -
 
 
 def ellipse_depth(y, x, axes: jax.Array, angle: jax.Array) -> jax.Array:
-    """About how far inside an ellipse of two semi-axes each pixel lies, px, [n, n]."""
+    """Approximate depth of each pixel inside an ellipse with two semi-axes, px, [n, n]."""
     u, v = rotate(y, x, angle)
     return (1 - jnp.hypot(u / axes[0], v / axes[1])) * jnp.minimum(axes[0], axes[1])
 
@@ -139,9 +139,9 @@ def walk(turns: jax.Array, length: jax.Array, angle: jax.Array) -> jax.Array:
     """A walk's points (y, x), px, centred on their bounding box: [steps, 2].
 
     Args:
-      turns: radians, before each step, [steps].
-      length: px, along the walk.
-      angle: the walk sets out from, radians.
+      turns: [steps], change of direction before each step, radians.
+      length: of the walk, px.
+      angle: direction at the start, radians.
     """
     heading = angle + jnp.cumsum(turns)
     step = jnp.stack([jnp.sin(heading), jnp.cos(heading)], -1) * length / len(turns)
@@ -150,7 +150,7 @@ def walk(turns: jax.Array, length: jax.Array, angle: jax.Array) -> jax.Array:
 
 
 def line_depth(y, x, points: jax.Array, radius: jax.Array) -> jax.Array:
-    """How far inside a line of varying radius [steps] each pixel lies, px, [n, n]."""
+    """Depth of each pixel inside a line of varying radius [steps], px, [n, n]."""
     dy, dx = y[..., None] - points[:, 0], x[..., None] - points[:, 1]
     return jnp.max(radius - jnp.sqrt(dy * dy + dx * dx + 1e-12), axis=-1)
 
@@ -182,10 +182,10 @@ def dilate(mask: jax.Array, by: int) -> jax.Array:
 
 
 def close(mask: jax.Array) -> jax.Array:
-    """3 x 3 closing of bool [h, w], as on a plane that is empty beyond it.
+    """3 x 3 closing of bool [h, w] as part of an empty plane.
 
-    If nothing were missing beyond the border when it erodes, a region 1 px from the border would
-    grow to reach it.
+    The padding stands for that plane. Without it a region 1 px from the border would grow to the
+    border, because the erosion would take the outside for a part of the region.
     """
     plane = jnp.pad(mask, 1)
     return ~dilate(~dilate(plane, 1), 1)[1:-1, 1:-1]
@@ -206,13 +206,13 @@ def small_components(mask: jax.Array, below: int = 10, rounds: int = 50) -> jax.
     far = np.int16(max(h, w))
     y = jnp.broadcast_to(jnp.arange(h, dtype=jnp.int16)[:, None], mask.shape)
     x = jnp.broadcast_to(jnp.arange(w, dtype=jnp.int16), mask.shape)
-    start = jnp.where(mask, jnp.stack([y, -y, x, -x]), far)  # least of each is an edge of the box
+    start = jnp.where(mask, jnp.stack([y, -y, x, -x]), far)  # their minima are the box's edges
 
     def is_small(extent):
         sides = 1 - (extent[0::2] + extent[1::2])  # [2, ..., h, w]
         return mask & (sides < below).all(0)
 
-    # Once no small box grows, none will: its neighbours are small too. Large ones may go on.
+    # A small box that stops growing stays small, as its neighbours do. Large boxes may still grow.
     def spread(state):
         extent, _, i = state
         least = _reduce_around(extent, 1, far, jax.lax.min)

@@ -67,7 +67,7 @@ def test_real_defects_are_blended_into_pictures(pair):
     # The defect keeps its depth of 80 grey levels, not its own level of 40.
     whole = np.asarray(found.mask.sum((1, 2))) >= 240
     assert whole.any()
-    assert np.asarray(found.images.min((1, 2, 3)))[whole] == pytest.approx(120, abs=3)
+    assert np.asarray(found.pixels.min((1, 2, 3)))[whole] == pytest.approx(120, abs=3)
 
 
 def test_what_is_missing_or_wrong_is_said(tmp_path, pair):
@@ -109,30 +109,38 @@ def test_a_mask_is_not_taken_for_a_picture_whose_mask_another_one_is(tmp_path, p
 # --- labelled defects of records
 
 
-def labelled_records() -> Records:
+class Pictures:
+    """Grey pictures, each with a defect of its own width, as a source of records."""
+
+    def __init__(self, masks):
+        self.masks = masks
+
+    def __getitem__(self, i):
+        mask = np.zeros((80, 80), np.uint8)
+        mask[10:18, 12 : 20 + i] = 255
+        pictures = {
+            "image": np.full((80, 80, 3), 10 * i, np.uint8),
+            "mask": self.masks.get(i, mask),
+        }
+        return {name: cv2.imencode(".png", array)[1].tobytes() for name, array in pictures.items()}
+
+
+def labelled_records(rows=range(12), masks=None) -> Records:
     """Two parts: in one 6 dents and 2 cracks, in the other 3 dents and a defect without mask."""
     part = np.array(["x/a"] * 8 + ["y/b"] * 4)
     defect = np.array(["dent"] * 6 + ["crack"] * 2 + ["dent"] * 4)
-    has_mask = np.arange(12) != 11
-    table = {"part": part, "defect": defect, "has_mask": has_mask, "id": part, "domain": part}
-    records = Records("x+y", "all", table, "", {}, [("", i) for i in range(12)])
-    records.image = lambda i: np.full((80, 80, 3), 10 * i, np.uint8)
-
-    def mask(i):
-        mask = np.zeros((80, 80), np.uint8)
-        mask[10:18, 12 : 20 + i] = 255
-        return mask
-
-    records.mask = mask
-    return records
+    domain = np.array([f"exp{i}" for i in range(12)])
+    table = {"part": part, "defect": defect, "has_mask": np.arange(12) != 11, "id": domain}
+    sources = {"": Pictures(masks or {})}
+    places = [("", i) for i in range(12)]
+    return Records("x+y", "all", {**table, "domain": domain}, "", sources, places).take(rows)
 
 
 VIEW = geometry.View((80, 80), (80, 80))
 
 
 def test_labelled_defects_are_cut_from_the_rows_given_with_part_and_type():
-    records = labelled_records()
-    found = defect_bank.from_records(records, [0, 1, 6, 9, 11], VIEW)
+    found = defect_bank.from_records(labelled_records([0, 1, 6, 9, 11]), VIEW)
     assert found.part.tolist() == ["x/a", "x/a", "x/a", "y/b"]  # the last has no mask
     assert found.defect.tolist() == ["dent", "dent", "crack", "dent"]
     assert found.counts() == {"x/a": {"dent": 2, "crack": 1}, "y/b": {"dent": 1}}
@@ -140,16 +148,13 @@ def test_labelled_defects_are_cut_from_the_rows_given_with_part_and_type():
     for i, own in zip((0, 1, 6, 9), range(4), strict=True):
         assert found.bank.masks[own].sum() == 8 * (8 + i)
         assert (found.bank.images[own][found.bank.masks[own]] == 10 * i).all()
-    assert defect_bank.from_records(records, [11], VIEW) is None
+    assert defect_bank.from_records(labelled_records([11]), VIEW) is None
 
 
 def test_whole_pictures_are_kept_with_what_is_too_large_to_cut_and_where_a_defect_is_seen():
-    records = labelled_records()
-    below = {1: np.zeros((80, 80), np.uint8), 6: np.full((80, 80), 255, np.uint8)}
-    marked = records.mask
-    records.mask = lambda i: below[i] if i in below else marked(i)
-    records.table["domain"] = np.array([f"exp{i}" for i in range(12)])
-    found = defect_bank.from_records(records, [0, 1, 6, 9, 11], VIEW, whole=True)
+    masks = {1: np.zeros((80, 80), np.uint8), 6: np.full((80, 80), 255, np.uint8)}
+    records = labelled_records([0, 1, 6, 9, 11], masks)
+    found = defect_bank.from_records(records, VIEW, whole_pictures=True)
     assert found.domain.tolist() == ["exp0", "exp6", "exp9"]
     assert found.part.tolist() == ["x/a", "x/a", "y/b"]
     assert found.defect.tolist() == ["dent", "crack", "dent"]
@@ -159,14 +164,14 @@ def test_whole_pictures_are_kept_with_what_is_too_large_to_cut_and_where_a_defec
     chances = found.chances(["x/a", "x/a", "y/b"], ["exp0", "exp6", "exp0"])
     assert (chances > 0).tolist() == [[True, False, False], [False, True, False], [False] * 3]
     assert found.left_out == 1  # without one in view; record 11 has no mask
-    assert defect_bank.from_records(records, [1, 11], VIEW, whole=True) is None
-    some = found.only(np.array([True, False, True]))
+    assert defect_bank.from_records(records.take([1, 4]), VIEW, whole_pictures=True) is None
+    some = found.select(np.array([True, False, True]))
     assert (some.part.tolist(), some.domain.tolist()) == (["x/a", "y/b"], ["exp0", "exp9"])
     assert (len(some.bank.images), some.left_out) == (2, 2)
 
 
 def test_types_are_alike_within_a_domain_too():
-    found = defect_bank.from_records(labelled_records(), range(8), VIEW, whole=True)
+    found = defect_bank.from_records(labelled_records(range(8)), VIEW, whole_pictures=True)
     domain = np.array(["a", "b", "b", "b", "b", "b", "a", "b"])  # a: a dent, a crack
     chances = dataclasses.replace(found, domain=domain).chances(["x/a"] * 2, ["a", "b"])
     for row, name in zip(chances, "ab", strict=True):
@@ -194,7 +199,7 @@ def test_defects_of_a_folder_go_on_pictures_of_every_part(tmp_path, pair):
     assert own.counts() == {"any": {"dents": 2}}
     assert own.bank.images.shape == (2, 128, 128, 3)
     assert own.bank.masks.sum() == 2 * pair[1].sum()
-    records = defect_bank.from_records(labelled_records(), [0, 1, 9], VIEW)
+    records = defect_bank.from_records(labelled_records([0, 1, 9]), VIEW)
     both = defect_bank.joined([records, own])
     assert both.part.tolist() == ["x/a", "x/a", "y/b", "any", "any"]
     # Each type alike: half to the two dents of the part, half to the two of the folder.
@@ -203,7 +208,7 @@ def test_defects_of_a_folder_go_on_pictures_of_every_part(tmp_path, pair):
 
 
 def test_types_of_the_same_part_are_alike_whatever_their_numbers():
-    found = defect_bank.from_records(labelled_records(), range(11), VIEW)
+    found = defect_bank.from_records(labelled_records(range(11)), VIEW)
     chances = found.chances(["y/b", "x/a", "z/c"])
     assert chances.shape == (3, 11)
     for row, part in zip(chances, ("y/b", "x/a", "z/c"), strict=True):
@@ -231,7 +236,7 @@ def test_each_picture_gets_defects_of_its_own_part_and_none_where_there_are_none
     assert set(kind[part == 0]) <= {real, defects.NONE}
     assert set(kind[part == 2]) <= {stain, defects.NONE}
     assert (kind[part < 2] == real).sum() > 24
-    darkest = np.asarray(found.images.min((1, 2, 3)))
+    darkest = np.asarray(found.pixels.min((1, 2, 3)))
     seen = {p: set(np.round(darkest[(part == p) & (kind == real)]).tolist()) for p in (0, 1)}
     assert seen == {0: {20.0, 60.0}, 1: {100.0}}
 

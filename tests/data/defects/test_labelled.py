@@ -96,9 +96,9 @@ def test_rows_take_pictures_as_often_as_they_shall_and_may(tiny_config):
     assert not draw(config, pictures, [0, 0]).is_used.any()
     assert draw(config, pictures, [1, 1]).is_used.all()
     assert draw(config, pictures, [1, 1], share=0.3).is_used.mean() == pytest.approx(0.3, abs=0.07)
-    which = draw(config, pictures, [1, 3]).images[:, 0, 0, 0] == 120
+    which = draw(config, pictures, [1, 3]).pixels[:, 0, 0, 0] == 120
     assert which.mean() == pytest.approx(0.75, abs=0.07)
-    assert (draw(config, pictures, [0, 1]).images[:, 0, 0, 0] == 120).all()
+    assert (draw(config, pictures, [0, 1]).pixels[:, 0, 0, 0] == 120).all()
 
 
 def test_without_augmentation_it_is_the_picture(tiny_config):
@@ -108,14 +108,14 @@ def test_without_augmentation_it_is_the_picture(tiny_config):
         np.testing.assert_array_equal(got, np.broadcast_to(pictures[name][0], got.shape))
     del pictures["twins"]  # it is its own
     rows = draw(config_of(tiny_config, augment="none"), pictures, [1, 0], keys=KEYS[:3])
-    np.testing.assert_array_equal(rows.twins, rows.images)
+    np.testing.assert_array_equal(rows.twin_pixels, rows.pixels)
 
 
 @pytest.mark.parametrize("augment", ["rrc", "rrc_flip"])
 def test_picture_twin_and_mask_are_cropped_and_flipped_alike(tiny_config, augment):
     config, pictures = config_of(tiny_config, augment=augment), bank()
     rows = draw(config, pictures, [1, 1], keys=KEYS[:40])
-    for image, twin, mask in zip(rows.images, rows.twins, rows.mask, strict=True):
+    for image, twin, mask in zip(rows.pixels, rows.twin_pixels, rows.mask, strict=True):
         ground = 40 if (image == 40).any() else 120
         assert (mask != (image[..., 0] > 0.75 * ground + 0.25 * 255)).mean() < 0.01
         assert np.abs(twin[image == ground] - (ground + 30)).max() == 0
@@ -123,7 +123,7 @@ def test_picture_twin_and_mask_are_cropped_and_flipped_alike(tiny_config, augmen
     shares = rows.mask.mean((1, 2))
     assert len(set(shares.tolist())) > 5  # crops differ
     left = rows.mask[:, :, : SIDE // 2].sum((1, 2)) > rows.mask[:, :, SIDE // 2 :].sum((1, 2))
-    first = rows.images[:, 0, 0, 0] == 40  # its defect lies on the left
+    first = rows.pixels[:, 0, 0, 0] == 40  # its defect lies on the left
     assert left[first].all() == (augment == "rrc")
 
 
@@ -140,7 +140,7 @@ def test_of_tiled_pictures_a_window_is_taken(tiny_config):
     config.data.update(resize=(128, 160), tiling=True, tile_overlap=8)
     pictures = bank((128, 160))
     rows = draw(config, pictures, [1, 0], keys=KEYS[:50])
-    assert rows.images.shape == (50, 64, 64, 3)
-    np.testing.assert_array_equal(rows.mask, rows.images[..., 0] == 255)
+    assert rows.pixels.shape == (50, 64, 64, 3)
+    np.testing.assert_array_equal(rows.mask, rows.pixels[..., 0] == 255)
     counts = set(rows.mask.sum((1, 2)).tolist())
     assert {0, 16 * 30} <= counts  # beside the defect, and around it

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mmrjax.data.defects import shapes, synthesise
+from mmrjax.data.defects import places, shapes, synthesise, windows
 
 SIZE, BATCH = 96, 24
 draw = jax.jit(synthesise.synthesise, static_argnames="settings")
@@ -54,7 +54,7 @@ def components(mask: np.ndarray) -> np.ndarray:
 
 def check_labels(images: np.ndarray, found: synthesise.Defects) -> None:
     """The mask is what changed, and the tiny mask its small components."""
-    change = np.abs(found.images - images).mean(-1)
+    change = np.abs(found.pixels - images).mean(-1)
     closed = np.ones((3, 3), np.uint8)
     for i, mask in enumerate(found.mask):
         assert mask[change[i] > synthesise.CHANGED].all()  # from one pixel upward, also at borders
@@ -69,16 +69,14 @@ def check_labels(images: np.ndarray, found: synthesise.Defects) -> None:
 def check_tiny(images: np.ndarray, part: np.ndarray, found: synthesise.Defects) -> int:
     """Every tiny defect fits its box, shows and lies on the part; returns their number."""
     count = 0
-    for i in np.flatnonzero(
-        np.isin(found.kind, [synthesise.KINDS.index(k) for k in synthesise.TINY])
-    ):
+    for i in np.flatnonzero(np.isin(found.kind, [synthesise.KINDS.index(k) for k in windows.TINY])):
         boxes = components(found.mask[i])
         assert 1 <= len(boxes) <= 3
         for x, y, w, h, area in boxes:
-            assert max(w, h) <= synthesise.BOX
+            assert max(w, h) <= windows.BOX
             where = np.s_[y : y + h, x : x + w]
-            change = np.abs(found.images[i][where] - images[i][where]).mean(-1)
-            assert np.sort(change.ravel())[-max(1, area // 3) :].mean() >= synthesise.VISIBLE
+            change = np.abs(found.pixels[i][where] - images[i][where]).mean(-1)
+            assert np.sort(change.ravel())[-max(1, area // 3) :].mean() >= windows.VISIBLE
             on_part = (found.mask[i][where] & part[i][where]).sum()
             assert on_part >= 0.6 * found.mask[i][where].sum()  # 70 % of the shape itself
             count += 1
@@ -103,7 +101,7 @@ def test_a_large_one_that_cannot_be_seen_leaves_its_place_to_a_tiny_one():
     dark = np.full((BATCH, SIZE, SIZE, 3), 2, np.uint8)
     keys = jax.random.split(jax.random.key(4), BATCH)
     found = jax.device_get(draw(keys, dark, np.ones(dark.shape[:3], bool), settings=ALL))
-    assert {synthesise.KINDS[kind] for kind in found.kind} <= {*synthesise.TINY, "chip"}
+    assert {synthesise.KINDS[kind] for kind in found.kind} <= {*windows.TINY, "chip"}
     assert found.mask.any((1, 2)).all()
 
 
@@ -113,11 +111,11 @@ def test_large_defects_lie_on_the_part_show_and_leave_the_rest_alone(images, par
         found = jax.device_get(draw(keys, images, part, settings=ALL))
         for i, kind in enumerate(found.kind[: BATCH // 2]):  # on the disc
             name, mask = synthesise.KINDS[kind], found.mask[i]
-            if kind == synthesise.NONE or name in synthesise.TINY:
+            if kind == synthesise.NONE or name in windows.TINY:
                 continue
             on_part = (mask & part[i]).sum() / mask.sum()
             assert 0.2 <= on_part <= 0.95 if name == "fracture" else on_part >= 0.6, (name, on_part)
-            change = np.abs(found.images[i] - images[i])
+            change = np.abs(found.pixels[i] - images[i])
             if name != "stain":  # which fades out over tens of px
                 around = cv2.dilate(mask.astype(np.uint8), np.ones((31, 31))) > 0
                 assert not change[~around].any(), name
@@ -129,7 +127,7 @@ def test_noise_is_the_grain_of_what_breaks_the_surface(images, part, drawn):
     keys = jax.random.split(jax.random.key(0), (3, BATCH))[0]
     settings = synthesise.DefectSettings(noise_intensity=0.1)  # in place of 0.02
     found = jax.device_get(draw(keys, images, part, settings=settings))
-    rougher = np.abs(found.images - drawn.images[:BATCH])
+    rougher = np.abs(found.pixels - drawn.pixels[:BATCH])
     for kind, change in zip(drawn.kind[:BATCH], rougher, strict=True):
         if synthesise.KINDS[kind] in ("stain", "scratch"):
             assert not change.any()
@@ -138,16 +136,16 @@ def test_noise_is_the_grain_of_what_breaks_the_surface(images, part, drawn):
 
 
 def test_pixels_are_whole_grey_levels_and_untouched_elsewhere(images, drawn):
-    np.testing.assert_array_equal(drawn.images, np.round(drawn.images))
-    assert drawn.images.min() >= 0
-    assert drawn.images.max() <= 255
+    np.testing.assert_array_equal(drawn.pixels, np.round(drawn.pixels))
+    assert drawn.pixels.min() >= 0
+    assert drawn.pixels.max() <= 255
     images = np.tile(images, (3, 1, 1, 1))
-    tiny = np.isin(drawn.kind, [synthesise.KINDS.index(name) for name in synthesise.TINY])
+    tiny = np.isin(drawn.kind, [synthesise.KINDS.index(name) for name in windows.TINY])
     far = np.stack([cv2.dilate(m.astype(np.uint8), np.ones((17, 17))) == 0 for m in drawn.mask])
     far &= tiny[:, None, None]
-    np.testing.assert_array_equal(drawn.images[far], images[far])
+    np.testing.assert_array_equal(drawn.pixels[far], images[far])
     none = drawn.kind == synthesise.NONE
-    np.testing.assert_array_equal(drawn.images[none], images[none])
+    np.testing.assert_array_equal(drawn.pixels[none], images[none])
 
 
 def test_a_picture_depends_on_its_own_key_alone(images, part, drawn):
@@ -172,7 +170,7 @@ def test_nothing_is_drawn_where_there_is_no_part(images):
     keys = jax.random.split(jax.random.key(0), BATCH)
     found = jax.device_get(draw(keys, images, nowhere, settings=ALL))
     assert (found.kind == synthesise.NONE).all()
-    np.testing.assert_array_equal(found.images, images)
+    np.testing.assert_array_equal(found.pixels, images)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -247,7 +245,7 @@ def test_numbers_of_a_block_become_integers_and_signs_by_their_share():
 def test_places_are_drawn_by_weight():
     weights = jnp.asarray([[0, 0, 0], [1, 0, 3], [0, 0, 0], [0, 4, 0]], jnp.float32)
     drawn = (jnp.arange(800) + 0.5) / 800
-    found = np.asarray(synthesise._places(drawn, weights))
+    found = np.asarray(places.choose(drawn, weights))
     counts = np.zeros(weights.shape)
     np.add.at(counts, tuple(found.T), 1)
     np.testing.assert_array_equal(counts, 100 * weights)
@@ -339,7 +337,7 @@ def depths(images: np.ndarray, part: np.ndarray, distribution: str) -> np.ndarra
 
 
 def test_edge_keeps_them_near_the_border_of_the_part_or_the_picture(images, part):
-    near = synthesise.EDGE + 2  # the middle of what changed may be off the one that was drawn
+    near = places.EDGE + 2  # the middle of what changed may be off the one that was drawn
     for rows in (slice(0, BATCH // 2), slice(BATCH // 2, BATCH)):  # a disc, the whole picture
         edge, uniform = (depths(images[rows], part[rows], n) for n in ("edge", "uniform"))
         assert len(edge) > 10
