@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mmrjax.data import tracks
-from mmrjax.data.defects import rows, synthesise
+from mmrjax.data.defects import places, rows, synthesise
 from mmrjax.data.records import Records
 from mmrjax.runtime import config as config_lib
 
@@ -36,7 +36,7 @@ def defaults() -> dict:
 def check(config: ConfigDict, group: str) -> None:
     """Raises ValueError for values of these fields that cannot work."""
     choices = {
-        f"{group}.spatial_distribution": synthesise.DISTRIBUTIONS,
+        f"{group}.spatial_distribution": places.DISTRIBUTIONS,
         f"{group}.foreground": ("all", "otsu"),
         f"{group}.labelled_target": ("blend", "inpaint", "ignore"),
     }
