@@ -131,7 +131,7 @@ def track_b(
 
     Args:
       records: joined ones, or a single part.
-      seed: of the draw.
+      seed: seeds the draw.
       held_out: (part, defect, condition) that training never sees, "" for any; a part that is not
         among the records is passed over.
       labelled: whether the defective images of the training side train too.

@@ -28,10 +28,10 @@ def collect(
     Args:
       records: the good training images.
       defective: the defective records of the training side; often none.
-      folder: of (picture, mask) pairs; "" for none.
+      folder: a folder of (picture, mask) pairs; "" for none.
       target: blend, inpaint or ignore, as config.mmr_plus.labelled_target.
       view: how training looks at pictures.
-      turns: what each good image shares its turn in a batch with, str [n]; None: no turns.
+      turns: the group that each good image takes turns with, str [n]; None: no turns.
       by_domain: whether a picture shown as it is takes the turn of its own domain.
 
     Returns:

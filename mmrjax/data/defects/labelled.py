@@ -104,7 +104,7 @@ def draw(
         `targets`.
       chances: float32 [b, n], how likely each picture is in each row, up to a factor. A row
         without a likely picture is not used.
-      share: of the rows with a likely picture that take it.
+      share: the part of the rows with a likely picture that take it.
       config: its groups `data` and `train` say how training looks at pictures.
     """
     view, train = geometry.View.of(config), config.train

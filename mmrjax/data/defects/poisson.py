@@ -61,12 +61,13 @@ def blend(
       target: float [b, h, w, c].
       region: bool [b, h, w]; some pixel of each window must be outside.
       mixed: bool [b] or a single bool: take the larger of both gradients, else the source's.
-      tolerance: of the residual's norm on the black half, per channel, relative to the norm for the
-        uncorrected source. The solver seeks the correction, so that the source's own texture does
-        not loosen the goal unless `mixed`. With three rounds or more, 2e-3 leaves at most a quarter
-        of a grey level at 16 to 64 px and 0.7 at 120 px; with `mixed` at 120 px 0.3 for stains and
-        up to 2.4 in white noise.
-      max_rounds: of conjugate gradients; at least three are made unless nothing is to be corrected.
+      tolerance: limit of the residual's norm on the black half, per channel, relative to the norm
+        for the uncorrected source. The solver seeks the correction, so that the source's own
+        texture does not loosen the goal unless `mixed`. With three rounds or more, 2e-3 leaves at
+        most a quarter of a grey level at 16 to 64 px and 0.7 at 120 px; with `mixed` at 120 px 0.3
+        for stains and up to 2.4 in white noise.
+      max_rounds: rounds of conjugate gradients; at least three are made unless nothing is to be
+        corrected.
 
     Returns:
       float [b, h, w, c], bit-identical to `target` outside `region`.

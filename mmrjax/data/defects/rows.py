@@ -47,7 +47,7 @@ class Recipe:
         and `draw` may leave some of them as they are.
       settings: which defects `draw` makes.
       second: whether each row comes with another picture of its category, batch["second"].
-      labelled_target: what becomes of real defects in extras["labelled"]: blend, inpaint or ignore
+      labelled_target: treatment of real defects in extras["labelled"]: blend, inpaint or ignore
         (config.mmr_plus.labelled_target).
       labelled_share: share of the rows that take a real defect, if there are any.
       config: whose groups `data` and `train` say how training looks at labelled pictures.

@@ -140,7 +140,7 @@ def walk(turns: jax.Array, length: jax.Array, angle: jax.Array) -> jax.Array:
 
     Args:
       turns: [steps], change of direction before each step, radians.
-      length: of the walk, px.
+      length: length of the walk, px.
       angle: direction at the start, radians.
     """
     heading = angle + jnp.cumsum(turns)

@@ -124,8 +124,8 @@ def synthesise(
       key: one PRNG key, folded with the position in the batch, or one key per picture [b]. The
         defects of a picture depend on its own key and pixels alone.
       pixels: uint8 or float32 [b, h, w, 3] in [0, 255], pictures of good parts; h, w >= 64.
-      foreground: bool [b, h, w], the part (see foreground.py), or None: everywhere.
-      settings: what to draw; static under jit.
+      foreground: bool [b, h, w], the part (see data/foreground.py), or None: everywhere.
+      settings: kinds, places and sizes; static under jit.
       bank: real defects, needed if `settings.kinds` has "real".
       chances: float32 [b, n], how likely each of the bank's n defects is on each picture, up to a
         factor; None: all alike. A picture on which none is likely gets a kind other than "real".
