@@ -6,7 +6,6 @@ module; `unpack` judges the content of an archive.
 """
 
 import dataclasses
-import hashlib
 import http.client
 import pathlib
 import urllib.error
@@ -15,7 +14,7 @@ from collections.abc import Callable
 
 import tqdm
 
-from data_builders import unpack
+from data_builders import files, unpack
 
 _BLOCK = 1 << 20  # bytes
 _TIMEOUT = 60  # seconds without a byte
@@ -79,8 +78,7 @@ def fetch(archive: Archive, folder: pathlib.Path, log: Callable[[str], None]) ->
 
 def _check_hash(path: pathlib.Path, archive: Archive, advice: str) -> None:
     """Raises ValueError on another sha256; an unfinished name is deleted, it can never be right."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = files.sha256(path)
     if found == archive.sha256:
         return
     if path.suffix == ".part":

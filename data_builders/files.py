@@ -48,6 +48,12 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(images.SUFFIXES)
 
 
+def sha256(path: pathlib.Path) -> str:
+    """The file's sha256 as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def folder_fingerprint(folder: os.PathLike) -> str:
     """Returns a hash of the relative names, sizes and times of a folder's image files.
 

@@ -6,12 +6,11 @@ every file in `fingerprint.json`. New records are built in the cache and then se
 is sent last and deleted first: records without it do not count. Only `build` calls this module.
 """
 
-import hashlib
 import json
 import pathlib
 import shutil
 
-from data_builders import buckets, store
+from data_builders import buckets, files, store
 
 
 def local_dir(address: str) -> pathlib.Path:
@@ -60,7 +59,7 @@ def fetch(records: store.CategoryRecords, address: str) -> None:
         try:
             buckets.download(address, part, digests.keys() & buckets.contents(address).keys())
             for name, digest in digests.items():
-                if not (part / name).is_file() or sha256(part / name) != digest:
+                if not (part / name).is_file() or files.sha256(part / name) != digest:
                     raise ValueError(f"{address}: {name} is damaged; delete it and build again")
             (part / store.FINGERPRINT).write_bytes(stored)
             records.replace(part)
@@ -83,19 +82,13 @@ def send(records: store.CategoryRecords, address: str) -> None:
     if "files" not in content:
         names = sorted(path.name for path in records.path.iterdir())
         names.remove(store.FINGERPRINT)
-        content["files"] = {name: sha256(records.path / name) for name in names}
+        content["files"] = {name: files.sha256(records.path / name) for name in names}
         (records.path / store.FINGERPRINT).write_text(json.dumps(content, indent=1))
     if buckets.read(address, store.FINGERPRINT) == _stored(records):
         return
     records.log(f"{records.title}: sending the records to {address}")
     buckets.delete(address, [store.FINGERPRINT, *buckets.contents(address)])
     buckets.upload(records.path, address, [*content["files"], store.FINGERPRINT])
-
-
-def sha256(path: pathlib.Path) -> str:
-    """The file's sha256 as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stored(records: store.CategoryRecords) -> bytes | None:

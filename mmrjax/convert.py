@@ -28,7 +28,7 @@ from mmrjax.runs import restore, staging
 from mmrjax.runtime import checkpoint, command_line, files
 from mmrjax.weights import layouts, source, storage, torch_names
 
-# What a file of our format holds, by --kind.
+# The content of a file in our format, by --kind.
 CONTENT = {"teacher": "teacher", "mae": "encoder", "timm": "encoder"} | {
     kind.official: "student" for kind in methods.METHODS.values() if kind.official
 }
@@ -87,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--arch",
         default="",
-        help=f"{sizes}. Optional where a file or run says it itself, as all from mmrjax do",
+        help=f"{sizes}. Optional if a file or run states it, as all of mmrjax do",
     )
     parser.add_argument(
         "--input", required=True, type=staging.place, help="a file or a run folder, or gs://…"
@@ -300,7 +300,7 @@ def _arch_name(kind: str, arch: str) -> str:
         resnet.architecture(arch)
         return arch
     size = student_size(arch)
-    return next((name for name, one in mmr.SIZES.items() if one == size), arch)
+    return next((name for name, known in mmr.SIZES.items() if known == size), arch)
 
 
 def _summary(keys: Sequence[str]) -> str:

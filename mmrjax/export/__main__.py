@@ -1,17 +1,17 @@
 """The scorer of a run as one file: python -m mmrjax.export --workdir=<run> --output=scorer.jax.
 
-The file holds the weights, the normalisation, the map, the score and the threshold; what goes in is
-uint8 RGB [b, h, w, 3] at the model's input size, for any b. It is a serialised JAX program
+The file holds the weights, the normalisation, the map, the score and the threshold. Its input is
+uint8 RGB [b, h, w, 3] at the model's input size, for any b. The file is a serialised JAX program
 (jax.export) for cpu, cuda and tpu. JAX alone runs it, without this package:
 
     scorer = jax.export.deserialize(open("scorer.jax", "rb").read())
     found = scorer.call(images)   # {"map": [b, h, w], "score": [b], "is_anomaly": [b]}
 
-A name that ends in .onnx makes it an ONNX file (see export/onnx.py) for onnxruntime; there the
-input is called "images", and the outputs have the same names.
+A name that ends in .onnx makes an ONNX file (see export/onnx.py) for onnxruntime, whose input is
+called "images" and whose outputs have the same names.
 
-<output>.json beside it says how an image becomes that input, and what the threshold promises. The
-file is loaded again and compared with the model before the command succeeds.
+<output>.json beside the file says how an image becomes the input, and what the threshold promises.
+The file is loaded again and compared with the model before the command succeeds.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from mmrjax.runs import staging
 from mmrjax.runtime import command_line, files
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-TOLERANCE = 1e-5  # of scores and maps; relative where the map exceeds 1
+TOLERANCE = 1e-5  # of scores and maps; relative if the map exceeds 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

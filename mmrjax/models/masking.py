@@ -1,7 +1,7 @@
 """The two forms of masking: dropping tokens, and hiding pixels.
 
-Dropped tokens (MAE) never enter the encoder. Hidden pixels do, as units of the mean colour: the
-ablation of arXiv 2304.02216, section 6.1, which the official code does not have.
+Dropped tokens (MAE) never enter the encoder. Hidden pixels enter it as units of the mean colour;
+this is the ablation of arXiv 2304.02216, section 6.1, which the official code does not have.
 """
 
 import math
@@ -21,13 +21,16 @@ def random_noise(keys: jax.Array, tokens: int) -> jax.Array:
 
 
 def shuffle(noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Turns noise [b, n] into (ids_shuffle, ids_restore), both int [b, n]; lowest noise is kept."""
+    """Ranks of noise, float [b, n] -> (ids_shuffle, ids_restore), both int [b, n].
+
+    The tokens of the lowest noise come first in ids_shuffle; ids_restore is its inverse.
+    """
     ids_shuffle = jnp.argsort(noise, axis=1)
     return ids_shuffle, jnp.argsort(ids_shuffle, axis=1)
 
 
 def take_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
-    """Gathers tokens [b, n, d] by ids [b, k] to [b, k, d]."""
+    """Gathers tokens: [b, n, d] and int ids [b or 1, k] -> [b, k, d]."""
     return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)
 
 

@@ -1,6 +1,6 @@
 """The MMR student: a masked ViT encoder, one shared mask token and a simple feature pyramid.
 
-arXiv 2304.02216, section 4.2; where paper and official code differ, the code is followed.
+arXiv 2304.02216, section 4.2. If paper and official code differ, this module follows the code.
 """
 
 import flax.linen as nn

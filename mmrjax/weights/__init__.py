@@ -148,7 +148,7 @@ def init_student(
         ViT checkpoint, a whole MMR student under the official key names, or either as
         `mmrjax.convert from-torch` writes it.
       size: "base" or "large" for "mae".
-      grid: patches per column and per row of an image; None where both are equal.
+      grid: patches per column and per row of an image; None if both are equal.
 
     Returns:
       (variables, facts for results.json).

@@ -53,7 +53,7 @@ def unflatten(flat: Mapping) -> dict:
 
 
 def from_torch(state: Mapping[str, np.ndarray], names: Iterable[Name], what: str) -> dict:
-    """Builds float32 variables from a state dict; what no row names is ignored.
+    """Builds float32 variables from a state dict; tensors that no row names are ignored.
 
     Raises:
       ValueError: naming the tensors that `state` lacks, or a block unlike the first one.
@@ -103,7 +103,7 @@ def _move(layouts: dict, layout: str, name: str, value: np.ndarray) -> np.ndarra
 
 
 def contiguous(state: State) -> State:
-    """The same with every array laid out row by row, as files want it."""
+    """A state dict with every array laid out row by row, as files need it."""
     return {key: np.ascontiguousarray(value) for key, value in state.items()}
 
 

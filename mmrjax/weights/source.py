@@ -33,12 +33,12 @@ IMAGENET_LICENCE = "BSD-3-Clause code; ImageNet terms of access apply to the wei
 MAE_LICENCE = "CC BY-NC 4.0 (non-commercial)"
 LOCAL = "unknown: a local file"
 
-# Where facts lie in the `_metadata` of a state dict: PyTorch keeps the versions of modules there,
-# each under its module's name, and load_state_dict asks for no other.
+# The entry for facts in the `_metadata` of a state dict. PyTorch keeps versions of modules there,
+# each under its module's name, and load_state_dict reads no other entry.
 TORCH_FACTS = "mmrjax"
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")  # of weights files
 MOST_UNPACKED = 100  # times the size of an .npz file: weights hardly compress
-# What safetensors and NumPy raise on damaged or foreign files (TypeError: a bare .npy array;
+# Errors of safetensors and NumPy on damaged or foreign files (TypeError: a bare .npy array;
 # AttributeError: a number format that NumPy does not have).
 DAMAGE = (
     safetensors.SafetensorError,
@@ -55,7 +55,7 @@ DAMAGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A published weights file: `sha256_prefix` is "" where the publisher gives no hash."""
+    """A published weights file; `sha256_prefix` is "" if the publisher gives no hash."""
 
     url: str
     sha256_prefix: str
@@ -76,7 +76,7 @@ def _mae(name: str) -> Published:
     return Published(f"https://dl.fbaipublicfiles.com/mae/{name}", "", MAE_LICENCE)
 
 
-# IMAGENET1K_V1 everywhere: what the MMR and PatchCore papers used.
+# All are IMAGENET1K_V1, which the papers of MMR and PatchCore used.
 IMAGENET = {
     "resnet18": _torchvision("resnet18-f37072fd"),
     "resnet34": _torchvision("resnet34-b627a593"),
@@ -95,10 +95,10 @@ EMBEDDED = {"fdsl18": pathlib.Path(__file__).with_name("fdsl18.safetensors")}
 
 
 def published_file(published: Published) -> pathlib.Path:
-    """The published file in the cache, fetched when it is not there, its hash checked.
+    """The published file in the cache, fetched if it is not there, its hash checked.
 
     Raises:
-      FileNotFoundError: offline, with the URL and where to put the file by hand.
+      FileNotFoundError: offline; the message names the URL and the place for the file.
       ValueError: the hash differs; the file is left for inspection.
     """
     path = files.cache_dir() / "weights" / published.filename
@@ -121,7 +121,7 @@ def published_file(published: Published) -> pathlib.Path:
 
 
 def remote_file(address: str) -> pathlib.Path:
-    """A weights file in a bucket (gs://…), copied into the cache when it is not there.
+    """A weights file in a bucket (gs://…), copied into the cache if it is not there.
 
     The copy lies under the address's own hash: another file under the same address is not noticed,
     but the sha256 in results.json tells.
@@ -173,13 +173,13 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def licence(digest: str) -> str:
-    """The licence of a file with this sha256: of a published one, else that it is unknown."""
+    """The licence of the published file with this sha256; LOCAL for any other file."""
     known = [p.licence for p in IMAGENET.values() if digest.startswith(p.sha256_prefix)]
     return known[0] if known else LOCAL
 
 
 def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The state dict alone of `read`."""
+    """The state dict of `read`, without the text beside it."""
     return read(path)[0]
 
 
@@ -190,7 +190,7 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str
       path: .safetensors, .npz, .pth or .pt. A nested "model" or "state_dict" entry is unwrapped.
 
     Returns:
-      (state dict, facts); no facts but in files that somebody gave some.
+      (state dict, facts); the facts are {} unless the writer of the file gave some.
 
     Raises:
       FileNotFoundError: no such file.
@@ -270,7 +270,7 @@ def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, st
 
 
 def _torch_facts(state: Mapping) -> dict[str, str]:
-    """The text that `storage.write_torch` put beside the tensors; {} where there is none."""
+    """The text that `storage.write_torch` put beside the tensors; {} without any."""
     metadata = getattr(state, "_metadata", None)
     facts = metadata.get(TORCH_FACTS) if isinstance(metadata, Mapping) else None
     facts = facts if isinstance(facts, Mapping) else {}

@@ -38,11 +38,11 @@ def write(path: pathlib.Path, variables: dict, facts: dict[str, str]) -> None:
 
 
 def read(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
-    """The variables in a file of ours as float32 NumPy arrays, and the facts beside them.
+    """(variables as float32 NumPy arrays, facts beside them) of a file in our format.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not a whole file, or not one of ours.
+      ValueError: the file is damaged, or not in our format.
     """
     flat, facts = source.read(path)
     if facts.get("format") != FORMAT or facts.get("kind") not in KINDS or "arch" not in facts:
@@ -92,8 +92,8 @@ def read_any(path: pathlib.Path) -> tuple[State, dict[str, str]]:
     if facts["kind"] == "teacher":
         arch = resnet.architecture(facts["arch"])
         return torch_names.teacher_to_torch(variables, arch), facts
-    whole = facts["kind"] == "student"
-    convert = torch_names.student_to_torch if whole else torch_names.encoder_to_torch
+    is_student = facts["kind"] == "student"
+    convert = torch_names.student_to_torch if is_student else torch_names.encoder_to_torch
     return convert(variables), facts
 
 

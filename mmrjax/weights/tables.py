@@ -1,8 +1,9 @@
-"""The encoder's position table in a file and in a model: 14x14, or of the model's image size.
+"""The encoder's position table: 14x14 in the official files, of the image's grid in a model.
 
 The official code keeps the sine-cosine table of a 224 px image at every image size and resizes it
-in each forward pass (bicubic, see models/positions.py); we do that once. Other files bring learned
-tables of any square grid. Tables are [1 + n, d], the class token's row first.
+in each forward pass (bicubic, see models/positions.py); mmrjax resizes it once. Other files bring
+learned tables of any square grid. Tables are [1 + n, d] for n patches; the class token's row is the
+first.
 """
 
 import math
@@ -16,10 +17,17 @@ Grid = tuple[int, int]
 
 
 def fit_table(table: np.ndarray, grid: Grid) -> np.ndarray:
-    """A file's table at the grid of a model; the table itself where nothing is to be done.
+    """Resizes a file's table to the grid of a model.
+
+    Args:
+      table: float32 [1 + m, d], of a square grid or of `grid`.
+      grid: patches per column and per row of the model's images.
+
+    Returns:
+      float32 [1 + n, d] for the n patches of `grid`.
 
     Raises:
-      ValueError: the table is neither of a square grid nor of this one.
+      ValueError: the table is neither of a square grid nor of `grid`.
     """
     if _side(table):
         return positions.resize_table(table, grid)
@@ -31,10 +39,10 @@ def fit_table(table: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def official_table(table: np.ndarray, grid: Grid | None) -> np.ndarray:
-    """The 14x14 table of which a model's table is the resized form, or the table itself.
+    """The 14x14 table that resizes to a model's table, or the model's table itself.
 
-    A learned table that was resized stays as it is: the one it came from cannot be recovered bit
-    for bit.
+    A learned table that was resized stays as it is: the table before the resizing cannot be
+    recovered bit for bit.
 
     Args:
       table: the position table of a model.
@@ -58,13 +66,13 @@ def official_table(table: np.ndarray, grid: Grid | None) -> np.ndarray:
 
 
 def square_grid(table: np.ndarray) -> Grid:
-    """The grid behind a table; ValueError when no square one has that many patches."""
+    """The square grid of a table [1 + n, d]; ValueError if n is no square number."""
     if side := _side(table):
         return side, side
     raise ValueError(f"a position table of {len(table)} rows is of no square grid: give its grid")
 
 
 def _side(table: np.ndarray) -> int:
-    """Side of a square grid's table; 0 when there is none."""
+    """Side of the square grid of a table [1 + n, d]; 0 if n is no square number."""
     side = math.isqrt(max(len(table) - 1, 0))
     return side if side * side == len(table) - 1 else 0

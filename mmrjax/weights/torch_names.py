@@ -22,7 +22,7 @@ TABLES = ("pos_embed", "decoder_FPN_pos_embed")
 MASK_TOKEN = "decoder_FPN_mask_token"  # only a whole MMR student has it
 # Without these an encoder is still one: they keep their initial values.
 OPTIONAL = ("cls_token", "pos_embed")
-# What MAE and timm checkpoints hold beside the encoder: MAE's decoder, heads of classifiers.
+# Tensors of MAE and timm checkpoints that do not belong to the encoder.
 _NOT_ENCODER = re.compile(r".*decoder|mask_token$|(head|head_dist|fc_norm|pre_logits)\.")
 _NOT_TEACHER = re.compile(r"(layer4|fc)\.|.*num_batches_tracked$")
 
@@ -209,10 +209,10 @@ def merge_student(variables: dict, state: State, grid: Grid | None = None) -> tu
     Raises:
       ValueError: naming tensors that are missing or do not fit, with both shapes.
     """
-    whole = MASK_TOKEN in state
-    what = "not a student of this shape" if whole else "not an encoder of this shape"
-    check_student(state, variables, whole, what)
-    given = state if whole else encoder_part(state)
+    is_student = MASK_TOKEN in state
+    what = "not a student of this shape" if is_student else "not an encoder of this shape"
+    check_student(state, variables, is_student, what)
+    given = state if is_student else encoder_part(state)
     merged = layouts.from_torch(
         {**_student_views(variables), **given}, student_names(_layers(variables)), "an MMR student"
     )
