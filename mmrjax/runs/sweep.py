@@ -93,7 +93,8 @@ def plan(config: ConfigDict) -> list[Row]:
     """
     rows = []
     for label, overrides, paper in config.sweep.rows:
-        if not isinstance(paper, str) and len(paper) != len(config.sweep.metrics):
+        is_shown = config.sweep.judge == "test" and not isinstance(paper, str)
+        if is_shown and len(paper) != len(config.sweep.metrics):
             names = ", ".join(config.sweep.metrics)
             raise ValueError(f"sweep row {label!r}: give a number of the paper for each of {names}")
         own = config.copy_and_resolve_references()

@@ -413,6 +413,16 @@ def test_a_table_keeps_its_judge(judged, capsys):
     assert "sweep.judge: was 'held_out_defects', is 'test'" in capsys.readouterr().err
 
 
+def test_other_metrics_rank_a_finished_table_without_another_run(judged, capsys):
+    workdir, args = judged[1]
+    scores = {path: path.stat().st_mtime_ns for path in workdir.glob("*/*/*/*/scores.csv")}
+    assert len(scores) == 2
+    assert main.main([*args, "--config.sweep.metrics=pixel_auroc"]) == 0
+    head, *_ = capsys.readouterr().out.splitlines()
+    assert head.split() == ["row", "mean", "pixel_auroc"]
+    assert {path: path.stat().st_mtime_ns for path in scores} == scores
+
+
 def test_the_shown_table_of_settings_is_judged_without_the_test():
     rows = sweep.plan(config_lib.load("configs/folder_settings.py"))
     assert [row.folder for row in rows].count("default") == 1
