@@ -1,0 +1,25 @@
+"""Pooling and neighbourhoods of patch embeddings against PyTorch."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrjax.methods import patch_embedding
+
+
+@pytest.mark.parametrize(("n", "m"), [(4608, 1024), (9216, 1024), (2048, 1024), (10, 4), (3, 7)])
+def test_adaptive_pooling_bins(n, m):
+    matrix = patch_embedding.adaptive_pool_matrix(n, m)
+    np.testing.assert_allclose(matrix.sum(axis=0), 1, rtol=1e-5)
+    torch = pytest.importorskip("torch", reason="compares with torch's adaptive pooling")
+    x = np.random.default_rng(0).standard_normal((2, n)).astype(np.float32)
+    want = torch.nn.functional.adaptive_avg_pool1d(torch.from_numpy(x)[None], m)[0].numpy()
+    np.testing.assert_allclose(x @ matrix, want, atol=1e-5)
+
+
+def test_neighbourhoods_equal_torch_unfold():
+    torch = pytest.importorskip("torch", reason="compares with torch's unfold")
+    x = np.random.default_rng(0).standard_normal((2, 5, 6, 3)).astype(np.float32)
+    unfolded = torch.nn.functional.unfold(torch.from_numpy(x.transpose(0, 3, 1, 2)), 3, padding=1)
+    want = unfolded.numpy().transpose(0, 2, 1).reshape(2, 5, 6, 27)
+    np.testing.assert_array_equal(patch_embedding._neighbourhoods(jnp.asarray(x), 3), want)
