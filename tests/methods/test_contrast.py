@@ -7,6 +7,7 @@ import pytest
 
 from mmrjax.methods import contrast as losses_plus
 from mmrjax.methods import losses
+from mmrjax.models import projection
 
 ROWS = jnp.ones(2)
 SIDES = {1: 56, 2: 28, 3: 14}
@@ -142,7 +143,7 @@ def test_info_nce_has_closed_forms(p, n0, expected):
 
 
 def test_info_nce_equals_a_loop_over_cells():
-    anchors, twins, own = (losses_plus.unit(draw(20, 6, seed=s)) for s in (1, 2, 3))
+    anchors, twins, own = (projection.unit(draw(20, 6, seed=s)) for s in (1, 2, 3))
     among = jnp.asarray(np.random.default_rng(0).random(20) < 0.5)
     rows = np.flatnonzero(among)
     got = losses_plus.info_nce(jax.random.key(0), anchors, twins, own, among, 32, 0.1)
@@ -153,7 +154,7 @@ def test_info_nce_equals_a_loop_over_cells():
 
 
 def test_only_so_many_negatives_are_drawn_and_another_key_draws_others():
-    anchors, twins, own = (losses_plus.unit(draw(200, 6, seed=s)) for s in (1, 2, 3))
+    anchors, twins, own = (projection.unit(draw(200, 6, seed=s)) for s in (1, 2, 3))
     among = jnp.ones(200, bool)
     first, again, other = (
         losses_plus.info_nce(jax.random.key(k), anchors, twins, own, among, 4, 0.1)
@@ -209,7 +210,7 @@ def test_contrast_pulls_towards_the_twin_with_finite_slopes():
 def domain_loss(g, domain, is_defective, weight=None):
     weight = jnp.ones(len(g)) if weight is None else weight
     pairs = losses_plus.domain_pairs(jnp.asarray(domain), jnp.asarray(is_defective), weight)
-    return float(losses_plus.supervised_contrast(losses_plus.unit(g), *pairs))
+    return float(losses_plus.supervised_contrast(projection.unit(g), *pairs))
 
 
 def test_two_domains_aligned_and_antipodal_or_all_equal():
