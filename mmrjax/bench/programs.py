@@ -6,6 +6,7 @@ that neither data sets nor downloads are needed.
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import resource
@@ -27,6 +28,7 @@ from mmrjax.methods import base
 from mmrjax.runtime import mesh as mesh_lib
 from mmrjax.runtime import placement
 from mmrjax.train import step as step_lib
+from mmrjax.weights import layouts
 
 IMAGE_SIZE = (300, 250)  # (height, width) of a training image in px
 FITTED_AT_ONCE = 32  # images in a batch of `Method.fit`
@@ -177,19 +179,19 @@ class Programs:
         return {"p50": p50, "p90": p90, "p99": p99, "max": max(times)}
 
     def write_torch(self, folder: pathlib.Path) -> None:
-        """Writes the method in PyTorch, images, and the maps and scores that JAX gives for them.
+        """Writes configuration, weights, images, and the maps and scores that JAX gives for these.
 
-        Files: scorer.pt and compared.npz with `images` uint8 [n, h, w, 3], `map` [n, h, w] and
-        `score` [n].
+        Files: config.json, weights.npz, and compared.npz with `images` uint8 [n, h, w, 3], `map`
+        [n, h, w] and `score` [n].
 
         Raises:
           ValueError: the method has no PyTorch form.
         """
-        import torch  # here: only a comparison needs it
-
         if self.method.torch_scorer is None:
             raise ValueError(f"{self.name} has no PyTorch form; measure it without --vs=torch")
-        torch.save(self.method.torch_scorer(self.variables, self.frozen), folder / "scorer.pt")
+        (folder / "config.json").write_text(json.dumps(self.method.config.to_dict()))
+        weights = {"variables": self.variables, "frozen": self.frozen}
+        np.savez(folder / "weights.npz", **layouts.flatten(jax.device_get(weights)))
         trained, predict = self.scorer(COMPARED_IMAGES)
         images = textured(COMPARED_IMAGES, self.view.size)
         on_device = mesh_lib.put_batch(images, trained.mesh)

@@ -11,10 +11,14 @@ import json
 import pathlib
 import time
 
+import jax
 import numpy as np
 import torch
 
+from mmrjax import methods
+from mmrjax.runs import restore
 from mmrjax.runtime import devices
+from mmrjax.weights import layouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Torch:
         torch.backends.cuda.matmul.allow_tf32 = variant.bfloat16
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
         scorer = load(arguments.folder).to(self.device, memory_format=layout)
-        images = np.load(arguments.folder / "compared.npz")["images"]
+        images = np.load(arguments.folder / "compared.npz", allow_pickle=False)["images"]
         pixels = torch.from_numpy(np.resize(images, (2 * batch, *images.shape[1:])))
         self.pixels = pixels.to(self.device).split(batch)
         if arguments.task == "train":
@@ -89,8 +93,12 @@ class Torch:
 
 
 def load(folder: pathlib.Path) -> torch.nn.Module:
-    """The scorer that `Programs.write_torch` has written a moment ago."""
-    scorer = torch.load(folder / "scorer.pt", map_location="cpu", weights_only=False)
+    """The PyTorch form of the method whose weights `Programs.write_torch` has written."""
+    config = restore.read_config(folder)
+    with np.load(folder / "weights.npz", allow_pickle=False) as file:
+        weights = layouts.unflatten({name: file[name] for name in file.files})
+    method = methods.create(config.method.names[0], config)
+    scorer = method.torch_scorer(weights["variables"], weights["frozen"])
     return scorer.eval().requires_grad_(False)
 
 
@@ -114,7 +122,7 @@ def differences(folder: pathlib.Path) -> dict[str, float]:
 
     They are relative to the largest value of JAX's maps if that exceeds 1.
     """
-    compared = np.load(folder / "compared.npz")
+    compared = np.load(folder / "compared.npz", allow_pickle=False)
     with torch.no_grad():
         found = load(folder)(torch.from_numpy(compared["images"]))
     scale = max(1.0, float(np.abs(compared["map"]).max()))
@@ -132,6 +140,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--window_seconds", type=float, default=2.0)
     arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # JAX only reads weights: the device is PyTorch's
     if arguments.task == "compare":
         print(json.dumps(differences(arguments.folder)))
         return
