@@ -304,3 +304,8 @@ def ramp(epoch: jax.Array, first: int, last: int) -> jax.Array:
     if last <= first:
         return (epoch >= last).astype(jnp.float32)
     return jnp.clip((epoch - first) / (last - first), 0.0, 1.0).astype(jnp.float32)
+
+
+def pooled(features: dict) -> jax.Array:
+    """The mean of the visible tokens, float32 [b, d]."""
+    return features["latent"][:, 1:].astype(jnp.float32).mean(axis=1)

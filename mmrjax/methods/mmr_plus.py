@@ -81,8 +81,7 @@ class MMRPlus(mmr.MMR):
 
     def plan(self, records):
         """Rows for synthetic defects in each batch, and domains in turn if they are aligned."""
-        options = self.options
-        names = self._turns(records)
+        options, names = self.options, self._turns(records)
         on_part, fills = defect_recipe.foreground(options, records)
         return epochs.Plan(
             self.config.train.batch_size,
@@ -174,7 +173,7 @@ class MMRPlus(mmr.MMR):
         if options.domain == "supcon":
             extra["domain"] = self._aligned(variables, features, batch)
         if options.domain == "coral":
-            tokens, domain = pooled(features), batch["domain"]
+            tokens, domain = contrast.pooled(features), batch["domain"]
             moments = contrast.running_moments(variables["moments"], tokens, domain, weight)
             collections["moments"] = jax.lax.stop_gradient(moments)
             extra["domain"] = contrast.coral(moments)
@@ -235,7 +234,7 @@ class MMRPlus(mmr.MMR):
 
     def _aligned(self, variables, features, batch) -> jax.Array:
         """SupCon of whole images across domains (spec, section 5)."""
-        g = self.project("domain_head", variables, pooled(features))  # [b, 128]
+        g = self.project("domain_head", variables, contrast.pooled(features))  # [b, 128]
         is_defective = batch["mask"].any(axis=(1, 2))  # [b]
         pairs = contrast.domain_pairs(batch["domain"], is_defective, batch["weight"])
         return contrast.supervised_contrast(g, *pairs, self.options.temperature)
@@ -243,8 +242,3 @@ class MMRPlus(mmr.MMR):
     def project(self, name: str, variables: dict, x: jax.Array) -> jax.Array:
         """[..., d] through one of `heads`, float32 [..., 128] of unit length."""
         return self.heads[name].apply({"params": variables["params"][name]}, x)
-
-
-def pooled(features: dict) -> jax.Array:
-    """The mean of the visible tokens, float32 [b, d]."""
-    return features["latent"][:, 1:].astype(jnp.float32).mean(axis=1)
