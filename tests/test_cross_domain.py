@@ -89,14 +89,14 @@ LABELLED = (
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory):
-    """(work directory, command line, rows that trained and that were cut out) of track B."""
+    """(work directory, command line, records that trained and labelled ones) of track B."""
     home = tmp_path_factory.mktemp("cross") / "run"
     seen = []
     real = loop.train
 
-    def spy(config, name, records, rows, seed, folder, only, labelled):
-        seen.append((records, rows, labelled))
-        trained = real(config, name, records, rows, seed, folder, only, labelled)
+    def spy(method, records, seed, folder, only, labelled, store):
+        seen.append((records, labelled))
+        trained = real(method, records, seed, folder, only, labelled, store)
         assert set(trained.frozen) == {"teacher"}  # labelled defects are not kept to score with
         return trained
 
@@ -142,18 +142,17 @@ def test_results_are_told_by_data_set_and_by_combination(finished):
 def test_no_group_is_on_two_sides_and_nothing_held_out_trains(finished):
     home, _, seen = finished
     tested = {row["id"]: row for row in scores(run_of(home))}
-    for records, rows, labelled in seen:
-        table = records.table
-        assert (table["label"][rows] == 0).all()
-        assert (table["label"][labelled] == 1).all()
-        trained = np.concatenate([rows, labelled])
-        assert not set(table["group"][trained].tolist()) & {r["group"] for r in tested.values()}
-        kinds = set(zip(table["part"][trained], table["defect"][trained],
-                        table["condition"][trained], strict=True))  # fmt: skip
+    for good, labelled in seen:
+        assert (good.table["label"] == 0).all()
+        assert (labelled.table["label"] == 1).all()
+        columns = ("group", "part", "defect", "condition")
+        table = {k: np.concatenate([x.table[k] for x in (good, labelled)]) for k in columns}
+        assert not set(table["group"].tolist()) & {r["group"] for r in tested.values()}
+        kinds = set(zip(table["part"], table["defect"], table["condition"], strict=True))
         assert ("aebad/s", "groove", "illumination") not in kinds
         assert not any(part == "rsdds/i" and condition == "dark" for part, _, condition in kinds)
         assert {("aebad/s", "groove"), ("rsdds/i", "anomaly")} <= {kind[:2] for kind in kinds}
-        assert set(table["part"][labelled]) == {"aebad/s", "rsdds/i"}
+        assert set(labelled.table["part"]) == {"aebad/s", "rsdds/i"}
     assert {row["condition"] for row in tested.values()} == {*CONDITIONS, "", "dark"}
 
 

@@ -175,9 +175,9 @@ def test_k_shot_trains_on_as_many_images_as_it_says(run, mvtec, monkeypatch):
     seen = []
     real = loop.train
 
-    def spy(config, name, records, rows, *args, **kwargs):
-        seen.append(len(rows))
-        return real(config, name, records, rows, *args, **kwargs)
+    def spy(method, records, *args, **kwargs):
+        seen.append(len(records))
+        return real(method, records, *args, **kwargs)
 
     monkeypatch.setattr(loop, "train", spy)
     run("configs/mvtec.py:screw", mvtec, "--config.data.protocol=k_shot", "--config.data.shots=2")
