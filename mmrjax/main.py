@@ -163,10 +163,10 @@ def run_all(
     logging.info("jax %s on %s", jax.__version__, devices.available())
     for part, _, _ in tracks.combinations(config.data.held_out):
         build.load_builder(part.split("/")[0])  # a misspelled one would hold nothing out
+    processes.first(lambda: workdir_lib.check(config, workdir))
     wanted = None
     if mode == "evaluate":
         wanted = processes.first(lambda: workdir_lib.trained_runs(workdir))
-    processes.first(lambda: workdir_lib.check(config, workdir))
     root = workdir_lib.results_root(config, workdir)
     processes.first(
         lambda: records_lib.check_needs([config], weights=not workdir_lib.has_results(config, root))

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from mmrjax import methods
 from mmrjax.runtime import command_line, devices, files
 from mmrjax.runtime import config as config_lib
 
@@ -76,7 +77,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(",") if n)
+    try:
+        return tuple(int(n) for n in text.split(",") if n)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers, as 16,32") from e
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -100,6 +104,7 @@ def _programs(arguments: argparse.Namespace):
     from mmrjax.bench import programs
 
     config = config_lib.load(arguments.config, [*RANDOM, *arguments.overrides])
+    config_lib.validate(config, methods.METHODS)
     plan = programs.Plan(**{name: getattr(arguments, name) for name in NUMBERS})
     return programs.Programs(config, config.method.names[0], plan)
 
@@ -172,8 +177,16 @@ def _compare(arguments: argparse.Namespace) -> dict:
       RuntimeError: a side failed.
     """
     sides, tasks = ("mmrjax", *arguments.variants), []
+    config = config_lib.load(arguments.config, arguments.overrides)
+    trains = len(methods.METHODS[config.method.names[0]].stage_names) == 1
+    if "train" in arguments.parts and not trains:
+        print("training is not compared: the method has not exactly one gradient stage")
     for task, batches in (("train", arguments.train_batches), ("evaluate", arguments.eval_batches)):
-        tasks += [(task, batch) for batch in batches if task in arguments.parts]
+        tasks += [
+            (task, batch)
+            for batch in batches
+            if task in arguments.parts and (trains or task != "train")
+        ]
     with tempfile.TemporaryDirectory() as folder:
         allowed = TOLERANCE[_ours(f"torch:{folder}", arguments)["dtype"]]
         result = {"differences": _torch(folder, arguments, task="compare"), "versus": {}}

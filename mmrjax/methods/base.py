@@ -130,9 +130,13 @@ class Method:
 
     @classmethod
     def weights_needed(cls, config: ConfigDict) -> dict[str, Callable[[], object]]:
-        """The weight files that training reads, {role: a call that finds or fetches the file}."""
+        """The weight files that training reads, {which: a call that finds or fetches the file}."""
         teacher = config.teacher
-        return {"teacher": lambda: weights.teacher_file(teacher.name, teacher.weights)}
+        return {
+            f"teacher {teacher.name} {teacher.weights}": lambda: weights.teacher_file(
+                teacher.name, teacher.weights
+            )
+        }
 
     def precision(self) -> contextlib.AbstractContextManager:
         """The context in which the method's programs are traced: float32 means float32.
@@ -186,8 +190,8 @@ class Method:
           batch: "image" [b, h, w, 3], "weight" [b] (0 = padding row), "keys" [b] one per example;
             if the plan asks for them "domain" int32 [b], "foreground" bool [b, h, w], "second"
             [b, h, w, 3] (another picture of the category), and with a recipe for defects "normal"
-            [b, h, w, 3] (the image without its defect), "mask" and "tiny" bool [b, h, w] and
-            "kind" int32 [b], see data/defects/rows.py.
+            [b, h, w, 3] (the image without its defect), "mask" and "tiny" bool [b, h, w], "kind"
+            int32 [b] and sometimes "ignored" bool [b, h, w], see data/defects/rows.py.
           key: PRNG key of this step.
           progress: "step" and "epoch" of the stage, int32 scalars.
 

@@ -83,7 +83,9 @@ class MMR(base.Method):
         """Teacher and student."""
         student = config.student
         return super().weights_needed(config) | {
-            "student": lambda: weights.student_file(student.init, student.size)
+            f"student {student.init} {student.size}": lambda: weights.student_file(
+                student.init, student.size
+            )
         }
 
     def __init__(self, config):

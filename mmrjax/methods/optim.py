@@ -69,12 +69,14 @@ def start(tx: Transformation, params: dict) -> optax.OptState:
     """The state of an optimiser, or {name: state} of several, each over the sub-tree of its name.
 
     Raises:
-      ValueError: an optimiser has no parameters of its name.
+      ValueError: an optimiser has no parameters of its name, or parameters have no optimiser.
     """
     if not isinstance(tx, dict):
         return tx.init(params)
     if lacking := sorted(tx.keys() - params.keys()):
         raise ValueError(f"optimisers {lacking} have no parameters; there are {sorted(params)}")
+    if idle := sorted(params.keys() - tx.keys()):
+        raise ValueError(f"parameters {idle} have no optimiser; leave them out of the stage")
     return {name: own.init(params[name]) for name, own in tx.items()}
 
 

@@ -1,6 +1,6 @@
 """The records and weights that a configuration needs: found, missed, built, loaded."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -37,10 +37,17 @@ def check_needs(configs: Iterable[ConfigDict], weights: bool = True) -> None:
       Missing: several things are.
     """
     missing: dict[str, Exception] = {}
+    calls: dict[str, Callable[[], object]] = {}  # what several runs share is looked for once
     for config in configs:
-        for look in (_look_for_data, _look_for_weights)[: 1 + weights]:
-            for error in look(config):
-                missing.setdefault(str(error), error)
+        for error in _look_for_data(config):
+            missing.setdefault(str(error), error)
+        for name in config.method.names if weights else ():
+            calls |= methods.METHODS[name].weights_needed(config)
+    for find in calls.values():
+        try:
+            find()
+        except (FileNotFoundError, ValueError) as e:
+            missing.setdefault(str(e), e)
     if len(missing) == 1:
         raise next(iter(missing.values()))
     if missing:
@@ -48,25 +55,24 @@ def check_needs(configs: Iterable[ConfigDict], weights: bool = True) -> None:
 
 
 def _look_for_data(config: ConfigDict) -> list[Exception]:
-    data = config.data
-    if files.is_remote(data.data_dir) or data.join:  # looked for when they are fetched or joined
+    """The errors of building the records of a configuration, found without building any."""
+    data, errors = config.data, []
+    if files.is_remote(data.data_dir):  # looked for when they are fetched
         return []
-    try:
-        build.at_hand(data.name, data.raw_dir or None, data.data_dir, list(data.categories) or None)
-    except FileNotFoundError as e:
-        return [FileNotFoundError(f"{e} (here: --config.data.raw_dir=…)")]
-    return []
-
-
-def _look_for_weights(config: ConfigDict) -> list[Exception]:
-    missing = []
-    for name in config.method.names:
-        for find in methods.METHODS[name].weights_needed(config).values():
-            try:
-                find()
-            except (FileNotFoundError, ValueError) as e:
-                missing.append(e)
-    return missing
+    wanted = [(data.name, data.raw_dir, list(data.categories) or None, "data.raw_dir")]
+    if data.join:  # a data set without a folder is left out
+        given = [(*entry.partition("/")[::2], config.raw_dirs) for entry in data.join]
+        wanted = [
+            (name, folders.get(name, ""), [category] if category else None, f"raw_dirs.{name}")
+            for name, category, folders in given
+            if folders.get(name, "")
+        ]
+    for name, raw_dir, categories, field in wanted:
+        try:
+            build.at_hand(name, raw_dir or None, data.data_dir, categories)
+        except FileNotFoundError as e:
+            errors.append(FileNotFoundError(f"{e} (here: --config.{field}=…)"))
+    return errors
 
 
 def load_records(config: ConfigDict) -> Iterable[records_lib.Records]:

@@ -116,8 +116,10 @@ def place(text: str) -> str:
     """A work directory of a command line, as argparse's `type`: a folder, or an address.
 
     Raises:
-      argparse.ArgumentTypeError: an address of another kind than gs://.
+      argparse.ArgumentTypeError: nothing, or an address of another kind than gs://.
     """
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; give a folder")
     try:
         return files.check_address(text) if files.is_remote(text) else text
     except ValueError as e:

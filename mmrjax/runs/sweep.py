@@ -22,6 +22,7 @@ from mmrjax import methods, metrics
 from mmrjax.report import page as report
 from mmrjax.report import words
 from mmrjax.runs import records
+from mmrjax.runs import workdir as workdir_lib
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import files, processes
 
@@ -65,7 +66,15 @@ def run(config: ConfigDict, workdir: pathlib.Path, run_all: RunAll) -> tuple[dic
     if files.runs(workdir, "config.json"):
         raise ValueError(f"{workdir} holds runs of one configuration; use another --workdir")
     rows = plan(config)
-    records.check_needs([row.config for row in rows])  # before days of training
+    _check_judge(config, workdir)
+    waiting = [
+        row.config
+        for row in rows
+        if not workdir_lib.has_results(
+            row.config, workdir_lib.results_root(row.config, workdir / row.folder)
+        )
+    ]
+    processes.first(lambda: records.check_needs(waiting))  # before days of training
     finished: dict[str, dict] = {}
 
     def compare(row: Row, aggregate: dict, page: pathlib.Path) -> tuple[dict, str]:
@@ -83,6 +92,17 @@ def run(config: ConfigDict, workdir: pathlib.Path, run_all: RunAll) -> tuple[dic
         # After every row, so that a stopped sweep shows its finished rows.
         content, path = processes.first(functools.partial(compare, row, *done))
     return content, pathlib.Path(path)
+
+
+def _check_judge(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises ValueError if the table in the work directory was judged in another way."""
+    table = files.read_json(workdir / "results.json") or {}
+    before = table.get("judge", "test")
+    if "rows" in table and before != config.sweep.judge:
+        raise ValueError(
+            f"{workdir} holds a table with sweep.judge={before}, this call has "
+            f"sweep.judge={config.sweep.judge}; use another --workdir"
+        )
 
 
 def plan(config: ConfigDict) -> list[Row]:

@@ -61,10 +61,11 @@ def trained_runs(workdir: pathlib.Path) -> list[tuple[str, str, int]]:
 
 
 def has_results(config: ConfigDict, root: pathlib.Path) -> bool:
-    """Whether each method and seed of `config` has results of a category at least."""
+    """Whether each method and seed of `config` has results of each category it names, or of one."""
     return all(
-        any(root.glob(f"{name}/*/seed{seed}/results.json"))
+        any(root.glob(f"{name}/{category}/seed{seed}/results.json"))
         for name in config.method.names
+        for category in config.data.categories or ("*",)
         for seed in config.train.seeds
     )
 

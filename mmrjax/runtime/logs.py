@@ -99,14 +99,16 @@ class TrainLog:
         batch: int,
         rate_field: str = "optim.learning_rate",
         trackers: Sequence[trackers_lib.Tracker] = (),
-        first: int = 0,
+        first: tuple[int, int] = (0, 0),
     ):
         """Opens `path`, drops what it holds from step `start` on, and starts the clock.
 
-        `first` steps of earlier stages stand in `path` before those of this stage.
+        `first` are the steps and the epochs of earlier stages, which stand in `path` before those
+        of this stage.
         """
-        self._remedy, self._trackers, self._first = remedy(rate_field), trackers, first
-        processes.first(lambda: self._begin(path, first + start))
+        self._remedy, self._trackers = remedy(rate_field), trackers
+        self._first, self._first_epoch = first
+        processes.first(lambda: self._begin(path, first[0] + start))
         self._file = (path if processes.is_first() else pathlib.Path(os.devnull)).open("a")
         self._stop, self._steps_per_epoch, self._batch = stop, steps_per_epoch, batch
         self._pending: list[tuple[int, dict]] = []
@@ -149,7 +151,7 @@ class TrainLog:
             for i in range(len(values["loss"])):
                 line = {
                     "step": self._first + step + i,
-                    "epoch": (step + i) // self._steps_per_epoch,
+                    "epoch": self._first_epoch + (step + i) // self._steps_per_epoch,
                 }
                 line |= {name: float(value[i]) for name, value in values.items()}
                 line |= {"images_per_second": round(rate, 2), "time": round(time.time(), 2)}
@@ -159,8 +161,8 @@ class TrainLog:
                 if not abs(line["loss"]) < float("inf"):
                     self._file.flush()
                     raise FloatingPointError(
-                        f"the loss is {line['loss']} at step {line['step']} (steps {first} to "
-                        f"{first + done - 1} were checked together); {self._remedy}"
+                        f"the loss is {line['loss']} at step {line['step']} (steps {self._first + first} to "
+                        f"{self._first + first + done - 1} were checked together); {self._remedy}"
                     )
         self._file.flush()
         for tracker in self._trackers:

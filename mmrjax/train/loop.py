@@ -53,6 +53,11 @@ class Training:
                 f"{self.folder} is not trained to the end ({done}); run it without --mode=evaluate"
             )
 
+    def open(self, name: str) -> checkpoint.Checkpoints:
+        """The checkpoints in a folder; another call may be writing there if this one evaluates."""
+        read_only = self.evaluate_only and self.store.present(name)
+        return self.store.open(name, self.config.ckpt.keep, read_only)
+
     def feed(self, stage: base.Stage) -> feed.Feed:
         """The training batches of a stage."""
         config = self.config
@@ -183,24 +188,28 @@ def _run_stages(
     training: Training, stages: list[base.Stage], variables: dict, key: jax.Array, facts: dict
 ) -> dict:
     """Runs the gradient stages that are still to do; returns the trained variables."""
-    first, seconds = 0, 0.0
+    first, epochs, seconds = 0, 0, 0.0
     for number, stage in enumerate(stages):
         own_key = key if number == 0 else jax.random.fold_in(key, number)
-        variables, steps = _run_stage(training, stage, variables, own_key, first)
+        variables, steps = _run_stage(training, stage, variables, own_key, (first, epochs))
         spent = processes.first(
             lambda lines=(first, first + steps), batch=stage.plan.batch_size: logs.seconds(
                 training.folder / LOG, batch, *lines
             )
         )
         seconds = None if spent is None or seconds is None else seconds + spent
-        first += steps
+        first, epochs = first + steps, epochs + stage.epochs
     if stages:
         facts["seconds"]["training"] = seconds if seconds is None else round(seconds, 1)
     return variables
 
 
 def _run_stage(
-    training: Training, stage: base.Stage, variables: dict, key: jax.Array, first: int
+    training: Training,
+    stage: base.Stage,
+    variables: dict,
+    key: jax.Array,
+    first: tuple[int, int],
 ) -> tuple[dict, int]:
     """Trains one stage to its end, or restores it; (variables, steps of the stage).
 
@@ -209,7 +218,7 @@ def _run_stage(
       stage: the stage.
       variables: as the stages before left them.
       key: PRNG key of the stage.
-      first: steps of all stages before.
+      first: steps and epochs of all stages before.
     """
     steps_per_epoch = stage.plan.steps_per_epoch(len(training.records))
     total = stage.epochs * steps_per_epoch
@@ -217,13 +226,13 @@ def _run_stage(
     shardings = step_lib.shardings(state, training.mesh)
     state = mesh_lib.put(state, shardings)
     folder = f"{begun.CHECKPOINTS}/{stage.name}"
-    with training.store.open(folder, training.config.ckpt.keep) as checkpoints:
+    with training.open(folder) as checkpoints:
         start, tree = checkpoints.restore(step_lib.to_tree(state)) or (0, None)
         state = state if tree is None else step_lib.from_tree(state, tree)
         if 0 < start < total:
-            logging.info("resuming at step %d of %d", start, total)
+            logging.info("resuming at step %d of %d%s", start, total, _of(training, stage))
         if start < total:
-            training.refuse_to_train(f"step {start} of {total}")
+            training.refuse_to_train(f"step {start} of {total}{_of(training, stage)}")
             step_fn = step_lib.make_train_step(
                 training.method,
                 stage,
@@ -266,20 +275,27 @@ def _loop(training, stage, step_fn, state, start, total, key, checkpoints, first
                 if not step_lib.is_finite(state):  # the last update shows in no loss yet
                     remedy = logs.remedy(stage.rate_field)
                     raise FloatingPointError(
-                        f"a parameter is not finite after step {step - 1}; {remedy}"
+                        f"a parameter is not finite after step {step - 1}"
+                        f"{_of(training, stage)}; {remedy}"
                     )
                 checkpoints.save(step, step_lib.to_tree(state))
                 last_save = time.monotonic()
             if stopped:
                 checkpoints.wait()
-                raise processes.Interrupted(f"stopped at step {step} of {total}, saved", stopped)
+                done = f"stopped at step {step} of {total}{_of(training, stage)}, saved"
+                raise processes.Interrupted(done, stopped)
     return state
+
+
+def _of(training: Training, stage: base.Stage) -> str:
+    """The stage of a step, for messages; nothing for the only stage of a method."""
+    return f" of stage {stage.name}" if len(training.method.stage_names) > 1 else ""
 
 
 def _fit(training: Training, variables: dict, key: jax.Array) -> tuple[dict, bool]:
     """Fits, or restores a finished fit; (variables, whether it was done now)."""
     config, records = training.config, training.records
-    with training.store.open(begun.FITTED, config.ckpt.keep) as checkpoints:
+    with training.open(begun.FITTED) as checkpoints:
         restored = checkpoints.restore(mesh_lib.replicated(training.mesh))
         if restored is not None:
             return {**variables, **restored[1]}, False

@@ -410,7 +410,10 @@ def test_a_row_that_has_not_run_or_lacks_a_metric_is_ranked_last():
 def test_a_table_keeps_its_judge(judged, capsys):
     _, args = judged[0]
     assert main.main([*args, "--config.sweep.judge=test"]) == 1
-    assert "sweep.judge: was 'held_out_defects', is 'test'" in capsys.readouterr().err
+    assert (
+        "holds a table with sweep.judge=held_out_defects, this call has sweep.judge=test"
+        in capsys.readouterr().err
+    )
 
 
 def test_other_metrics_rank_a_finished_table_without_another_run(judged, capsys):
