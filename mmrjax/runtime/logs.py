@@ -160,9 +160,10 @@ class TrainLog:
                     tracker.add(line)
                 if not abs(line["loss"]) < float("inf"):
                     self._file.flush()
+                    begin = self._first + first
                     raise FloatingPointError(
-                        f"the loss is {line['loss']} at step {line['step']} (steps {self._first + first} to "
-                        f"{self._first + first + done - 1} were checked together); {self._remedy}"
+                        f"the loss is {line['loss']} at step {line['step']} (steps {begin} to "
+                        f"{begin + done - 1} were checked together); {self._remedy}"
                     )
         self._file.flush()
         for tracker in self._trackers:
