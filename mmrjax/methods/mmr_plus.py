@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mmrjax.data import epochs, geometry, tracks
+from mmrjax.data import epochs, tracks
 from mmrjax.data.defects import collect, rows
 from mmrjax.methods import contrast, defect_recipe, hybrid_heads, losses, mmr
 from mmrjax.models import masking, projection, resnet
@@ -116,11 +116,10 @@ class MMRPlus(mmr.MMR):
                 logging.warning("mmr_plus.synthetic_every=0: labelled defects are not used")
             return {}, {}
         return collect.collect(
+            self.config,
+            "mmr_plus",
             records,
             labelled,
-            options.defect_folder,
-            options.labelled_target,
-            geometry.View.of(self.config),
             self._turns(records),
             options.domain != "none",
         )

@@ -2,12 +2,13 @@
 
 They come from the defective records of the training side and from a folder of (picture, mask)
 pairs. A training may cut the defects out and blend them into good pictures, or show the pictures as
-they are (config.mmr_plus.labelled_target).
+they are (labelled_target of the configuration group).
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from mmrjax.data import geometry, tracks
 from mmrjax.data.defects import bank, labelled
@@ -15,22 +16,20 @@ from mmrjax.data.records import Records
 
 
 def collect(
+    config: ConfigDict,
+    group: str,
     records: Records,
     defective: Records,
-    folder: str,
-    target: str,
-    view: geometry.View,
     turns: np.ndarray | None,
     by_domain: bool,
 ) -> tuple[dict, dict]:
     """Labelled defects, and how likely each is on a picture of each domain.
 
     Args:
+      config: the whole configuration.
+      group: the group with the fields of methods/defect_recipe.py.
       records: the good training images.
       defective: the defective records of the training side; often none.
-      folder: a folder of (picture, mask) pairs; "" for none.
-      target: blend, inpaint or ignore, as config.mmr_plus.labelled_target.
-      view: how training looks at pictures.
       turns: the group that each good image takes turns with, str [n]; None: no turns.
       by_domain: whether a picture shown as it is takes the turn of its own domain.
 
@@ -40,22 +39,25 @@ def collect(
     Raises:
       ValueError: there are labelled defects, but none that can be used.
     """
+    folder, target = config[group].defect_folder, config[group].labelled_target
     if not (len(defective) or folder):
         return {}, {}
     whole = target != "blend"
-    known = _known(defective, folder, view, whole)
+    known = _known(defective, folder, geometry.View.of(config), whole, group)
     parts = tracks.part_of(records)
     first = [0] if turns is None else np.unique(turns, return_index=True)[1]
     if whole:
         # Each picture is of a domain of its own already, and takes its turn.
         domains = turns[first] if by_domain and len(np.unique(parts)) == 1 else None
-        return _shown(known, target, parts[first], domains)
+        return _shown(known, target, parts[first], domains, group)
     arrays = {**known.bank._asdict(), "chances": known.chances(parts[first])}
     facts = {"labelled_defects": known.counts(), "labelled_too_large": known.left_out}
     return {"labelled": arrays}, facts
 
 
-def _known(defective: Records, folder: str, view: geometry.View, whole: bool) -> bank.Labelled:
+def _known(
+    defective: Records, folder: str, view: geometry.View, whole: bool, group: str
+) -> bank.Labelled:
     """The defects of records and folder together."""
     sources: list[bank.Labelled | None] = []
     if len(defective):
@@ -70,19 +72,23 @@ def _known(defective: Records, folder: str, view: geometry.View, whole: bool) ->
         try:
             sources.append(bank.from_folder(folder, view, whole))
         except ValueError as e:
-            raise ValueError(f"--config.mmr_plus.defect_folder: {e}") from e
+            raise ValueError(f"--config.{group}.defect_folder: {e}") from e
     return bank.joined(sources)
 
 
 def _shown(
-    known: bank.Labelled, target: str, parts: Sequence[str], domains: Sequence[str] | None
+    known: bank.Labelled,
+    target: str,
+    parts: Sequence[str],
+    domains: Sequence[str] | None,
+    group: str,
 ) -> tuple[dict, dict]:
     """The result of `collect` for pictures that are shown as they are."""
     usable, pictures = labelled.targets(target, *known.bank)
     if not usable.any():
         raise ValueError(
-            f"mmr_plus.labelled_target={target}: the defects of all {len(usable)} labelled "
-            "pictures fill them; set mmr_plus.labelled_target=blend"
+            f"{group}.labelled_target={target}: the defects of all {len(usable)} labelled "
+            f"pictures fill them; set {group}.labelled_target=blend"
         )
     known = known.select(usable)
     facts = {"labelled_pictures": known.counts(), "labelled_left_out": known.left_out}
