@@ -1,4 +1,4 @@
-"""What a run needs is looked for before anything is built; what is missing is said at once."""
+"""The needs of a run are looked for before anything is built, and missed all at once."""
 
 import re
 import urllib.error

@@ -1,13 +1,15 @@
-"""What a begun run holds to. That it can be stopped and resumed: test_resume.py."""
+"""The things that a begun run holds to; stopping and resuming are in test_resume.py."""
 
 import json
 
 import numpy as np
+import optax
 import pytest
 
 from mmrjax import methods
 from mmrjax.data.records import Records
-from mmrjax.runtime import checkpoint
+from mmrjax.methods import optim
+from mmrjax.runtime import checkpoint, logs
 from mmrjax.train import begun, loop
 
 FIRST, OTHER = "1" * 64, "2" * 64
@@ -62,3 +64,34 @@ def test_what_is_prepared_with_is_spread_over_all_training_images(count):
     assert len(np.unique(chosen)) == len(chosen) == min(count, 64)
     assert (chosen[0], chosen[-1]) == (0, table["id"][-1])
     assert np.ptp(np.diff(chosen)) <= 3  # neighbours are one place more or less apart
+
+
+@pytest.mark.parametrize(("only", "there"), [(True, True), (True, False), (False, True)])
+def test_an_evaluation_opens_what_is_there_for_reading_alone(tiny_config, tmp_path, only, there):
+    """A training may be saving into the same folder, and Orbax cleans up what it opens."""
+    method = methods.create("patchcore", tiny_config)
+    left = tmp_path / "fitted" / "5.orbax-checkpoint-tmp-7"
+    left.mkdir(parents=True)
+    if there:
+        (tmp_path / "fitted" / "4").mkdir()
+    store = checkpoint.Store(tmp_path)
+    training = loop.Training(method, {}, None, 0, tmp_path, store, None, only)
+    with training.open("fitted") as checkpoints:
+        assert checkpoints._read_only == (only and there)
+    assert left.exists() or not only
+
+
+def test_a_second_stage_counts_steps_and_epochs_on(tmp_path):
+    path = tmp_path / loop.LOG
+    with logs.TrainLog(path, 0, 4, 2, 8, first=(6, 3)) as log:
+        for step in range(4):
+            log.add(step, {"loss": np.ones(1)})
+        log.flush()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["epoch"]) for line in lines] == [(6, 3), (7, 3), (8, 4), (9, 4)]
+
+
+def test_parameters_that_no_optimiser_steps_are_refused():
+    params = {"one": np.zeros(2), "two": np.zeros(2)}
+    with pytest.raises(ValueError, match=r"\['two'\] have no optimiser"):
+        optim.start({"one": optax.sgd(0.1)}, params)
