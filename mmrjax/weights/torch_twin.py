@@ -433,11 +433,3 @@ def load_image(path: str, image_size, resize=None, interpolation="bilinear") -> 
     pixels = np.asarray(upright.convert("RGB").resize(resize[::-1], how))
     top, left = (round((n - s) / 2) for n, s in zip(resize, size, strict=True))
     return normalise(pixels[None, top : top + size[0], left : left + size[1]])
-
-
-def textured_images(count: int, image_size: int, seed: int = 0) -> torch.Tensor:
-    """Normalised random images [count, 3, h, w] with coarse and fine structure, never constant."""
-    rng = np.random.default_rng(seed)
-    noise = rng.uniform(-1, 1, (2, count, image_size, image_size, 3))
-    smooth = ndimage.gaussian_filter(noise[0], 8, axes=(1, 2))
-    return normalise(np.clip(128 + 60 * smooth / smooth.std() + 20 * noise[1], 0, 255).round())
