@@ -54,8 +54,11 @@ class Training:
             )
 
     def open(self, name: str) -> checkpoint.Checkpoints:
-        """The checkpoints in a folder; another call may be writing there if this one evaluates."""
-        read_only = self.evaluate_only and self.store.present(name)
+        """The checkpoints in a folder; another call may be writing there if this one evaluates.
+
+        A folder that does not exist yet is made even by an evaluation: Orbax refuses to read it.
+        """
+        read_only = self.evaluate_only and (self.store.root / name).is_dir()
         return self.store.open(name, self.config.ckpt.keep, read_only)
 
     def feed(self, stage: base.Stage) -> feed.Feed:

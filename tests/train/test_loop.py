@@ -66,19 +66,21 @@ def test_what_is_prepared_with_is_spread_over_all_training_images(count):
     assert np.ptp(np.diff(chosen)) <= 3  # neighbours are one place more or less apart
 
 
-@pytest.mark.parametrize(("only", "there"), [(True, True), (True, False), (False, True)])
-def test_an_evaluation_opens_what_is_there_for_reading_alone(tiny_config, tmp_path, only, there):
+@pytest.mark.parametrize("checkpoint_there", [True, False])
+def test_an_evaluation_leaves_a_save_that_is_under_way(tiny_config, tmp_path, checkpoint_there):
     """A training may be saving into the same folder, and Orbax cleans up what it opens."""
     method = methods.create("patchcore", tiny_config)
     left = tmp_path / "fitted" / "5.orbax-checkpoint-tmp-7"
     left.mkdir(parents=True)
-    if there:
+    if checkpoint_there:
         (tmp_path / "fitted" / "4").mkdir()
     store = checkpoint.Store(tmp_path)
-    training = loop.Training(method, {}, None, 0, tmp_path, store, None, only)
+    training = loop.Training(method, {}, None, 0, tmp_path, store, None, evaluate_only=True)
     with training.open("fitted") as checkpoints:
-        assert checkpoints._read_only == (only and there)
-    assert left.exists() or not only
+        assert checkpoints.steps() == ([4] if checkpoint_there else [])
+    assert left.exists()
+    with training.open("never_begun") as checkpoints:
+        assert checkpoints.steps() == []
 
 
 def test_a_second_stage_counts_steps_and_epochs_on(tmp_path):
