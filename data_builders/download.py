@@ -1,8 +1,8 @@
-"""Fetches a data set's published archive, only when asked to, and unpacks it.
+"""Fetches published files: a data set's archive, only when asked to, and pretrained weights.
 
 An interrupted download continues at its last byte. An archive of an unexpected sha256 is not
-unpacked, and no file gets its name before it is complete. The command line of `build` calls this
-module; `unpack` judges the content of an archive.
+unpacked, and no file gets its name before it is complete. The command line of `build` fetches
+archives, whose content `unpack` judges; mmrjax/runs/pretrained.py fetches weights.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def fetch(archive: Archive, folder: pathlib.Path, log: Callable[[str], None]) ->
     if not path.is_file():
         log(f"downloading {archive.url}, licence {archive.licence}")
         part = path.with_name(f"{path.name}.part")
-        _download(archive.url, part)
+        resume(archive.url, part)
         _check_hash(part, archive, "; it has been deleted: run again, or fetch it by hand")
         part.replace(path)
     else:
@@ -89,8 +89,12 @@ def _check_hash(path: pathlib.Path, archive: Archive, advice: str) -> None:
     )
 
 
-def _download(url: str, part: pathlib.Path) -> None:
-    """Appends to `part` what it lacks of the file at `url`, under a progress bar."""
+def resume(url: str, part: pathlib.Path) -> None:
+    """Appends to `part` what it lacks of the file at `url`, under a progress bar.
+
+    Raises:
+      OSError: the network or the disk fails; the bytes so far are kept for the next attempt.
+    """
     have = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:

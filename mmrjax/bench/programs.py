@@ -25,6 +25,7 @@ from mmrjax.data import augment, feed, geometry
 from mmrjax.data.records import Records
 from mmrjax.evaluate import scoring
 from mmrjax.methods import base
+from mmrjax.runs import pretrained
 from mmrjax.runtime import mesh as mesh_lib
 from mmrjax.runtime import placement
 from mmrjax.train import step as step_lib
@@ -63,6 +64,7 @@ class Programs:
         """Draws the weights and fits the method; nothing else is compiled yet."""
         self.config, self.name, self.plan = config, name, plan
         self.method = methods.create(name, config)
+        pretrained.fetch(self.method)
         self.view = geometry.View.of(config, evaluation=True)
         self.records = textured_records(plan.images)
         mesh = mesh_lib.make_mesh()

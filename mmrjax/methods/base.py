@@ -130,7 +130,7 @@ class Method:
 
     @classmethod
     def weights_needed(cls, config: ConfigDict) -> dict[str, Callable[[], object]]:
-        """The weight files that training reads, {which: a call that finds or fetches the file}."""
+        """The weight files that training reads, {which: a call that finds the file}."""
         teacher = config.teacher
         return {
             f"teacher {teacher.name} {teacher.weights}": lambda: weights.teacher_file(

@@ -9,6 +9,7 @@ from data_builders import build
 from mmrjax import methods
 from mmrjax.data import records as records_lib
 from mmrjax.data import splits, tracks
+from mmrjax.runs import pretrained
 from mmrjax.runtime import files, processes
 
 DEMO = "to see the program without them: python -m mmrjax.main --config=configs/demo.py"
@@ -45,7 +46,7 @@ def check_needs(configs: Iterable[ConfigDict], weights: bool = True) -> None:
             calls |= methods.METHODS[name].weights_needed(config)
     for find in calls.values():
         try:
-            find()
+            pretrained.found(find)
         except (FileNotFoundError, ValueError) as e:
             missing.setdefault(str(e), e)
     if len(missing) == 1:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mmrjax import methods, weights
 from mmrjax.methods import base, mmr
+from mmrjax.runs import pretrained
 from mmrjax.runtime import checkpoint, devices, files
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import mesh as mesh_lib
@@ -56,6 +57,7 @@ def trained(
     config, name = read_config(folder), folder.parent.parent.name
     config.student.init = "scratch"  # what it began with is no longer needed
     method = methods.create(name, config)
+    pretrained.fetch(method)
     mesh = mesh_lib.make_mesh(math.gcd(config.eval.batch_size, len(devices.available())))
     with method.precision():
         frozen, facts = method.load_frozen()
@@ -163,6 +165,7 @@ def teacher(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, dict]:
       FileNotFoundError, ValueError: its file is missing, damaged, or not the one of the training.
     """
     fields = config.teacher
+    pretrained.found(lambda: weights.teacher_file(fields.name, fields.weights))
     variables, facts = weights.load_teacher(fields.name, fields.weights, fields.seed)
     _check_teacher(config, folder, facts)
     return variables, facts

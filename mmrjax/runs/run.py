@@ -15,6 +15,7 @@ from mmrjax import methods
 from mmrjax.data import judge, splits
 from mmrjax.data import records as records_lib
 from mmrjax.evaluate import results as results_lib
+from mmrjax.runs import pretrained
 from mmrjax.runs import workdir as workdir_lib
 from mmrjax.runtime import checkpoint, files, processes, trackers
 from mmrjax.train import loop
@@ -82,6 +83,7 @@ class Run:
         if note:
             logging.warning("%s/%s: %s", self.records.dataset, self.records.category, note)
         method = methods.create(self.method, config)
+        pretrained.fetch(method)  # in every process: each machine has a cache
         trained = loop.train(
             method, train, self.seed, self.folder, mode == "evaluate", labelled, self.store
         )

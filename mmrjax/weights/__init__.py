@@ -1,6 +1,7 @@
 """Pretrained weights: `load_teacher` and `init_student` are all that methods need.
 
-`teacher_file` and `student_file` find (or fetch) the same files without reading them.
+`teacher_file` and `student_file` find the same files without reading them. No function downloads:
+an absent published file is the error `source.NotCached`.
 """
 
 import pathlib
@@ -20,12 +21,12 @@ RANDOM_TEACHER = (
     "or --config.teacher.weights=imagenet, or a file."
 )
 WITHOUT_DOWNLOAD = (
-    "without a download there is --config.teacher.name=fdsl18 --config.teacher.weights=embedded"
+    "; without a download there is --config.teacher.name=fdsl18 --config.teacher.weights=embedded"
 )
 
 
 def teacher_file(name: str, weights: str) -> pathlib.Path | None:
-    """The file of a teacher's weights, fetched if they are published; None for random weights.
+    """The file of a teacher's weights; None for random weights.
 
     Arguments as in `load_teacher`.
 
@@ -43,10 +44,7 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
     if weights == "embedded":
         return source.EMBEDDED[name]
     if weights == "imagenet":
-        try:
-            return source.published_file(source.IMAGENET[name])
-        except FileNotFoundError as e:
-            raise FileNotFoundError(f"{e}; {WITHOUT_DOWNLOAD}") from e
+        return source.published_file(source.IMAGENET[name], WITHOUT_DOWNLOAD)
     return _local("teacher.weights", weights, "'embedded', 'imagenet' or 'random'")
 
 
@@ -86,8 +84,8 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
 
     Args:
       name: an architecture of `models.resnet.ARCHITECTURES`.
-      weights: "embedded" (the file in this package), "imagenet" (the published file, from cache or
-        URL), "random", or a file.
+      weights: "embedded" (the file in this package), "imagenet" (the published file in the
+        cache), "random", or a file.
       seed: draws the random weights.
 
     Returns:

@@ -1,22 +1,18 @@
-"""Sources of pretrained weights: a local file, the cache, or the publisher's URL.
+"""Sources of pretrained weights: a local file, the cache, and what is published where.
 
-A file is checked against the hash that its publisher gives (torchvision: the 8 hex digits in the
-name). Formats: .safetensors and .npz natively; .pth through torch (extra `torch`) with
-weights_only=True. Nothing is ever unpickled. Text beside the tensors ("facts", see storage.py) lies
-in the header of a .safetensors file and in the metadata of a .pth file's state dict.
+A published file is looked up in the cache and checked against the hash that its publisher gives
+(torchvision: the 8 hex digits in the name). runs/pretrained.py fetches absent files.
+Formats: .safetensors and .npz natively; .pth through torch (extra `torch`) with weights_only=True.
+Nothing is ever unpickled. Text beside the tensors ("facts", see storage.py) lies in the header of a
+.safetensors file and in the metadata of a .pth file's state dict.
 """
 
 import argparse
 import dataclasses
 import hashlib
-import http.client
 import importlib.util
-import os
 import pathlib
 import re
-import shutil
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -94,12 +90,29 @@ MAE = {
 EMBEDDED = {"fdsl18": pathlib.Path(__file__).with_name("fdsl18.safetensors")}
 
 
-def published_file(published: Published) -> pathlib.Path:
-    """The published file in the cache, fetched if it is not there, its hash checked.
+class NotCached(FileNotFoundError):
+    """A published file is not in the cache: `url` is its address, `path` its place."""
+
+    def __init__(self, url: str, path: pathlib.Path, advice: str = "", reason: str = ""):
+        """Takes advice for those without a network, and why fetching failed if it was tried."""
+        super().__init__(
+            f"{path.name} is not in the cache and {reason or f'not fetched from {url}'}; fetch it "
+            f"where there is a network and put it at {path}{advice}"
+        )
+        self.url, self.path, self.advice = url, path, advice
+
+    def because(self, reason: str) -> "NotCached":
+        """The same error with the reason why fetching failed."""
+        return NotCached(self.url, self.path, self.advice, reason)
+
+
+def published_file(published: Published, advice: str = "") -> pathlib.Path:
+    """The published file in the cache, its hash checked.
 
     Raises:
-      FileNotFoundError: offline; the message names the URL and the place for the file.
-      ValueError: the hash differs; the file is left for inspection.
+      NotCached: the file is absent; the message names the URL, the place for the file and `advice`.
+      ValueError: the hash differs; the file is left for inspection. Or torch, which reads the
+        absent file, is not installed.
     """
     path = files.cache_dir() / "weights" / published.filename
     if not path.exists():
@@ -108,7 +121,7 @@ def published_file(published: Published) -> pathlib.Path:
                 f"{published.filename} is a PyTorch file, and torch is not installed: "
                 "pip install torch, or give a .safetensors file"
             )
-        _download(published.url, path)
+        raise NotCached(published.url, path, advice)
     digest = sha256(path)
     if not digest.startswith(published.sha256_prefix):
         raise ValueError(
@@ -145,25 +158,6 @@ def remote_file(address: str) -> pathlib.Path:
         raise FileNotFoundError(f"it cannot be read ({type(e).__name__}: {e})") from e
     files.write_bytes(path, data)
     return path
-
-
-def _download(url: str, path: pathlib.Path) -> None:
-    logging.info("fetching %s", url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may fetch it
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as out:
-            shutil.copyfileobj(response, out)
-            promised = int(response.headers.get("Content-Length") or out.tell())
-            if out.tell() != promised:
-                raise OSError(f"got {out.tell()} of {promised} bytes")
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
-        part.unlink(missing_ok=True)
-        raise FileNotFoundError(
-            f"{path.name} is not in the cache and {url} cannot be reached ({e}); "
-            f"fetch it where there is a network and put it at {path}"
-        ) from e
-    part.replace(path)
 
 
 def sha256(path: pathlib.Path) -> str:

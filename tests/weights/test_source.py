@@ -4,12 +4,9 @@ import argparse
 import hashlib
 import importlib
 import importlib.util
-import io
 import os
 import pathlib
 import sys
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
@@ -29,41 +26,6 @@ def cache(tmp_path, monkeypatch) -> pathlib.Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    def refuse(url, *args, **kwargs):
-        raise urllib.error.URLError("Name or service not known")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-
-
-@pytest.fixture
-def online(monkeypatch):
-    """Serves bytes for any URL; returns the list of the URLs that were asked for."""
-
-    def start(content: bytes, headers=(), fail_after: int | None = None) -> list[str]:
-        asked = []
-
-        class Response(io.BytesIO):
-            def __init__(self):
-                super().__init__(content)
-                self.headers = dict(headers)
-
-            def read(self, size=-1):
-                if fail_after is not None and self.tell() >= fail_after:
-                    raise ConnectionResetError("Connection reset by peer")
-                return super().read(size if fail_after is None else fail_after)
-
-        def urlopen(url, *args, **kwargs):
-            asked.append(url)
-            return Response()
-
-        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-        return asked
-
-    return start
-
-
 def published(content: bytes = CONTENT, known: bool = True, suffix: str = "npz"):
     prefix = hashlib.sha256(content).hexdigest()[:8] if known else ""
     return source.Published(f"https://example.org/models/net-1234.{suffix}", prefix, "none")
@@ -79,16 +41,6 @@ def assert_equal(got: dict, expected: dict) -> None:
 # --- published files
 
 
-def test_file_is_fetched_once_into_the_cache_that_the_variable_names(cache, online):
-    asked = online(CONTENT)
-    path = source.published_file(published())
-    assert path == cache / "weights" / "net-1234.npz"
-    assert path.read_bytes() == CONTENT
-    assert source.published_file(published()) == path
-    assert asked == ["https://example.org/models/net-1234.npz"]
-    assert [p.name for p in path.parent.iterdir()] == ["net-1234.npz"]
-
-
 def test_without_the_variable_the_cache_lies_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("MMRJAX_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -97,59 +49,37 @@ def test_without_the_variable_the_cache_lies_in_the_home_folder(tmp_path, monkey
     assert files.cache_dir() == tmp_path / "elsewhere"
 
 
-def test_file_put_into_the_cache_by_hand_needs_no_network(cache, offline):
+def put(cache: pathlib.Path, content: bytes) -> pathlib.Path:
     path = cache / "weights" / "net-1234.npz"
     path.parent.mkdir(parents=True)
-    path.write_bytes(CONTENT)
-    assert source.published_file(published()) == path
+    path.write_bytes(content)
+    return path
 
 
-def test_offline_message_has_the_url_and_the_place_to_put_the_file(cache, offline):
-    with pytest.raises(FileNotFoundError) as caught:
-        source.published_file(published())
-    message = str(caught.value)
-    assert "https://example.org/models/net-1234.npz" in message
-    assert str(cache / "weights" / "net-1234.npz") in message
-    assert "Name or service not known" in message
-    assert not list((cache / "weights").iterdir())
-
-
-@pytest.mark.parametrize("in_cache", [True, False])
-def test_wrong_hash_is_refused_and_the_file_left_for_inspection(cache, online, in_cache):
-    other, path = b"something else", cache / "weights" / "net-1234.npz"
-    asked = online(other)
-    if in_cache:
-        path.parent.mkdir(parents=True)
-        path.write_bytes(other)
-    given = hashlib.sha256(other).hexdigest()[:8]
-    with pytest.raises(ValueError, match=rf"has sha256 {given}…, its publisher says {expected()}…"):
-        source.published_file(published())
-    assert path.read_bytes() == other
-    assert len(asked) == (not in_cache)
-
-
-def expected() -> str:
-    return published().sha256_prefix
-
-
-def test_file_without_published_hash_is_taken_as_it_is(cache, online):
-    online(CONTENT)
-    path = source.published_file(published(known=False))
+@pytest.mark.parametrize("known", [True, False])
+def test_published_file_is_looked_up_in_the_cache(cache, known):
+    path = put(cache, CONTENT)
+    assert source.published_file(published(known=known)) == path
     assert source.sha256(path) == hashlib.sha256(CONTENT).hexdigest()
 
 
-def test_connection_lost_half_way_leaves_nothing_that_looks_whole(cache, online):
-    online(CONTENT, fail_after=3000)
-    with pytest.raises(FileNotFoundError, match=r"net-1234\.npz cannot be reached .*reset by peer"):
-        source.published_file(published(known=False))
-    assert not list((cache / "weights").iterdir())
+def test_absent_file_is_named_with_its_url_its_place_and_the_advice(cache):
+    with pytest.raises(source.NotCached) as caught:
+        source.published_file(published(), "; or draw it")
+    path = cache / "weights" / "net-1234.npz"
+    assert str(caught.value) == (
+        "net-1234.npz is not in the cache and not fetched from https://example.org/models/"
+        f"net-1234.npz; fetch it where there is a network and put it at {path}; or draw it"
+    )
+    assert not cache.exists()
 
 
-def test_answer_shorter_than_announced_does_not_enter_the_cache(cache, online):
-    online(CONTENT[:3000], headers={"Content-Length": str(len(CONTENT))})
-    with pytest.raises((FileNotFoundError, ValueError)):
-        source.published_file(published(known=False))
-    assert not list((cache / "weights").glob("*.npz"))
+def test_wrong_hash_is_refused_and_the_file_left_for_inspection(cache):
+    path = put(cache, b"something else")
+    given, wanted = hashlib.sha256(b"something else").hexdigest()[:8], published().sha256_prefix
+    with pytest.raises(ValueError, match=rf"has sha256 {given}…, its publisher says {wanted}…"):
+        source.published_file(published())
+    assert path.read_bytes() == b"something else"
 
 
 def test_published_hashes_are_those_in_torchvisions_file_names():
@@ -165,12 +95,10 @@ def test_published_hashes_are_those_in_torchvisions_file_names():
     assert not source.MAE["base"].sha256_prefix  # none is published: none is invented
 
 
-def test_pytorch_file_that_could_not_be_read_is_not_fetched(cache, online, monkeypatch):
-    asked = online(CONTENT)
+def test_pytorch_file_that_could_not_be_read_is_not_asked_for(cache, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"net-1234\.pth .* torch is not installed: pip install"):
         source.published_file(published(suffix="pth"))
-    assert asked == []
 
 
 # --- reading
