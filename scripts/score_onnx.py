@@ -7,6 +7,11 @@ verdict, path. Files that cannot be read are named and skipped; the exit status 
 With Pillow 11 or 12 and 8-bit PNG or BMP files the scores are those of `mmrjax.predict`. Pillow 13
 resizes in another order, by a grey level here and there, and OpenCV's JPEG decoder, which mmrjax
 uses, may round otherwise than Pillow's; scores then differ a little.
+
+The image of a tiled run is scored window by window. If the score is the peak of the map, as of MMR,
+it is taken from the mean of the windows, as mmrjax does. The file says nothing of other scores but
+their values: of PatchCore the highest score of a window is printed. It may exceed that of mmrjax if
+the peak lies in an overlap, because mmrjax takes the mean there too.
 """
 
 import json

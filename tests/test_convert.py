@@ -53,7 +53,7 @@ def golden_student(golden_dir):
 def vit(golden_student):
     """The names of a timm ViT: the encoder of the golden student."""
     return torch_names.encoder_part(
-        {k: v for k, v in source.read_state(golden_student).items() if "simfp" not in k}
+        {k: v for k, v in source.read(golden_student)[0].items() if "simfp" not in k}
     )
 
 
@@ -73,7 +73,7 @@ def test_a_student_comes_in_and_leaves_bit_for_bit(golden_student, tmp_path, cap
     assert run("to-torch", kind="mmr", input=ours, output=theirs) == 0
     assert_same(safetensors.numpy.load_file(theirs), safetensors.numpy.load_file(golden_student))
     variables, facts = storage.read(ours)
-    assert_same(variables, torch_names.student_from_torch(source.read_state(golden_student)))
+    assert_same(variables, torch_names.student_from_torch(source.read(golden_student)[0]))
     assert (facts["kind"], facts["arch"]) == ("student", ARCH)
     assert facts["converted_from_sha256"] == source.sha256(golden_student)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.safetensors", "theirs.safetensors"]
@@ -87,7 +87,7 @@ def test_a_student_leaves_as_a_pth_file_too(golden_student, tmp_path):
     assert run("to-torch", kind="mmr", input=ours, output=theirs) == 0
     state = torch.load(theirs, weights_only=True)
     assert all(torch.is_tensor(value) for value in state.values())
-    assert_same(source.read_state(theirs), source.read_state(golden_student))
+    assert_same(source.read(theirs)[0], source.read(golden_student)[0])
     again = tmp_path / "again.safetensors"
     assert run("from-torch", kind="mmr", arch=ARCH, input=theirs, output=again) == 0
     assert_same(storage.read(again)[0], storage.read(ours)[0])
@@ -109,7 +109,7 @@ def test_of_a_mae_checkpoint_the_encoder_is_taken(vit, tmp_path, capsys):
     assert source.header(ours)["licence"] == source.MAE_LICENCE
     assert run("to-torch", kind="mae", arch=ARCH, input=ours, output=theirs) == 0
     assert torch.load(theirs, weights_only=True).keys() == {"model"}  # where MAE's code looks
-    assert_same(source.read_state(theirs), vit)
+    assert_same(source.read(theirs)[0], vit)
 
 
 def test_of_a_timm_checkpoint_the_encoder_is_taken(vit, tmp_path, capsys):
@@ -366,7 +366,7 @@ def inputs(golden_student, vit, golden_dir, tmp_path_factory) -> pathlib.Path:
     facts = {"format": "mmrjax", "kind": "student", "arch": ARCH}
     safetensors.numpy.save_file(hostile, folder / "hostile.safetensors", metadata=facts)
     about = {"kind": "student", "arch": ARCH}
-    storage.write_torch(folder / "left.safetensors", source.read_state(golden_student), about)
+    storage.write_torch(folder / "left.safetensors", source.read(golden_student)[0], about)
     odd = {"params": np.ones(2), "positions": np.ones(2)}
     safetensors.numpy.save_file(odd, folder / "odd.safetensors", metadata=facts)
     cut = torch_names.encoder_from_torch(vit)

@@ -110,7 +110,7 @@ def test_checkpoints_and_weights_are_read_without_unpickling(no_unpickling, tmp_
     safetensors.numpy.save_file(arrays, tmp_path / "w.safetensors")
     for name in ("w.npz", "w.safetensors"):
         np.testing.assert_array_equal(
-            source.read_state(tmp_path / name)["conv1.weight"], arrays["conv1.weight"]
+            source.read(tmp_path / name)[0]["conv1.weight"], arrays["conv1.weight"]
         )
 
 

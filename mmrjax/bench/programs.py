@@ -95,7 +95,7 @@ class Programs:
 
         A step augments uint8 images, runs the networks and updates the parameters.
         """
-        fields = {stage.batch_field: batch for stage in self.method.stages(self.records)}
+        fields = {stage.plan.batch_field: batch for stage in self.method.stages(self.records)}
         config = self.config.copy_and_resolve_references()
         config.update_from_flattened_dict(fields)
         method = methods.create(self.name, config)

@@ -31,6 +31,7 @@ class Plan:
         and a domain with fewer examples is shown more often.
       foreground: whether a fourth channel tells where the part is, see foreground.py.
       fills: bool [n], of the examples; true: the part is all of the picture, and is not sought.
+      batch_field: the configuration field that sets the batch size, for error messages.
     """
 
     batch_size: int
@@ -41,13 +42,14 @@ class Plan:
     domain: np.ndarray | None = None
     foreground: bool = False
     fills: np.ndarray | None = None
+    batch_field: str = "train.batch_size"
 
     def __post_init__(self):
         """Raises ValueError for a batch that cannot be cut into equal shares, or fields at odds."""
         every = self.defects.every if self.defects else 1
         if every > 1 and self.batch_size % every:
             raise ValueError(
-                f"every {every}th row of train.batch_size={self.batch_size} cannot be synthetic; "
+                f"every {every}th row of {self.batch_field}={self.batch_size} cannot be synthetic; "
                 f"give a multiple of it, such as {every * 4}"
             )
         if self.last_batch not in ("pad", "drop"):
@@ -78,7 +80,7 @@ class Plan:
         if not self.steps_per_epoch(examples):
             raise ValueError(
                 f"{self.shown(examples)} training images fill no batch of {self.batch_size}, and "
-                "this method trains on full batches only; lower its batch_size"
+                f"this method trains on full batches only; lower {self.batch_field}"
             )
         self.table(examples, 0, 0)
 
@@ -187,7 +189,8 @@ def _planned_table(
             rows[kind] = (turn[kind] + np.arange(count)) % len(circles)
             turn[kind] += count
         taken = np.bincount(rows[False], minlength=len(circles))
-        _check_enough(taken + np.bincount(rows[True], minlength=len(circles)), circles)
+        wanted = taken + np.bincount(rows[True], minlength=len(circles))
+        _check_enough(wanted, circles, plan.batch_field)
         row[~is_synthetic] = _next(circles, first, rows[False])
         row[is_synthetic] = _next(circles, first + taken, rows[True])
         first += taken
@@ -204,11 +207,11 @@ def _next(circles: list[np.ndarray], first: np.ndarray, rows: np.ndarray) -> np.
     return found
 
 
-def _check_enough(wanted: np.ndarray, circles: list[np.ndarray]) -> None:
+def _check_enough(wanted: np.ndarray, circles: list[np.ndarray], batch_field: str) -> None:
     for count, circle in zip(wanted, circles, strict=True):
         if count > len(circle):
             where = " of one domain" if len(circles) > 1 else ""
             raise ValueError(
                 f"a batch takes {count} different training images{where}, there are "
-                f"{len(circle)}; lower train.batch_size"
+                f"{len(circle)}; lower {batch_field}"
             )

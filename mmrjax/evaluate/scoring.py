@@ -91,13 +91,13 @@ class Histograms:
       counted: histograms of the n maps, by image and by defect region.
       scores: float32 [n].
       table: as in `Predictions`.
-      again: predicts some of the images once more, given their rows.
+      predict_rows: maps and scores of some of the images, computed once more from their rows.
     """
 
     counted: streaming.Counted
     scores: np.ndarray
     table: dict[str, np.ndarray]
-    again: Callable[[Sequence[int]], Predictions]
+    predict_rows: Callable[[Sequence[int]], Predictions]
 
     @property
     def empty_view(self) -> np.ndarray:
@@ -124,7 +124,7 @@ class Histograms:
 
     def shown(self, rows: Sequence[int]) -> tuple[Mapping | np.ndarray, ...]:
         """Images, maps and masks, indexable by each of `rows`."""
-        found = self.again(rows)
+        found = self.predict_rows(rows)
         stacks = (found.images, found.maps, found.masks)
         return tuple(dict(zip(rows, stack, strict=True)) for stack in stacks)
 
@@ -252,10 +252,10 @@ class Scorer:
                 if file is not None:
                     file[rows] = np.asarray(maps)[: len(mask)]
 
-        def again(rows: Sequence[int]) -> Predictions:
+        def predict_rows(rows: Sequence[int]) -> Predictions:
             return self.everything(records.take(rows))
 
-        return Histograms(counts.counted(), scores, table, again)
+        return Histograms(counts.counted(), scores, table, predict_rows)
 
     def calibration(self, records: Records) -> calibrate.Calibration | None:
         """Scores held-out good images; None without any."""

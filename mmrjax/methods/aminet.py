@@ -134,7 +134,8 @@ class AMINet(base.Method):
 
     def stages(self, records):
         """One stage: AdamW that decays every parameter, biases and tokens too, as torch does."""
-        own, plan = self.config.aminet, epochs.Plan(self.config.aminet.batch_size)
+        own = self.config.aminet
+        plan = epochs.Plan(own.batch_size, batch_field="aminet.batch_size")
         schedule = {k: own[k] for k in ("learning_rate", "weight_decay", "warmup", "drops")}
         fields = ConfigDict({**self.config.optim, **schedule})
         steps = plan.steps_per_epoch(len(records))
@@ -146,7 +147,6 @@ class AMINet(base.Method):
                 tx=optim.optimiser(fields, own.epochs, steps, decayed=None),
                 augment=own.augment,
                 rates=optim.learning_rates(fields, own.epochs),
-                batch_field="aminet.batch_size",
                 rate_field="aminet.learning_rate",
             )
         ]

@@ -51,7 +51,6 @@ class Stage(NamedTuple):
       update: None for the gradient of `loss`. Otherwise (state, frozen, batch, key, progress, tx)
         -> (state, logs), in which `state` has `params`, `collections`, `opt_state`, `variables` and
         `replace`; the loop counts the step.
-      batch_field: the configuration field that sets the batch size, for error messages.
       rate_field: the configuration field that sets the learning rate, for error messages.
     """
 
@@ -63,7 +62,6 @@ class Stage(NamedTuple):
     rates: np.ndarray | None = None
     trained: Callable[[str], bool] = everything
     update: Callable | None = None
-    batch_field: str = "train.batch_size"
     rate_field: str = "optim.learning_rate"
 
 

@@ -164,7 +164,7 @@ def _make_mesh(config: ConfigDict, stages: list[base.Stage]) -> jax.sharding.Mes
     sizes = [config.eval.batch_size, *(stage.plan.batch_size for stage in stages)]
     mesh = mesh_lib.make_mesh(fsdp=config.train.fsdp, batch_sizes=sizes)
     for stage in stages:
-        mesh_lib.check_divisible(stage.batch_field, stage.plan.batch_size, mesh)
+        mesh_lib.check_divisible(stage.plan.batch_field, stage.plan.batch_size, mesh)
     mesh_lib.check_divisible("eval.batch_size", config.eval.batch_size, mesh)
     return mesh
 

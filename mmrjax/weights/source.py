@@ -172,11 +172,6 @@ def licence(digest: str) -> str:
     return known[0] if known else LOCAL
 
 
-def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The state dict of `read`, without the text beside it."""
-    return read(path)[0]
-
-
 def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Reads a state dict as NumPy arrays, and the text beside it; half precision becomes float32.
 

@@ -164,3 +164,13 @@ def test_domains_in_turn_without_synthetic_rows():
 def test_a_batch_that_cannot_be_shared_is_refused(batch, every):
     with pytest.raises(ValueError, match=rf"every {every}th row of train.batch_size={batch} "):
         epochs.Plan(batch, defects=rows.Recipe(every))
+
+
+def test_errors_name_the_field_that_the_method_reads():
+    own = {"batch_field": "aminet.batch_size"}
+    with pytest.raises(ValueError, match=r"row of aminet\.batch_size=10 cannot be synthetic"):
+        epochs.Plan(10, defects=rows.Recipe(4), **own)
+    with pytest.raises(ValueError, match=r"full batches only; lower aminet\.batch_size"):
+        epochs.Plan(8, last_batch="drop", **own).check(7)
+    with pytest.raises(ValueError, match=r"there are 3; lower aminet\.batch_size"):
+        epochs.Plan(8, domain=domains(10, 3), **own).table(13, 0, 0)

@@ -114,7 +114,7 @@ def test_its_stage_trains_by_fields_of_its_own(wide, tiny_config):
     assert tiny_config.train.epochs == 4
     np.testing.assert_allclose(stage.rates, own.learning_rate)
     assert "aminet.learning_rate" in logs.remedy(stage.rate_field)
-    assert stage.batch_field == "aminet.batch_size"
+    assert stage.plan.batch_field == "aminet.batch_size"
 
 
 def test_image_sizes_that_do_not_fill_patches_are_refused(tiny_config):

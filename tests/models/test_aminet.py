@@ -20,7 +20,7 @@ SMALL = aminet.AMINet(
 def golden(golden_dir):
     """(inputs, outputs, parameters) of an independent PyTorch transcription."""
     folder = golden_dir / "aminet"
-    state = source.read_state(folder / "state.safetensors")
+    state = source.read(folder / "state.safetensors")[0]
     return np.load(folder / "inputs.npz"), np.load(folder / "outputs.npz"), from_official(state)
 
 
@@ -79,7 +79,7 @@ def test_training_pass_equals_an_independent_transcription(golden, agree):
 
 
 def test_position_code_is_that_of_an_independent_transcription(golden_dir):
-    state = source.read_state(golden_dir / "aminet" / "state.safetensors")
+    state = source.read(golden_dir / "aminet" / "state.safetensors")[0]
     table = positions.sincos_2d(24, (4, 4))[1:]  # without the row of a class token
     np.testing.assert_array_equal(table, state["pos_embed"][0])
 

@@ -13,7 +13,7 @@ from mmrjax.weights import source, torch_names
 def test_features_equal_the_official_code(golden_dir, agree, size):
     arch = resnet.Architecture((2, 2, 2), bottleneck=False, stem=8, widths=(8, 16, 32))
     folder = golden_dir / "teacher"
-    state = source.read_state(folder / "state_reduced_resnet18.safetensors")
+    state = source.read(folder / "state_reduced_resnet18.safetensors")[0]
     arrays = np.load(folder / "reduced_io.npz")
     image = jnp.asarray(arrays[f"x_s{size}"].transpose(0, 2, 3, 1))
     got = jax.jit(resnet.ResNet(arch).apply)(torch_names.teacher_from_torch(state, arch), image)

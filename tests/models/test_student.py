@@ -27,7 +27,7 @@ def by_name(features) -> dict:
 
 
 def variables(folder, variant):
-    state = source.read_state(folder / f"state_img64{variant}.safetensors")
+    state = source.read(folder / f"state_img64{variant}.safetensors")[0]
     loaded = torch_names.student_from_torch(state)
     table = loaded["positions"]["encoder_table"]
     # The official code resizes its 14x14 table in the forward pass; we do it once.

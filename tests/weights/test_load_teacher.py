@@ -110,7 +110,7 @@ def test_only_a_file_of_ours_is_believed_about_where_its_weights_are_from(
     storage.write(tmp_path / "ours.safetensors", random_teacher[0], about)
     _, facts = weights.load_teacher("resnet18", str(tmp_path / "ours.safetensors"))
     assert facts["converted_from"] == known
-    state = source.read_state(teacher_file)
+    state = source.read(teacher_file)[0]
     storage.write_torch(tmp_path / "theirs.safetensors", state, about)
     _, facts = weights.load_teacher("resnet18", str(tmp_path / "theirs.safetensors"))
     assert "converted_from" not in facts
@@ -196,7 +196,7 @@ def small_student(depth=3):
 @pytest.fixture(scope="module")
 def official(golden_dir, fresh):
     """An official student state, tables as at 64 px."""
-    state = source.read_state(golden_dir / "student/state_img64.safetensors")
+    state = source.read(golden_dir / "student/state_img64.safetensors")[0]
     tables = torch_names.student_to_torch(jax.device_get(fresh))
     return {**state, "pos_embed": tables["pos_embed"]}
 
@@ -293,7 +293,7 @@ def test_converted_encoder_starts_a_student_as_the_file_it_came_from(
     theirs = save(tmp_path, {**vit, "pos_embed": table})
     ours = tmp_path / "ours.safetensors"
     about = {"kind": "encoder", "arch": "48,3,3", "licence": "free"}
-    storage.write(ours, torch_names.encoder_from_torch(source.read_state(theirs)), about)
+    storage.write(ours, torch_names.encoder_from_torch(source.read(theirs)[0]), about)
     got, facts = weights.init_student(fresh, str(ours), "")
     want, _ = weights.init_student(fresh, theirs, "")
     jax.tree.map(np.testing.assert_array_equal, got, want)

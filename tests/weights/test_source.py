@@ -108,14 +108,14 @@ def test_safetensors_and_npz_are_read_as_they_were_written(tmp_path):
     safetensors.numpy.save_file(STATE, tmp_path / "x.safetensors")
     np.savez(tmp_path / "x.npz", **STATE)
     for name in ("x.safetensors", "x.npz"):
-        assert_equal(source.read_state(tmp_path / name), STATE)
-    assert_equal(source.read_state(str(tmp_path / "x.npz")), STATE)
+        assert_equal(source.read(tmp_path / name)[0], STATE)
+    assert_equal(source.read(str(tmp_path / "x.npz"))[0], STATE)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "npz", "pth"])
 def test_missing_file_is_named(tmp_path, suffix):
     with pytest.raises(FileNotFoundError, match=rf"no weights file at .*none\.{suffix}"):
-        source.read_state(tmp_path / f"none.{suffix}")
+        source.read(tmp_path / f"none.{suffix}")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".txt", ""])
@@ -123,7 +123,7 @@ def test_unknown_suffix_lists_the_known(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
     path.write_bytes(b"?")
     with pytest.raises(ValueError, match=r"unknown suffix; known are \.safetensors, \.npz, \.pth"):
-        source.read_state(path)
+        source.read(path)
 
 
 def test_truncated_files_are_named(tmp_path):
@@ -133,7 +133,7 @@ def test_truncated_files_are_named(tmp_path):
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(ValueError, match=rf"{name} is not a whole \.{name[2:]} file"):
-            source.read_state(path)
+            source.read(path)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "npz"])
@@ -141,7 +141,7 @@ def test_foreign_content_is_named(tmp_path, suffix):
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(b"<html>404 not found</html>" * 10)
     with pytest.raises(ValueError, match=rf"is not a whole \.{suffix} file"):
-        source.read_state(path)
+        source.read(path)
 
 
 def write_empty(path):
@@ -164,7 +164,7 @@ def write_damaged_archive(path):
 def test_odd_npz_files_are_named(tmp_path, write):
     write(tmp_path / "x.npz")
     with pytest.raises(ValueError, match=r"x\.npz is not a whole \.npz file"):
-        source.read_state(tmp_path / "x.npz")
+        source.read(tmp_path / "x.npz")
 
 
 class Bomb:
@@ -180,7 +180,7 @@ class Bomb:
 def test_npz_with_pickled_objects_is_refused_without_unpickling(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.array([Bomb(tmp_path / "trace")], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle=False"):
-        source.read_state(tmp_path / "x.npz")
+        source.read(tmp_path / "x.npz")
     assert not (tmp_path / "trace").exists()
 
 
@@ -200,7 +200,7 @@ def test_pytorch_state_dicts_are_read_and_unwrapped(tmp_path, torch, wrappers, s
     for wrapper in reversed(wrappers):
         state = {wrapper: state, "epoch": 7}
     torch.save(state, tmp_path / f"x.{suffix}")
-    assert_equal(source.read_state(tmp_path / f"x.{suffix}"), STATE)
+    assert_equal(source.read(tmp_path / f"x.{suffix}")[0], STATE)
 
 
 @pytest.mark.torch
@@ -211,7 +211,7 @@ def test_pytorch_dtypes_become_float32_or_stay_integers(tmp_path, torch):
         "count": torch.tensor(3),
     }
     torch.save(state, tmp_path / "x.pth")
-    got = source.read_state(tmp_path / "x.pth")
+    got = source.read(tmp_path / "x.pth")[0]
     assert {k: (v.dtype.name, v.max()) for k, v in got.items()} == {
         "half": ("float32", 0.5),
         "brain": ("float32", 1.5),
@@ -223,7 +223,7 @@ def test_pytorch_dtypes_become_float32_or_stay_integers(tmp_path, torch):
 def test_bfloat16_in_safetensors_becomes_float32(tmp_path, torch):
     tensors = {"a": torch.full((2,), 1.5, dtype=torch.bfloat16)}
     importlib.import_module("safetensors.torch").save_file(tensors, tmp_path / "x.safetensors")
-    got = source.read_state(tmp_path / "x.safetensors")
+    got = source.read(tmp_path / "x.safetensors")[0]
     assert_equal(got, {"a": np.full(2, 1.5, np.float32)})
     assert got["a"].dtype == np.float32
 
@@ -233,7 +233,7 @@ def test_number_format_without_a_counterpart_is_named(tmp_path, torch):
     tensors = {"a": torch.ones(2).to(torch.float8_e4m3fn)}
     importlib.import_module("safetensors.torch").save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"x\.safetensors is not .*float8_e4m3fn"):
-        source.read_state(tmp_path / "x.safetensors")
+        source.read(tmp_path / "x.safetensors")
 
 
 @pytest.mark.torch
@@ -241,7 +241,7 @@ def test_trained_tensors_and_a_command_line_beside_them_are_read(tmp_path, torch
     """As MAE's training script saves them; the command line is inert and ignored."""
     state = {"a": torch.nn.Parameter(torch.ones(2))}
     torch.save({"model": state, "args": argparse.Namespace(lr=1.0)}, tmp_path / "x.pth")
-    assert_equal(source.read_state(tmp_path / "x.pth"), {"a": np.ones(2)})
+    assert_equal(source.read(tmp_path / "x.pth")[0], {"a": np.ones(2)})
 
 
 @pytest.mark.torch
@@ -251,7 +251,7 @@ def test_tensors_without_plain_values_are_refused(tmp_path, torch, kind):
     tensor = tensor.to("meta") if kind == "meta" else tensor
     torch.save({3 if kind == "numbered" else "a": tensor}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="holds no flat dict of"):
-        source.read_state(tmp_path / "x.pth")
+        source.read(tmp_path / "x.pth")
 
 
 @pytest.mark.torch
@@ -261,7 +261,7 @@ def test_foreign_pytorch_files_get_one_line_without_advice(tmp_path, torch, cont
     with pytest.raises(
         ValueError, match=r"x\.pth (is not a whole PyTorch|holds no flat)"
     ) as caught:
-        source.read_state(tmp_path / "x.pth")
+        source.read(tmp_path / "x.pth")
     assert "\n" not in str(caught.value)
     assert "weights_only" not in str(caught.value)
 
@@ -270,7 +270,7 @@ def test_foreign_pytorch_files_get_one_line_without_advice(tmp_path, torch, cont
 def test_pytorch_file_with_other_objects_is_refused_without_unpickling(tmp_path, torch):
     torch.save({"a": Bomb(tmp_path / "trace")}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth is not a whole PyTorch weights file"):
-        source.read_state(tmp_path / "x.pth")
+        source.read(tmp_path / "x.pth")
     assert not (tmp_path / "trace").exists()
 
 
@@ -284,7 +284,7 @@ def test_what_a_hostile_file_asks_to_run_is_named(tmp_path, torch, function):
     torch.save({"a": Call()}, tmp_path / "x.pth")
     name = "posix.mkdir" if function is os.mkdir else "print"
     with pytest.raises(ValueError, match=f"asks to run {name}, which was not done") as caught:
-        source.read_state(tmp_path / "x.pth")
+        source.read(tmp_path / "x.pth")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "trace").exists()
 
@@ -295,7 +295,7 @@ def test_truncated_pytorch_file_is_named(tmp_path, torch):
     torch.save({"a": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"x\.pth is not a whole PyTorch weights file"):
-        source.read_state(path)
+        source.read(path)
 
 
 @pytest.mark.torch
@@ -303,14 +303,14 @@ def test_truncated_pytorch_file_is_named(tmp_path, torch):
 def test_pytorch_file_of_something_else_is_refused(tmp_path, torch, content):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="holds no flat dict of tensors"):
-        source.read_state(tmp_path / "x.pth")
+        source.read(tmp_path / "x.pth")
 
 
 def test_without_torch_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "x.pth").write_bytes(b"?")
     with pytest.raises(ValueError, match="pip install torch, or convert it"):
-        source.read_state(tmp_path / "x.pth")
+        source.read(tmp_path / "x.pth")
 
 
 # --- buckets

@@ -16,7 +16,7 @@ STATES = ("state_img64", "state_img64_sincos", "state_img64_lowvar")
 @pytest.fixture(scope="module")
 def read(golden_dir):
     """Reads one of the official student states."""
-    return lambda name: source.read_state(golden_dir / "student" / f"{name}.safetensors")
+    return lambda name: source.read(golden_dir / "student" / f"{name}.safetensors")[0]
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,7 @@ def test_checkpoint_of_another_width_is_refused_with_both_shapes(student, mae):
 
 
 def test_state_without_transformer_blocks_is_no_checkpoint(student, golden_dir):
-    state = source.read_state(golden_dir / "teacher/state_reduced_resnet18.safetensors")
+    state = source.read(golden_dir / "teacher/state_reduced_resnet18.safetensors")[0]
     with pytest.raises(ValueError, match="not an encoder of this shape: 40 tensors missing"):
         torch_names.merge_student(student[1], state)
 
