@@ -56,6 +56,8 @@ def get_config() -> ConfigDict:
     # embedded (fdsl18 alone) | imagenet | random | a .safetensors, .npz or .pth file
     teacher.weights = "imagenet"
     teacher.seed = 0  # of random weights
+    # Stages or blocks after which the maps called layers 1, 2, 3, … are taken; () = by the family
+    teacher.taps = ()
 
     # A method's own groups (student, patchcore, aminet, mmr_plus, …) stand in its file in
     # mmrjax/methods/, where each field has its comment and its source.

@@ -22,11 +22,11 @@ from absl import logging
 from mmrjax import methods
 from mmrjax.data import geometry
 from mmrjax.methods import mmr
-from mmrjax.models import resnet
+from mmrjax.models import backbones
 from mmrjax.models import student as student_lib
 from mmrjax.runs import restore, staging
 from mmrjax.runtime import checkpoint, command_line, files
-from mmrjax.weights import layouts, source, storage, torch_names
+from mmrjax.weights import layouts, source, storage, teachers, torch_names
 
 # The content of a file in our format, by --kind.
 CONTENT = {"teacher": "teacher", "mae": "encoder", "timm": "encoder"} | {
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("verb", choices=("from-torch", "to-torch"))
     parser.add_argument("--kind", required=True, choices=sorted(CONTENT))
-    sizes = f"{', '.join(resnet.ARCHITECTURES)}; {', '.join(mmr.SIZES)} or WIDTH,DEPTH,HEADS"
+    sizes = f"{', '.join(backbones.names())}; {', '.join(mmr.SIZES)} or WIDTH,DEPTH,HEADS"
     parser.add_argument(
         "--arch",
         default="",
@@ -146,8 +146,8 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
     arch = _arch_name(kind, arch)
     _check(state, kind, arch, f"{path.name} as --kind={kind} --arch={arch}")
     if kind == "teacher":
-        used, missing = torch_names.teacher_part(state), []
-        variables = torch_names.teacher_from_torch(state, resnet.architecture(arch))
+        used, missing = teachers.used(state, backbones.architecture(arch)), []
+        variables = teachers.from_torch(state, backbones.architecture(arch))
     elif CONTENT[kind] == "student":
         used, missing = state, []
         layers = tuple(torch_names.student_channels(state))
@@ -173,7 +173,7 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
 def _check(state: layouts.State, kind: str, arch: str, what: str) -> None:
     """Raises ValueError unless the tensors are those of `arch`; its message begins with `what`."""
     if kind == "teacher":
-        torch_names.check_teacher(state, resnet.architecture(arch), what)
+        teachers.check(state, backbones.architecture(arch), what)
         return
     model = student_lib.MaskedStudent(*student_size(arch), torch_names.student_channels(state))
     like = layouts.hollow(model.init, jnp.zeros((1, 224, 224, 3)))
@@ -208,7 +208,7 @@ def to_torch(
         variables, facts, grid = (*storage.read(path), None)
     arch = _known_arch(kind, arch, facts, path)
     if kind == "teacher":
-        state = torch_names.teacher_to_torch(variables, resnet.architecture(arch))
+        state = teachers.to_torch(variables, backbones.architecture(arch))
     elif CONTENT[kind] == "student":
         state = torch_names.student_to_torch(variables, grid)
     else:
@@ -297,7 +297,7 @@ def student_size(arch: str) -> tuple[int, int, int]:
 def _arch_name(kind: str, arch: str) -> str:
     """The one way to write an architecture; ValueError when there is none like it."""
     if kind == "teacher":
-        resnet.architecture(arch)
+        backbones.architecture(arch)
         return arch
     size = student_size(arch)
     return next((name for name, known in mmr.SIZES.items() if known == size), arch)

@@ -24,9 +24,9 @@ from flax import linen as nn
 from flax import serialization, struct
 from procedural import objective, stream
 
-from mmrjax.models import resnet
+from mmrjax.models import backbones, resnet
 from mmrjax.runtime import files, logs
-from mmrjax.weights import layouts, storage, torch_names
+from mmrjax.weights import layouts, resnet_names, storage
 
 NAME = "fdsl18"
 STATE_SECONDS = 300.0
@@ -77,10 +77,10 @@ def _convolution(x, features: int, size: int, stride: int, name: str, train: boo
 def folded(params: dict, statistics: dict, arch: resnet.Architecture) -> dict:
     """Variables of `models.resnet.ResNet`: every BatchNorm folded into its convolution."""
     flat = {}
-    for _, _, path in torch_names.teacher_names(arch):
+    for _, _, path in resnet_names.names(arch):
         name = path.replace("/", "__")
         norm, seen = params[f"{name}_norm"], statistics[f"{name}_norm"]
-        scale = norm["scale"] / np.sqrt(seen["var"] + torch_names.BATCH_NORM_EPSILON)
+        scale = norm["scale"] / np.sqrt(seen["var"] + resnet_names.BATCH_NORM_EPSILON)
         flat[f"params/{path}/kernel"] = params[name]["kernel"] * scale
         flat[f"params/{path}/bias"] = norm["bias"] - seen["mean"] * scale
     return layouts.unflatten({name: np.asarray(leaf, np.float16) for name, leaf in flat.items()})
@@ -121,7 +121,7 @@ class Training:
     def _step(self, state: State, images: jax.Array, damage: jax.Array, key: jax.Array):
         """[e, v, h, w, 3] and [e, v, h, w] -> (state, logs)."""
         key = jax.random.fold_in(key, state.step)
-        flat = resnet.normalise(images.reshape(-1, *images.shape[2:]) / 255.0)
+        flat = backbones.build(NAME).normalise(images.reshape(-1, *images.shape[2:]) / 255.0)
 
         def objective_of(params):
             variables = {"params": params["network"], "batch_stats": state.statistics}
@@ -142,7 +142,7 @@ def _decayed(params: dict) -> dict:
 
 def train(args: argparse.Namespace) -> State:
     """Runs the training up to step `args.stop`, from the last state if there is one."""
-    arch = resnet.architecture(NAME)
+    arch = backbones.architecture(NAME)
     training = Training(arch, args.steps, args.learning_rate)
     state = training.init(args.seed)
     path = args.output.with_suffix(".state")
@@ -197,7 +197,7 @@ def main() -> None:
     if args.stop < args.steps:
         logging.info("stopped at step %d; the same command without --stop goes on", args.stop)
         return
-    variables = folded(state.params["network"], state.statistics, resnet.architecture(NAME))
+    variables = folded(state.params["network"], state.statistics, backbones.architecture(NAME))
     facts = {"kind": "teacher", "arch": NAME, "licence": LICENCE, "command": command(args)}
     storage.write(args.output, variables, facts)
     logging.info("wrote %s, %.2f MB", args.output, args.output.stat().st_size / 1e6)

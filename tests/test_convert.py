@@ -18,12 +18,12 @@ from PIL import Image
 from mmrjax import convert, methods, weights
 from mmrjax.data import epochs, geometry
 from mmrjax.methods import base
-from mmrjax.models import positions, resnet
+from mmrjax.models import backbones, positions
 from mmrjax.runs import restore
 from mmrjax.runtime import checkpoint
 from mmrjax.runtime import config as config_lib
 from mmrjax.train import step as step_lib
-from mmrjax.weights import layouts, source, storage, torch_names
+from mmrjax.weights import layouts, source, storage, teachers, torch_names
 
 ARCH = "48,3,3"  # of the golden student
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "scripts"
@@ -144,8 +144,8 @@ def test_a_mae_checkpoint_is_not_taken_for_one_of_timm(vit, sign, tmp_path, caps
 
 
 def test_a_teacher_comes_in_and_leaves_bit_for_bit(tmp_path):
-    variables, _ = weights.load_teacher("resnet18", "random", seed=5)
-    state = torch_names.teacher_to_torch(variables, resnet.architecture("resnet18"))
+    _, variables, _ = weights.load_teacher("resnet18", "random", seed=5)
+    state = teachers.to_torch(variables, backbones.architecture("resnet18"))
     rng = np.random.default_rng(0)
     unfolded = {
         key: rng.uniform(0.5, 2, value.shape).astype(np.float32) if value.ndim == 1 else value
@@ -158,9 +158,9 @@ def test_a_teacher_comes_in_and_leaves_bit_for_bit(tmp_path):
     assert run("from-torch", **flags, input=names[0], output=names[1]) == 0
     assert run("to-torch", **flags, input=names[1], output=names[2]) == 0
     assert run("from-torch", **flags, input=names[2], output=names[3]) == 0
-    want = torch_names.teacher_from_torch(unfolded, resnet.architecture("resnet18"))
+    want = teachers.from_torch(unfolded, backbones.architecture("resnet18"))
     for path in names:  # every one is a value of --config.teacher.weights
-        got, facts = weights.load_teacher("resnet18", str(path))
+        _, got, facts = weights.load_teacher("resnet18", str(path))
         assert_same(got, want)
         assert facts["random"] is False
         assert facts["sha256"] == source.sha256(path)
@@ -296,7 +296,7 @@ def test_a_random_teacher_is_still_called_random_after_it_left(trained, suffix, 
     assert run("to-torch", kind="teacher", input=folder, output=theirs) == 0
     assert run("from-torch", kind="teacher", input=theirs, output=ours) == 0
     for path in (theirs, ours):
-        variables, facts = weights.load_teacher("resnet18", str(path))
+        _, variables, facts = weights.load_teacher("resnet18", str(path))
         assert facts["random"] is True
         assert_same(variables, method.load_frozen()[0]["teacher"])
 
@@ -403,7 +403,7 @@ REFUSED = {
     "other teacher": (
         "from-torch", "teacher", "resnet50", "teacher.safetensors", "layer1.0.conv3.weight",
     ),
-    "unknown teacher": ("from-torch", "teacher", "vgg", "teacher.safetensors", "['fdsl18', 'r"),
+    "unknown teacher": ("from-torch", "teacher", "vgg", "teacher.safetensors", "available: fdsl"),
     "unknown size": ("from-torch", "mae", "huge", "vit.safetensors", "tiny, small, base, large or"),
     "bad size": ("from-torch", "mae", "48,0,3", "vit.safetensors", "or WIDTH,DEPTH,HEADS"),
     "no size": ("from-torch", "mae", "", "vit.safetensors", "or WIDTH,DEPTH,HEADS"),

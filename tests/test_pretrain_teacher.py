@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmrjax import metrics, weights
-from mmrjax.models import resnet
+from mmrjax.models import backbones, resnet
 from mmrjax.weights import storage
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "scripts"
@@ -174,8 +174,9 @@ def test_embedded_teacher_sees_damage_that_a_random_one_misses(procedural, sheet
     episodes = [scenes.episode(np.random.default_rng([9, i]), sheets, 3) for i in range(6)]
     images, damage = (np.stack(part) for part in zip(*episodes, strict=True))
     labels = objective.cell_labels(jnp.asarray(damage), layer=2)
-    network = resnet.ResNet(resnet.architecture("fdsl18"), layers=(2,))
-    flat = resnet.normalise(jnp.asarray(images.reshape(-1, *images.shape[2:]) / 255.0))
+    network = resnet.ResNet(backbones.architecture("fdsl18"), layers=(2,))
+    flat = jnp.asarray(images.reshape(-1, *images.shape[2:]) / 255.0)
+    flat = backbones.build("fdsl18").normalise(flat)
 
     @jax.jit
     def distances(variables):

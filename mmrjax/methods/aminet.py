@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mmrjax.data import epochs
 from mmrjax.methods import anomaly_map, base, clustering, losses, optim
-from mmrjax.models import aminet, masking, resnet
+from mmrjax.models import aminet, masking
 from mmrjax.models.patches import patchify, unpatchify
 from mmrjax.runtime import config as config_lib
 
@@ -109,12 +109,10 @@ class AMINet(base.Method):
                 f"data.image_size={size} must be a multiple of {step} px (aminet.patch="
                 f"{options.patch} cells of {STRIDE} px); try {near[0]},{near[1]}"
             )
-        arch = resnet.architecture(config.teacher.name)
-        layers = tuple(sorted(options.layers))
-        self.backbone = resnet.ResNet(arch, layers, self.dtype)
+        self.teacher = self.backbone(options.layers)
         self.model = aminet.AMINet(
             grid=(size[0] // step, size[1] // step),
-            patch_entries=options.patch**2 * sum(arch.channels[layer - 1] for layer in layers),
+            patch_entries=options.patch**2 * sum(self.teacher.channels.values()),
             width=options.width,
             heads=options.heads,
             depth=options.depth,
@@ -162,7 +160,7 @@ class AMINet(base.Method):
           images: RGB float32 [b, h, w, 3] in [0, 1].
         """
         h, w = (side // STRIDE for side in images.shape[1:3])
-        maps = self.backbone.apply(frozen["teacher"], resnet.normalise(images))
+        maps = self.teacher.apply(frozen["teacher"], self.teacher.normalise(images))
         pooled = []
         for _, x in sorted(maps.items()):
             rows = resize_and_pool(x.shape[1], h, self.config.aminet.pool)

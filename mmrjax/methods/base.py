@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from mmrjax import weights
 from mmrjax.data import epochs
 from mmrjax.data.records import Records
+from mmrjax.models import backbones
 from mmrjax.runtime import placement
 
 
@@ -145,11 +146,15 @@ class Method:
             return jax.default_matmul_precision("highest")
         return contextlib.nullcontext()
 
+    def backbone(self, layers: tuple[int, ...]) -> backbones.Backbone:
+        """The configured teacher, tapped for `layers`; ValueError for an unknown name or layer."""
+        teacher = self.config.teacher
+        return backbones.build(teacher.name, tuple(layers), self.dtype, tuple(teacher.taps))
+
     def load_frozen(self) -> tuple[dict, dict]:
         """Loads what is never trained: ({name: variables}, facts for results.json)."""
-        teacher, facts = weights.load_teacher(
-            self.config.teacher.name, self.config.teacher.weights, self.config.teacher.seed
-        )
+        name, file, seed = (self.config.teacher[k] for k in ("name", "weights", "seed"))
+        _, teacher, facts = weights.load_teacher(name, file, seed)
         return {"teacher": teacher}, {"teacher": facts}
 
     def extras(self, records: Records, labelled: Records) -> tuple[dict, dict]:

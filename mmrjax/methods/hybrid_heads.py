@@ -5,14 +5,14 @@ The limits themselves stand in models/attention.py. Spec: MMR+, section 1.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mmrjax.models import attention, masking, resnet
+from mmrjax.models import attention, masking
 from mmrjax.models.student import MaskedStudent
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import mesh
@@ -68,13 +68,17 @@ def hybrid(options: ConfigDict, student: MaskedStudent) -> attention.Hybrid | No
 
 
 def by_distance(
-    student: MaskedStudent, variables: dict, batches: Iterable[tuple[jax.Array, int]]
+    student: MaskedStudent,
+    variables: dict,
+    normalise: Callable[[jax.Array], jax.Array],
+    batches: Iterable[tuple[jax.Array, int]],
 ) -> tuple[np.ndarray, dict]:
     """Makes those heads local that look least far before training.
 
     Args:
       student: with hybrid attention.
       variables: its variables.
+      normalise: that of the images that the student sees.
       batches: (images float32 [b, h, w, 3] in [0, 1], number of real rows).
 
     Returns:
@@ -83,8 +87,7 @@ def by_distance(
 
     @jax.jit
     def distances(variables, images):
-        images = resnet.normalise(images)
-        _, kept = student.apply(variables, images, penalty=0.0, mutable="intermediates")
+        _, kept = student.apply(variables, normalise(images), penalty=0.0, mutable="intermediates")
         # Queries and keys, [depth, b, 1 + n, heads, c] each.
         (pair,) = kept["intermediates"]["encoder"]["blocks"]["attn"]["queries_keys"]
         grid = tuple(side // student.patch for side in images.shape[1:3])

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from mmrjax import weights
 from mmrjax.data import epochs
 from mmrjax.methods import anomaly_map, base, losses, optim
-from mmrjax.models import masking, resnet, student
+from mmrjax.models import masking, student
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import devices
 
@@ -94,15 +94,21 @@ class MMR(base.Method):
         if config.student.mask_form == "pixel":  # before anything is loaded or compiled
             masking.unit_grid(tuple(config.data.image_size), config.student.mask_unit)
         layers = tuple(config.student.layers)
-        arch = resnet.architecture(config.teacher.name)
-        self.teacher = resnet.ResNet(arch, layers, self.dtype)
+        self.teacher = self.backbone(layers)
+        if wrong := {k: v for k, v in self.teacher.strides.items() if v != 2 ** (k + 1)}:
+            layer, stride = next(iter(wrong.items()))
+            raise ValueError(
+                f"teacher {config.teacher.name}: layer {layer} has a stride of {stride} px; the "
+                f"student's pyramid has layers 1, 2, 3 at 4, 8, 16 px; give other teacher.taps, "
+                "or a ResNet or EfficientNet teacher"
+            )
         width, depth, heads = student_size(config.student)
         on_gpu = jax.default_backend() == "gpu"
         self.student = student.MaskedStudent(
             width=width,
             depth=depth,
             heads=heads,
-            channels={layer: arch.channels[layer - 1] for layer in layers},
+            channels=dict(self.teacher.channels),
             unroll=config.student.unroll or (depth if on_gpu else 1),
             dtype=self.dtype,
             kernel=attention_kernel(config.student.attention, self.dtype, width // heads),
@@ -141,7 +147,7 @@ class MMR(base.Method):
 
     def loss(self, stage, variables, frozen, batch, key, progress):
         """The sum over scales of 1 - cosine, over all locations (Eq. 1)."""
-        images = resnet.normalise(batch["image"])
+        images = self.teacher.normalise(batch["image"])
         features = self._reconstruct(variables, images, batch["keys"])
         targets = jax.lax.stop_gradient(self.teacher.apply(frozen["teacher"], images))
         loss, logs = losses.multi_scale_cosine(features, targets, batch["weight"])
@@ -168,7 +174,7 @@ class MMR(base.Method):
     def predict(self, variables, frozen, images):
         """Unmasked; the map is the sum of the scales' maps (Eq. 2)."""
         size = images.shape[1:3]
-        images = resnet.normalise(images)
+        images = self.teacher.normalise(images)
         features = self.unmasked(variables, images)
         targets = self.teacher.apply(frozen["teacher"], images)
         parts = anomaly_map.cosine_maps(features, targets, size)
@@ -177,7 +183,7 @@ class MMR(base.Method):
 
     def torch_scorer(self, variables, frozen):
         """Teacher and student in PyTorch; ValueError if heads see a part of the image each."""
-        from mmrjax.weights import torch_scorers, torch_twin  # here: they need the torch extra
+        from mmrjax.weights import teachers, torch_scorers, torch_twin  # here: the torch extra
 
         if "attention" in variables:
             raise ValueError("hybrid attention has no PyTorch form; use --output=….jax")
@@ -186,7 +192,7 @@ class MMR(base.Method):
         grid = tuple(side // self.student.patch for side in size)
         state = torch_scorers.tensors(names.student_to_torch(variables, grid))
         header = {"heads": self.student.heads, "image_size": "{},{}".format(*size)}
-        teacher = names.teacher_to_torch(frozen["teacher"], self.teacher.arch)
+        teacher = teachers.to_torch(frozen["teacher"], self.teacher.arch)
         return torch_scorers.MMRScorer(
             torch_scorers.teacher(teacher, self.config.teacher.name),
             torch_twin.student_of(state, header),

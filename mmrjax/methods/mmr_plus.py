@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mmrjax.data import epochs, tracks
 from mmrjax.data.defects import collect, rows
 from mmrjax.methods import contrast, defect_recipe, hybrid_heads, losses, mmr
-from mmrjax.models import masking, projection, resnet
+from mmrjax.models import masking, projection
 
 DOMAINS = 16  # most domains that CORAL keeps moments of
 # Folded into a key for what else is drawn: mask and crop stay those of MMR.
@@ -139,7 +139,9 @@ class MMRPlus(mmr.MMR):
 
     def _prepare(self, variables, frozen, batches):
         """Makes those heads local that look least far before training."""
-        kinds, facts = hybrid_heads.by_distance(self.student, variables, batches)
+        kinds, facts = hybrid_heads.by_distance(
+            self.student, variables, self.teacher.normalise, batches
+        )
         changed = {"attention": {"kinds": jnp.asarray(kinds, jnp.int32)}}
         return {**variables, **changed}, {"attention": facts}
 
@@ -149,7 +151,7 @@ class MMRPlus(mmr.MMR):
         normal, weight = batch.get("normal", batch["image"]), batch["weight"]
         soft, epoch = self._epochs(options.soft_start), progress["epoch"]
         limits = hybrid_heads.limits(options, self.student, batch, epoch, soft)
-        images = resnet.normalise(batch["image"])
+        images = self.teacher.normalise(batch["image"])
         features = self._reconstruct(variables, images, batch["keys"], **limits)
         targets = self._targets(frozen, normal)
         if "mask" not in batch or (options.tiny_weight == 1 and "ignored" not in batch):
@@ -185,7 +187,7 @@ class MMRPlus(mmr.MMR):
 
     def _targets(self, frozen: dict, images: jax.Array) -> dict:
         """The teacher's features, without gradient."""
-        images = resnet.normalise(images)
+        images = self.teacher.normalise(images)
         return jax.lax.stop_gradient(self.teacher.apply(frozen["teacher"], images))
 
     def _epochs(self, share: float) -> int:

@@ -34,11 +34,11 @@ def embed(features: dict, patch: int, width: int) -> jax.Array:
     return x.reshape(*x.shape[:3], width, len(pooled)).mean(axis=-1)
 
 
-def in_torch(arch, options, size_hw: tuple[int, int], scale: float):
+def in_torch(teacher, options, size_hw: tuple[int, int], scale: float):
     """`embed` and the resizing before it as a PyTorch module; needs the torch extra.
 
     Args:
-      arch: the `resnet.Architecture` of the teacher.
+      teacher: the `backbones.Backbone`.
       options: with `layers`, `patch` and `width`.
       size_hw: size of the images, px.
       scale: size of what the teacher sees, relative to the image.
@@ -48,19 +48,19 @@ def in_torch(arch, options, size_hw: tuple[int, int], scale: float):
     """
     from mmrjax.weights import torch_scorers
 
-    channels = {layer: arch.channels[layer - 1] for layer in options.layers}
-    seen = scaled(size_hw, scale, max(options.layers))
+    maps = {layer: (teacher.channels[layer], teacher.strides[layer]) for layer in teacher.layers}
+    seen = scaled(size_hw, scale, teacher)
     matrices = anomaly_map.resize_matrix, adaptive_pool_matrix
-    return torch_scorers.Embedding(channels, size_hw, seen, options.patch, options.width, *matrices)
+    return torch_scorers.Embedding(maps, size_hw, seen, options.patch, options.width, *matrices)
 
 
-def scaled(size_hw: tuple[int, int], scale: float, layer: int) -> tuple[int, int]:
-    """Sides of what the teacher sees.
+def scaled(size_hw: tuple[int, int], scale: float, teacher) -> tuple[int, int]:
+    """Sides of what the teacher sees, multiples of what it asks for.
 
     Smaller ones are whole cells of the deepest layer in use: a part of a cell would move the map by
     as much, and a cell of a small scale is many pixels wide.
     """
-    stride = 1 if scale >= 1 else 2 ** (layer + 1)
+    stride = teacher.arch.multiple if scale >= 1 else max(teacher.strides.values())
     return tuple(max(1, round(side * scale / stride)) * stride for side in size_hw)
 
 

@@ -15,7 +15,6 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from mmrjax.methods import anomaly_map, base, memory_bank, patch_embedding
-from mmrjax.models import resnet
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import mesh
 
@@ -92,8 +91,7 @@ class PatchCore(base.Method):
     def __init__(self, config):
         """Builds the backbone tapped at `config.patchcore.layers`."""
         super().__init__(config)
-        arch = resnet.architecture(config.teacher.name)
-        self.backbone = resnet.ResNet(arch, tuple(config.patchcore.layers), self.dtype)
+        self.teacher = self.backbone(config.patchcore.layers)
         self._embed = jax.jit(self.embed, static_argnums=2)
 
     def init(self, key, frozen):
@@ -107,9 +105,9 @@ class PatchCore(base.Method):
         patch more of a large one.
         """
         options = self.config.patchcore
-        size = patch_embedding.scaled(images.shape[1:3], scale, max(options.layers))
-        images = resnet.normalise(patch_embedding.resize(images, size))
-        features = self.backbone.apply(frozen["teacher"], images)
+        size = patch_embedding.scaled(images.shape[1:3], scale, self.teacher)
+        images = self.teacher.normalise(patch_embedding.resize(images, size))
+        features = self.teacher.apply(frozen["teacher"], images)
         return patch_embedding.embed(features, options.patch, options.width)
 
     def fit(self, variables, frozen, batches, count, key):
@@ -119,8 +117,8 @@ class PatchCore(base.Method):
           ValueError: two scales are one, in whole cells; it would count twice.
         """
         scales = by_part(self.config.patchcore.scales)
-        size_hw, layer = self.config.data.image_size, max(self.config.patchcore.layers)
-        seen = [patch_embedding.scaled(size_hw, scale, layer) for scale in scales.values()]
+        size_hw = self.config.data.image_size
+        seen = [patch_embedding.scaled(size_hw, scale, self.teacher) for scale in scales.values()]
         if len({*seen}) < len(seen):
             raise ValueError(
                 f"--config.patchcore.scales={(*scales.values(),)}: of {size_hw[0]} x {size_hw[1]} "
@@ -203,20 +201,20 @@ class PatchCore(base.Method):
 
     def torch_scorer(self, variables, frozen):
         """Teacher, embeddings and memory banks in PyTorch."""
-        from mmrjax.weights import torch_names, torch_scorers  # here: they need the torch extra
+        from mmrjax.weights import teachers, torch_scorers  # here: they need the torch extra
 
         options, size = self.config.patchcore, tuple(self.config.data.image_size)
-        arch, sides = self.backbone.arch, (0, 1)
+        arch, sides = self.teacher.arch, (0, 1)
         memory, frozen = jax.device_get((variables["memory"], frozen))
         scales = {}
         for part, scale in by_part(options.scales).items():
-            embedding = patch_embedding.in_torch(arch, options, size, scale)
+            embedding = patch_embedding.in_torch(self.teacher, options, size, scale)
             own = memory if len(options.scales) == 1 else memory[part]
             bank = torch_scorers.Memory(own, memory_bank.BANK_ROWS_PER_CHUNK)
             grid, sigma = embedding.grid, smoothing(scale)
             up = [anomaly_map.operator(grid[i], size[i], False, sigma) for i in sides]
             scales[part] = embedding, bank, up
-        state = torch_names.teacher_to_torch(frozen["teacher"], arch)
+        state = teachers.to_torch(frozen["teacher"], arch)
         teacher = torch_scorers.teacher(state, self.config.teacher.name)
         raw, places = options.score == "patch", jax.device_get(variables.get("places"))
         return torch_scorers.PatchCoreScorer(teacher, scales, raw, size, places)

@@ -6,6 +6,7 @@ and layers 1-3 exist. Every convolution has a bias, which holds the folded Batch
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -31,11 +32,25 @@ class Architecture:
     inner_factor: int = 1
     stem: int = 64
     widths: tuple[int, int, int] = (64, 128, 256)
+    taps: ClassVar = (1, 2, 3)  # as `backbones.Architecture`
+    mean: ClassVar = IMAGENET_MEAN
+    std: ClassVar = IMAGENET_STD
+    multiple: ClassVar = 1
 
     @property
     def channels(self) -> tuple[int, int, int]:
         """Output channels of layers 1-3."""
         return tuple(width * (4 if self.bottleneck else 1) for width in self.widths)
+
+    def tap(self, number: int) -> tuple[int, int]:
+        """(channels, stride in px) after a layer; ValueError beyond layers 1 to 3."""
+        if number not in self.taps:
+            raise ValueError(f"teacher.taps: a ResNet is tapped after layers 1 to 3, not {number}")
+        return self.channels[number - 1], 2 ** (number + 1)
+
+    def module(self, taps: tuple[int, ...], dtype: jnp.dtype, conv: str) -> "ResNet":
+        """The network through the last of `taps`."""
+        return ResNet(self, taps, dtype, conv)
 
 
 ARCHITECTURES = {
@@ -48,19 +63,6 @@ ARCHITECTURES = {
     "wide_resnet50_2": Architecture((3, 4, 6), bottleneck=True, inner_factor=2),
     "wide_resnet101_2": Architecture((3, 4, 23), bottleneck=True, inner_factor=2),
 }
-
-
-def architecture(name: str) -> Architecture:
-    """Returns the architecture called `name`; ValueError lists the known names."""
-    if name not in ARCHITECTURES:
-        raise ValueError(f"unknown teacher {name!r}; available: {sorted(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
-
-
-def normalise(images: jax.Array) -> jax.Array:
-    """Subtracts ImageNet's mean and divides by its deviation; RGB [b, h, w, 3] in [0, 1]."""
-    mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
-    return (images - mean) / std
 
 
 def _conv(

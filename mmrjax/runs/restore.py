@@ -166,7 +166,7 @@ def teacher(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, dict]:
     """
     fields = config.teacher
     pretrained.found(lambda: weights.teacher_file(fields.name, fields.weights))
-    variables, facts = weights.load_teacher(fields.name, fields.weights, fields.seed)
+    _, variables, facts = weights.load_teacher(fields.name, fields.weights, fields.seed)
     _check_teacher(config, folder, facts)
     return variables, facts
 

@@ -8,12 +8,11 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 
-from mmrjax.models import resnet
+from mmrjax.models import backbones
 from mmrjax.runtime import files
-from mmrjax.weights import layouts, source, storage, torch_names
+from mmrjax.weights import source, storage, teachers, torch_names
 
 RANDOM_TEACHER = (
     "THE TEACHER IS RANDOM: %s has never seen an image. Scores show that the program runs, not "
@@ -33,7 +32,7 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
     Raises:
       FileNotFoundError, ValueError: no such architecture or file.
     """
-    resnet.architecture(name)
+    backbones.architecture(name)
     if weights == "random":
         return None
     for word, known in (("embedded", source.EMBEDDED), ("imagenet", source.IMAGENET)):
@@ -79,30 +78,31 @@ def _local(field: str, value: str, words: str) -> pathlib.Path:
     return path
 
 
-def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
-    """Loads the frozen teacher.
+def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[backbones.Backbone, dict, dict]:
+    """Loads the frozen teacher, of any family.
 
     Args:
-      name: an architecture of `models.resnet.ARCHITECTURES`.
+      name: of `models.backbones.names()`.
       weights: "embedded" (the file in this package), "imagenet" (the published file in the
         cache), "random", or a file.
       seed: draws the random weights.
 
     Returns:
-      (variables of `models.resnet.ResNet` as float32 NumPy arrays, facts for results.json).
+      (the backbone with all layers of its family's default taps, its variables as float32 NumPy
+      arrays, facts for results.json).
 
     Raises:
       FileNotFoundError, ValueError: a missing, damaged or unfitting file.
     """
-    arch = resnet.architecture(name)
+    backbone = backbones.build(name)
     path = teacher_file(name, weights)
     if path is None:
         logging.warning(RANDOM_TEACHER, name)
         facts = {"name": name, "source": f"random, seed {seed}", "sha256": None, "licence": None}
-        return _random_teacher(arch, seed), {**facts, "random": True}
+        return backbone, teachers.random(backbone.arch, seed), {**facts, "random": True}
     try:
         state, header = storage.read_any(path)
-        variables = torch_names.teacher_from_torch(state, arch)
+        variables = teachers.from_torch(state, backbone.arch)
     except FileNotFoundError as e:
         raise FileNotFoundError(
             f"teacher.weights={weights!r}: {e}; expected a file, 'imagenet' or 'random'"
@@ -117,22 +117,7 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[dict, dict]:
     is_random = header.get("random") == "true"  # exported from a run with a random teacher
     if is_random:
         logging.warning(RANDOM_TEACHER, name)
-    return variables, {**facts, "random": is_random}
-
-
-def _random_teacher(arch: resnet.Architecture, seed: int) -> dict:
-    """Torchvision's initial values: Kaiming-normal (fan-out), BatchNorm 1/0, folded."""
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf: np.ndarray) -> np.ndarray:
-        if len(leaf.shape) == 1:
-            return np.zeros(leaf.shape, np.float32)
-        fan_out = leaf.shape[0] * leaf.shape[1] * leaf.shape[3]
-        scale = np.sqrt(2.0 / fan_out / (1 + torch_names.BATCH_NORM_EPSILON))
-        return (rng.standard_normal(leaf.shape) * scale).astype(np.float32)
-
-    image = jnp.zeros((1, 64, 64, 3))
-    return jax.tree.map(draw, layouts.hollow(resnet.ResNet(arch).init, image))
+    return backbone, variables, {**facts, "random": is_random}
 
 
 def init_student(

@@ -14,9 +14,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mmrjax.models import resnet
+from mmrjax.models import backbones
 from mmrjax.runtime import files
-from mmrjax.weights import layouts, source, torch_names
+from mmrjax.weights import layouts, source, teachers, torch_names
 from mmrjax.weights.layouts import State
 
 FORMAT = "mmrjax"  # the header's "format"; PyTorch's files say "pt" there
@@ -90,8 +90,8 @@ def read_any(path: pathlib.Path) -> tuple[State, dict[str, str]]:
         return source.read(path)
     variables, facts = read(path)
     if facts["kind"] == "teacher":
-        arch = resnet.architecture(facts["arch"])
-        return torch_names.teacher_to_torch(variables, arch), facts
+        arch = backbones.architecture(facts["arch"])
+        return teachers.to_torch(variables, arch), facts
     is_student = facts["kind"] == "student"
     convert = torch_names.student_to_torch if is_student else torch_names.encoder_to_torch
     return convert(variables), facts

@@ -163,7 +163,7 @@ class Embedding(nn.Module):
     """Patch embeddings of images at one scale.
 
     Args:
-      channels: {layer: channels of the teacher's map}, at least one.
+      maps: {layer: (channels, stride in px) of the teacher's map}, at least one.
       image_size: (height, width) of the images, px.
       seen_size: (height, width) of what the teacher sees, px.
       patch: side of a neighbourhood, in cells.
@@ -174,7 +174,7 @@ class Embedding(nn.Module):
 
     def __init__(
         self,
-        channels: Mapping[int, int],
+        maps: Mapping[int, tuple[int, int]],
         image_size: tuple[int, int],
         seen_size: tuple[int, int],
         patch: int,
@@ -183,8 +183,8 @@ class Embedding(nn.Module):
         pool_matrix: Callable[[int, int], np.ndarray],
     ):
         super().__init__()
-        self.layers, self.patch, self.width = sorted(channels), patch, width
-        grids = {layer: _grid(seen_size, layer) for layer in self.layers}
+        self.layers, self.patch, self.width = sorted(maps), patch, width
+        grids = {n: tuple(-(-side // maps[n][1]) for side in seen_size) for n in self.layers}
         self.grid = grids[self.layers[0]]  # rows and columns of embeddings
 
         def resample(before: Sequence[int], after: Sequence[int]) -> nn.Module:
@@ -194,7 +194,7 @@ class Embedding(nn.Module):
 
         self.shrink = resample(image_size, seen_size)
         for layer in self.layers:
-            pool = pool_matrix(channels[layer] * patch**2, width)
+            pool = pool_matrix(maps[layer][0] * patch**2, width)
             self.register_buffer(f"pool{layer}", torch.from_numpy(pool.astype(np.float32)))
             self.add_module(f"align{layer}", resample(grids[layer], self.grid))
 
@@ -260,11 +260,6 @@ def nearest(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         for n_in, n_out in zip(x.shape[1:], size, strict=True)
     )
     return x[:, rows][:, :, columns]
-
-
-def _grid(size: tuple[int, int], layer: int) -> tuple[int, int]:
-    """(height, width) of a teacher's layer for images of `size`."""
-    return tuple(-(-side // 2 ** (layer + 1)) for side in size)
 
 
 def _neighbourhoods(x: torch.Tensor, size: int) -> torch.Tensor:

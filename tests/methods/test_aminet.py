@@ -49,10 +49,10 @@ def test_pooling_counts_the_zeros_beyond_the_border():
 
 def test_features_are_resized_then_pooled_then_joined_in_the_order_of_layers(wide):
     layers = {1: draw(1, 8, 12, 2), 3: draw(1, 2, 3, 4), 2: draw(1, 4, 6, 3)}
-    backbone = types.SimpleNamespace(
-        apply=lambda *_: {k: jnp.asarray(v) for k, v in layers.items()}
+    teacher = types.SimpleNamespace(
+        normalise=lambda x: x, apply=lambda *_: {k: jnp.asarray(v) for k, v in layers.items()}
     )
-    part = types.SimpleNamespace(backbone=backbone, config=wide.config)
+    part = types.SimpleNamespace(teacher=teacher, config=wide.config)
     got = aminet.AMINet.features(part, {"teacher": None}, jnp.zeros((1, 32, 48, 3)))
     want = []
     for layer in (1, 2, 3):

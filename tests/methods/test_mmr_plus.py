@@ -17,10 +17,11 @@ from mmrjax.data.defects import synthesise as defects
 from mmrjax.methods import base as base_lib
 from mmrjax.methods import contrast as losses_plus
 from mmrjax.methods import hybrid_heads, losses, mmr_plus, optim
-from mmrjax.models import attention, resnet
+from mmrjax.models import attention, backbones
 from mmrjax.runtime import mesh as mesh_lib
 from mmrjax.train import step as state
 
+NORMALISE = backbones.build("resnet18").normalise
 OFF = {
     "hybrid": False,
     "synthetic_every": 0,
@@ -281,7 +282,7 @@ def test_a_quarter_of_the_rows_gets_a_defect_and_the_target_is_the_normal_twin(m
     images = batch_of()["image"]
     np.testing.assert_array_equal(recorded.teacher, images)
     assert float(logs["defects"]) == 2
-    differs = np.asarray(recorded.student != methods.mmr.resnet.normalise(images)).any(axis=-1)
+    differs = np.asarray(recorded.student != NORMALISE(images)).any(axis=-1)
     np.testing.assert_array_equal(differs.any(axis=(1, 2)), [True, False, False, False] * 2)
     assert differs.sum(axis=(1, 2)).max() <= 64  # the rest of a picture is untouched
 
@@ -303,7 +304,7 @@ def test_heads_of_contrasts_are_trained_and_ignored_by_the_score(make, trained):
         *(jax.tree.leaves(x["params"][head]) for x in (initial, current.variables)), strict=True
     ):
         assert np.abs(before - after).max() > 1e-3  # weight decay alone: 1e-4 of it a step
-    images = methods.mmr.resnet.normalise(batch_of()["image"])
+    images = NORMALISE(batch_of()["image"])
     without = {n: v for n, v in current.params.items() if n != head}
     variables = {**current.variables, "params": without}
     shape = jax.eval_shape(lambda v, x: method.unmasked(v, x)[3], variables, images).shape
@@ -563,7 +564,7 @@ def test_a_labelled_picture_is_to_be_repaired_where_it_is_filled_in(make):
     seen, targets = (np.array(batch["image"]) for _ in range(2))
     seen[::4], targets[::4] = image / 255, twin / 255
     assert float(logs["defects_real"]) == float(logs["defects"]) == 2
-    features = method._reconstruct(variables, resnet.normalise(jnp.asarray(seen)), batch["keys"])
+    features = method._reconstruct(variables, NORMALISE(jnp.asarray(seen)), batch["keys"])
     normal, defective = (method._targets(frozen, jnp.asarray(x)) for x in (targets, seen))
     want = distance_without(features, normal, first_column=48)
     key = jax.random.fold_in(jax.random.key(3), mmr_plus.NEGATIVES)
@@ -583,7 +584,7 @@ def test_cells_of_a_labelled_picture_are_left_out_where_they_are_ignored(make):
     assert float(logs["loss_contrast"]) == 0
     seen = np.array(batch["image"])
     seen[::4] = image / 255
-    images = resnet.normalise(jnp.asarray(seen))
+    images = NORMALISE(jnp.asarray(seen))
     features = method._reconstruct(variables, images, batch["keys"])
     wanted = method._targets(frozen, jnp.asarray(seen))  # of itself
     want = distance_without(features, wanted, first_column=32)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrjax.models import resnet
-from mmrjax.weights import source, torch_names
+from mmrjax.models import backbones, resnet
+from mmrjax.weights import source, teachers
 
 
 @pytest.mark.parametrize("size", [64, 75])  # 75: "SAME" padding would shift the result
@@ -16,7 +16,7 @@ def test_features_equal_the_official_code(golden_dir, agree, size):
     state = source.read(folder / "state_reduced_resnet18.safetensors")[0]
     arrays = np.load(folder / "reduced_io.npz")
     image = jnp.asarray(arrays[f"x_s{size}"].transpose(0, 2, 3, 1))
-    got = jax.jit(resnet.ResNet(arch).apply)(torch_names.teacher_from_torch(state, arch), image)
+    got = jax.jit(resnet.ResNet(arch).apply)(teachers.from_torch(state, arch), image)
     name = f"reduced_resnet18_s{size}"
     want = {layer: arrays[f"{name}__layer{layer}"].transpose(0, 2, 3, 1) for layer in (1, 2, 3)}
     agree(f"teacher, {size} px", got, want, 5e-5)
@@ -31,7 +31,7 @@ def test_features_equal_the_official_code(golden_dir, agree, size):
 )
 def test_parameter_counts_through_layer3(name, through_layer3, parts):
     """Specs count gamma and beta of every BatchNorm; folding leaves one bias of the two."""
-    arch = resnet.architecture(name)
+    arch = backbones.architecture(name)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     shapes = jax.eval_shape(resnet.ResNet(arch).init, jax.random.key(0), image)["params"]
     counts = dict.fromkeys(("conv1", "layer1", "layer2", "layer3"), 0)
@@ -47,13 +47,13 @@ def test_parameter_counts_through_layer3(name, through_layer3, parts):
 def test_pixels_are_normalised_as_torchvision_normalises_them():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 6, 3))
     want = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    got = resnet.normalise(jnp.asarray(pixels, jnp.uint8) / 255.0)
+    got = backbones.build("resnet18").normalise(jnp.asarray(pixels, jnp.uint8) / 255.0)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_nothing_after_the_last_tap_is_computed():
-    arch = resnet.architecture("resnet18")
+    arch = backbones.architecture("resnet18")
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     shapes = jax.eval_shape(resnet.ResNet(arch, layers=(1,)).init, jax.random.key(0), image)
     assert not any(name.startswith(("layer2", "layer3")) for name in shapes["params"])
@@ -61,7 +61,7 @@ def test_nothing_after_the_last_tap_is_computed():
 
 @pytest.mark.parametrize("name", sorted(resnet.ARCHITECTURES))
 def test_every_architecture_halves_and_widens(name):
-    arch = resnet.architecture(name)
+    arch = backbones.architecture(name)
     image = jax.ShapeDtypeStruct((2, 224, 160, 3), jnp.float32)
     model = resnet.ResNet(arch)
     shapes, _ = jax.eval_shape(
@@ -74,7 +74,7 @@ def test_every_architecture_halves_and_widens(name):
 
 def test_unknown_teacher_lists_the_known():
     with pytest.raises(ValueError, match=r"unknown teacher 'resnet19'; available: .*resnet18"):
-        resnet.architecture("resnet19")
+        backbones.architecture("resnet19")
 
 
 @pytest.mark.parametrize("size", [(32, 32), (34, 48)])
@@ -90,8 +90,8 @@ def test_the_stem_on_blocks_of_pixels_is_the_seven_by_seven_convolution(size):
 
 
 def test_in_bfloat16_the_stem_runs_on_blocks_and_takes_odd_sizes_as_before():
-    network = resnet.ResNet(resnet.architecture("fdsl18"), (1,), jnp.bfloat16)
-    plain = resnet.ResNet(resnet.architecture("fdsl18"), (1,))
+    network = resnet.ResNet(backbones.architecture("fdsl18"), (1,), jnp.bfloat16)
+    plain = resnet.ResNet(backbones.architecture("fdsl18"), (1,))
     for side, kernel in ((32, "4x4x16x48"), (33, "7x7x3x48")):
         images = jnp.full((1, side, side, 3), 0.5)
         variables = plain.init(jax.random.key(0), images)
@@ -100,3 +100,22 @@ def test_in_bfloat16_the_stem_runs_on_blocks_and_takes_odd_sizes_as_before():
         assert kernel in stem
         found = network.apply(variables, images)[1].astype(jnp.float32)
         np.testing.assert_allclose(found, plain.apply(variables, images)[1], atol=0.05)
+
+
+def test_a_backbone_numbers_its_taps_from_shallow_to_deep():
+    backbone = backbones.build("resnet18", (1, 2), taps=(2, 3))
+    assert backbone.layers == (1, 2)
+    assert backbone.channels == {1: 128, 2: 256}
+    assert backbone.strides == {1: 8, 2: 16}
+    shapes = jax.eval_shape(
+        lambda x: backbone.apply(backbone.module.init(jax.random.key(0), x), x),
+        jnp.zeros((1, 64, 32, 3)),
+    )
+    assert {layer: x.shape for layer, x in shapes.items()} == {1: (1, 8, 4, 128), 2: (1, 4, 2, 256)}
+
+
+def test_a_layer_or_tap_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="has layers 1 to 3"):
+        backbones.build("resnet18", (4,))
+    with pytest.raises(ValueError, match="after layers 1 to 3, not 4"):
+        backbones.build("resnet18", taps=(2, 4))

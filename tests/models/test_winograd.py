@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmrjax.models import fpn, resnet, student, winograd
+from mmrjax.models import backbones, fpn, resnet, student, winograd
 
 
 def random(shape, seed=0):
@@ -93,7 +93,7 @@ def test_tiles_are_for_cpus_large_wide_layers_and_float32(platform, channels, si
 
 def test_convolutions_of_stride_1_in_teacher_and_pyramid_are_by_tiles():
     images = jnp.zeros((1, 224, 224, 3))
-    teacher = resnet.ResNet(resnet.architecture("resnet18"))
+    teacher = resnet.ResNet(backbones.architecture("resnet18"))
     variables = jax.eval_shape(teacher.init, jax.random.key(0), images)
     assert loops(teacher, variables, images) == 10  # 13 3x3 but for two of stride 2; and the stem
     pyramid = fpn.SimpleFPN({1: 64, 2: 128, 3: 256})
@@ -109,7 +109,7 @@ def loops(module, variables, x):
 
 def test_modules_that_convolve_directly_have_no_loop_over_images():
     images = jnp.zeros((1, 80, 80, 3))
-    teacher = resnet.ResNet(resnet.architecture("resnet18"), (1,), conv="direct")
+    teacher = resnet.ResNet(backbones.architecture("resnet18"), (1,), conv="direct")
     variables = jax.eval_shape(teacher.init, jax.random.key(0), images)
     assert loops(teacher, variables, images) == 0
     network = student.MaskedStudent(48, 1, 3, {1: 64, 2: 64})

@@ -7,10 +7,10 @@ import pytest
 import safetensors.numpy
 
 from mmrjax import weights
-from mmrjax.models import positions, resnet, student
-from mmrjax.weights import source, storage, torch_names
+from mmrjax.models import backbones, positions, resnet, student
+from mmrjax.weights import resnet_names, source, storage, torch_names
 
-RESNET18 = resnet.architecture("resnet18")
+RESNET18 = backbones.architecture("resnet18")
 
 
 def leaves(tree) -> dict[str, np.ndarray]:
@@ -20,7 +20,7 @@ def leaves(tree) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def random_teacher():
-    return weights.load_teacher("resnet18", "random", seed=3)
+    return weights.load_teacher("resnet18", "random", seed=3)[1:]
 
 
 # --- random teachers
@@ -30,11 +30,11 @@ def test_random_teacher_depends_on_its_seed_alone(random_teacher):
     state = np.random.get_state()
     try:
         np.random.seed(0)
-        again, _ = weights.load_teacher("resnet18", "random", seed=3)
+        _, again, _ = weights.load_teacher("resnet18", "random", seed=3)
     finally:
         np.random.set_state(state)
     jax.tree.map(np.testing.assert_array_equal, again, random_teacher[0])
-    other, _ = weights.load_teacher("resnet18", "random", seed=4)
+    _, other, _ = weights.load_teacher("resnet18", "random", seed=4)
     for name, leaf in leaves(other).items():
         if leaf.ndim == 4:
             assert not np.array_equal(leaf, leaves(random_teacher[0])[name]), name
@@ -79,7 +79,7 @@ def test_unknown_teacher_lists_the_known():
 def teacher_file(tmp_path_factory, random_teacher):
     """A torchvision-like file of the random teacher, BatchNorm written as identity."""
     state = {}
-    for conv, bn, path in torch_names.teacher_names(RESNET18):
+    for conv, bn, path in resnet_names.names(RESNET18):
         kernel = leaves(random_teacher[0])[f"params/{path}/kernel"]
         state[f"{conv}.weight"] = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
         ones = np.ones(kernel.shape[-1], np.float32)
@@ -91,7 +91,7 @@ def teacher_file(tmp_path_factory, random_teacher):
 
 
 def test_teacher_from_a_file_is_that_teacher_and_not_random(random_teacher, teacher_file):
-    variables, facts = weights.load_teacher("resnet18", str(teacher_file))
+    _, variables, facts = weights.load_teacher("resnet18", str(teacher_file))
     for name, leaf in leaves(random_teacher[0]).items():
         np.testing.assert_allclose(leaves(variables)[name], leaf, rtol=1e-6, err_msg=name)
     assert facts["random"] is False
@@ -108,11 +108,11 @@ def test_only_a_file_of_ours_is_believed_about_where_its_weights_are_from(
     about = {"converted_from": "wide.pth", "converted_from_sha256": "ab"}
     about |= {"kind": "teacher", "arch": "resnet18"}
     storage.write(tmp_path / "ours.safetensors", random_teacher[0], about)
-    _, facts = weights.load_teacher("resnet18", str(tmp_path / "ours.safetensors"))
+    _, _, facts = weights.load_teacher("resnet18", str(tmp_path / "ours.safetensors"))
     assert facts["converted_from"] == known
     state = source.read(teacher_file)[0]
     storage.write_torch(tmp_path / "theirs.safetensors", state, about)
-    _, facts = weights.load_teacher("resnet18", str(tmp_path / "theirs.safetensors"))
+    _, _, facts = weights.load_teacher("resnet18", str(tmp_path / "theirs.safetensors"))
     assert "converted_from" not in facts
 
 
@@ -146,16 +146,16 @@ def test_imagenet_teacher_comes_from_the_cache_with_its_licence(
     monkeypatch.setitem(source.IMAGENET, "resnet18", entry)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / entry.filename).write_bytes(teacher_file.read_bytes())
-    _, facts = weights.load_teacher("resnet18", "imagenet")
+    _, _, facts = weights.load_teacher("resnet18", "imagenet")
     assert facts["licence"] == "terms"
     assert facts["random"] is False
-    _, facts = weights.load_teacher("resnet18", str(teacher_file))  # the same file by its path
+    _, _, facts = weights.load_teacher("resnet18", str(teacher_file))  # the same file by its path
     assert facts["licence"] == "terms"
 
 
 def test_real_resnet18_loads_and_sees(shared):
     path = shared / "weights/resnet18_imagenet1k_v1_layer1to3.safetensors"
-    variables, facts = weights.load_teacher("resnet18", str(path))
+    _, variables, facts = weights.load_teacher("resnet18", str(path))
     assert facts["random"] is False
     assert len(facts["sha256"]) == 64
     # Known of these weights: folded biases of the stem, and edge detectors that sum to about 0.
@@ -311,7 +311,7 @@ def test_converted_encoder_starts_a_student_as_the_file_it_came_from(
 def test_embedded_teacher_is_small_licensed_and_not_random():
     path = source.EMBEDDED["fdsl18"]
     assert path.stat().st_size <= 4_000_000
-    variables, facts = weights.load_teacher("fdsl18", "embedded")
+    _, variables, facts = weights.load_teacher("fdsl18", "embedded")
     assert facts["licence"].startswith("Apache-2.0")
     assert facts["source"] == "fdsl18.safetensors"
     assert not facts["random"]

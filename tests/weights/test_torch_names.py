@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmrjax.models import positions, resnet
-from mmrjax.weights import source, torch_names
+from mmrjax.weights import resnet_names, source, teachers, torch_names
 
 STATES = ("state_img64", "state_img64_sincos", "state_img64_lowvar")
 
@@ -326,7 +326,7 @@ def random_state(arch: resnet.Architecture) -> dict[str, np.ndarray]:
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     shapes = jax.eval_shape(resnet.ResNet(arch).init, jax.random.key(0), image)["params"]
     state = {}
-    for conv, bn, path in torch_names.teacher_names(arch):
+    for conv, bn, path in resnet_names.names(arch):
         module = shapes
         for part in path.split("/"):
             module = module[part]
@@ -385,13 +385,13 @@ def unfolded(state: dict, arch: resnet.Architecture, x: np.ndarray) -> list[np.n
 @pytest.mark.parametrize("arch", [BASIC, BOTTLENECK], ids=["basic", "bottleneck"])
 def test_folded_teacher_leaves_and_comes_back_bit_for_bit(arch):
     state = random_state(arch)
-    variables = torch_names.teacher_from_torch(state, arch)
+    variables = teachers.from_torch(state, arch)
     variables["params"]["conv1"]["bias"][0] = -0.0
-    left = torch_names.teacher_to_torch(variables, arch)
+    left = teachers.to_torch(variables, arch)
     assert {key: value.shape for key, value in left.items()} == {
         key: value.shape for key, value in state.items()
     }
-    again = torch_names.teacher_from_torch(left, arch)
+    again = teachers.from_torch(left, arch)
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32)),
         again,
@@ -403,7 +403,7 @@ def test_folded_teacher_leaves_and_comes_back_bit_for_bit(arch):
 def test_folded_teacher_equals_convolution_and_batch_norm_apart(arch):
     state = random_state(arch)
     x = np.random.default_rng(1).normal(size=(3, 32, 32))
-    variables = torch_names.teacher_from_torch(state, arch)
+    variables = teachers.from_torch(state, arch)
     image = jnp.asarray(x.transpose(1, 2, 0)[None], jnp.float32)
     got = jax.jit(resnet.ResNet(arch).apply)(variables, image)
     for layer, expected in enumerate(unfolded(state, arch, x), start=1):
@@ -414,14 +414,14 @@ def test_folded_teacher_equals_convolution_and_batch_norm_apart(arch):
 
 def test_folding_is_float32_and_ignores_the_head(golden_dir):
     state = random_state(BASIC)
-    plain = torch_names.teacher_from_torch(state, BASIC)
+    plain = teachers.from_torch(state, BASIC)
     state |= {"fc.weight": np.zeros((2, 2)), "layer4.0.conv1.weight": np.zeros((1, 1, 1, 1))}
     state |= {
         "bn1.num_batches_tracked": np.array(7),
         "layer1.0.bn1.num_batches_tracked": np.ones(1),
     }
     double = {key: np.asarray(value, np.float64) for key, value in state.items()}
-    again = torch_names.teacher_from_torch(double, BASIC)
+    again = teachers.from_torch(double, BASIC)
     jax.tree.map(np.testing.assert_array_equal, again, plain)
     assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {np.dtype(np.float32)}
 
@@ -436,15 +436,15 @@ def test_folding_is_float32_and_ignores_the_head(golden_dir):
 )
 def test_state_that_lacks_tensors_is_of_another_architecture(other, named):
     with pytest.raises(ValueError, match=rf"another architecture: \d+ tensors missing: .*{named}"):
-        torch_names.teacher_from_torch(random_state(BASIC), other)
+        teachers.from_torch(random_state(BASIC), other)
 
 
 def test_state_with_more_blocks_is_of_another_architecture():
     fewer = resnet.Architecture((1, 1, 1), bottleneck=False, stem=4, widths=(4, 6, 8))
     with pytest.raises(ValueError, match=r"architecture: 10 tensors unexpected: layer1\.1\.conv1"):
-        torch_names.teacher_from_torch(random_state(BASIC), fewer)
+        teachers.from_torch(random_state(BASIC), fewer)
 
 
 def test_a_student_is_no_teacher(student):
     with pytest.raises(ValueError, match=r"another architecture: .*conv1\.weight"):
-        torch_names.teacher_from_torch(student[0], BASIC)
+        teachers.from_torch(student[0], BASIC)

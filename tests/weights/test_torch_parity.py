@@ -10,8 +10,8 @@ import pytest
 
 from configs import common
 from mmrjax.methods import losses, optim
-from mmrjax.models import positions, resnet, student
-from mmrjax.weights import torch_names
+from mmrjax.models import backbones, positions, resnet, student
+from mmrjax.weights import teachers, torch_names
 
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 pytestmark = pytest.mark.torch
@@ -178,10 +178,10 @@ def test_full_size_teacher_equals_the_twin(twin, agree, size_hw):
     for name, value in reference.state_dict().items():
         if name.endswith("bn3.weight"):
             value *= 0.3
-    arch = resnet.architecture("wide_resnet50_2")
+    arch = backbones.architecture("wide_resnet50_2")
     state = {name: value.numpy() for name, value in reference.state_dict().items()}
     images = np.random.default_rng(0).standard_normal((1, *size_hw, 3)).astype(np.float32)
-    got = jax.jit(resnet.ResNet(arch).apply)(torch_names.teacher_from_torch(state, arch), images)
+    got = jax.jit(resnet.ResNet(arch).apply)(teachers.from_torch(state, arch), images)
     with torch.no_grad():
         want = nhwc(reference(nchw(images)))
     case = f"WideResNet-50-2 and twin, {size_hw[0]} x {size_hw[1]} px"
