@@ -46,3 +46,29 @@ def multi_scale_cosine(
         per_image = cosine_distance(student[layer], target).mean(axis=(1, 2))  # [b]
         logs[f"loss_layer{layer}"] = jnp.sum(per_image * weight) / total
     return sum(logs.values()), logs
+
+
+SMOOTH = 1e-5  # of the focal loss, on the labels and on the probability
+
+
+def focal(anomaly: jax.Array, target: jax.Array, gamma: float = 2.0) -> jax.Array:
+    """Focal loss of a two-class map as DRAEM's code computes it, without class weights.
+
+    The one-hot label is clamped to [1e-5, 1 - 1e-5], and 1e-5 is added to the probability.
+
+    Args:
+      anomaly: float [...], the probability of "defective" in [0, 1].
+      target: bool [...], where a defect is.
+      gamma: exponent; 0 gives the cross-entropy.
+
+    Returns:
+      float [...], -(1 - p_t)^gamma log p_t of each pixel.
+    """
+    own, other = jnp.where(target, anomaly, 1 - anomaly), jnp.where(target, 1 - anomaly, anomaly)
+    p = (1 - SMOOTH) * own + SMOOTH * other + SMOOTH
+    return -((1 - p) ** gamma) * jnp.log(p)
+
+
+def binary_cross_entropy(logits: jax.Array, label: float) -> jax.Array:
+    """-log of the probability that a sigmoid gives to a label of 0 or 1; ln 2 at logit 0."""
+    return jax.nn.softplus(logits) - label * logits

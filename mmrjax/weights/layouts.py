@@ -58,24 +58,28 @@ def from_torch(state: Mapping[str, np.ndarray], names: Iterable[Name], what: str
     Raises:
       ValueError: naming the tensors that `state` lacks, or a block unlike the first one.
     """
-    numbers = {m[1] for m in map(re.compile(r"blocks\.(\d+)\.").match, state) if m}
-    rows = [
-        ([key.format(i=i) for i in range(len(numbers) or 1)] if "{i}" in key else [key], *row)
-        for key, *row in names
-    ]
+    rows = [(_keys(state, key), path, layout, "{i}" in key) for key, path, layout in names]
     missing = [key for keys, *_ in rows for key in keys if key not in state]
     if missing:
         raise ValueError(f"not {what}: {len(missing)} tensors missing: {some(missing)}")
     flat = {}
-    for keys, path, layout in rows:
+    for keys, path, layout, stacked in rows:
         parts = [_move(_TO_JAX, layout, key, np.asarray(state[key], np.float32)) for key in keys]
         for key, part in zip(keys, parts, strict=True):
             if part.shape != parts[0].shape:
                 given, first = np.shape(state[key]), np.shape(state[keys[0]])
                 raise ValueError(f"not {what}: {key} has shape {given}, {keys[0]} has {first}")
-        stacked = keys[0].startswith("blocks.")
         flat[path] = np.ascontiguousarray(np.stack(parts) if stacked else parts[0])
     return unflatten(flat)
+
+
+def _keys(state: Mapping[str, np.ndarray], key: str) -> list[str]:
+    """The keys that a row means: one for each block of a stack, at least one."""
+    stack, numbered, _ = key.partition("{i}")
+    if not numbered:
+        return [key]
+    numbers = {m[1] for m in map(re.compile(rf"{re.escape(stack)}(\d+)\.").match, state) if m}
+    return [key.format(i=i) for i in range(len(numbers) or 1)]
 
 
 def to_torch(variables: dict, names: Iterable[Name], what: str) -> State:

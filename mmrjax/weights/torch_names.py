@@ -35,18 +35,22 @@ def encoder_names() -> Iterator[Name]:
     yield "pos_embed", "positions/encoder_table", "table"
     yield "patch_embed.proj.weight", "params/patch_kernel", "patch"
     yield "patch_embed.proj.bias", "params/patch_bias", "same"
-    block = "params/encoder/blocks"
+    yield from transformer_names("blocks", "norm", "params/encoder")
+
+
+def transformer_names(blocks: str, norm: str, path: str) -> Iterator[Name]:
+    """Yields the names of a `vit.Encoder` at `path`, whose blocks and norm PyTorch names so."""
     for torch_part, jax_part in (
         ("attn.qkv", "attn/qkv"),
         ("attn.proj", "attn/proj"),
         ("mlp.fc1", "fc1"),
         ("mlp.fc2", "fc2"),
     ):
-        yield f"blocks.{{i}}.{torch_part}.weight", f"{block}/{jax_part}/kernel", "linear"
-        yield f"blocks.{{i}}.{torch_part}.bias", f"{block}/{jax_part}/bias", "same"
-    for norm in ("norm1", "norm2"):
-        yield from _norm_names(f"blocks.{{i}}.{norm}", f"{block}/{norm}")
-    yield from _norm_names("norm", "params/encoder/norm")
+        yield f"{blocks}.{{i}}.{torch_part}.weight", f"{path}/blocks/{jax_part}/kernel", "linear"
+        yield f"{blocks}.{{i}}.{torch_part}.bias", f"{path}/blocks/{jax_part}/bias", "same"
+    for own in ("norm1", "norm2"):
+        yield from _norm_names(f"{blocks}.{{i}}.{own}", f"{path}/blocks/{own}")
+    yield from _norm_names(norm, f"{path}/norm")
 
 
 def student_names(layers: tuple[int, ...]) -> Iterator[Name]:

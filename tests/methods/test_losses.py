@@ -95,3 +95,45 @@ def test_bfloat16_features_keep_float32_distances():
     assert rounded.dtype == jnp.float32
     assert float(jnp.abs(exact - rounded).max()) < 2e-4
     assert len(np.unique(rounded)) > 900
+
+
+@pytest.fixture(scope="module")
+def focal_golden(golden_dir):
+    return dict(np.load(golden_dir / "draem" / "synthesis.npz"))
+
+
+def test_focal_loss_and_its_gradient_are_those_of_draem(focal_golden, agree):
+    want = focal_golden
+    target = want["focal__mask"][:, 0] > 0
+
+    def loss(logits):
+        return losses.focal(jax.nn.softmax(logits, axis=1)[:, 1], target).mean()
+
+    with jax.enable_x64():
+        logits = jnp.asarray(want["focal__logits"], "float64")  # channel 1 is the defect
+        value, slope = map(np.asarray, jax.value_and_grad(loss)(logits))
+    agree("focal", value, want["focal__value"], 1e-6)
+    agree("focal gradient", slope, want["focal__grad"], 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ((0.0, 0.0), 0.25 * np.log(2)),
+        ((0.0, 60.0), 0.0),
+        ((60.0, 0.0), -np.log(2e-5)),
+    ],
+)
+def test_focal_loss_has_its_closed_forms(logits, expected):
+    anomaly = jax.nn.softmax(jnp.asarray(logits))[1]
+    value = losses.focal(anomaly, jnp.asarray(True))
+    np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_cross_entropy_at_logit_zero_is_ln_2():
+    for label in (0.0, 1.0):
+        np.testing.assert_allclose(
+            losses.binary_cross_entropy(jnp.zeros(3), label), np.log(2), rtol=1e-6
+        )
+    assert losses.binary_cross_entropy(jnp.float32(9.0), 1.0) < 1e-3
+    np.testing.assert_allclose(losses.binary_cross_entropy(jnp.float32(9.0), 0.0), 9, rtol=1e-3)
