@@ -85,7 +85,16 @@ class Plan:
         self.table(examples, 0, 0)
 
     def table(self, examples: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `epoch_table`, over the positions 0 to `examples`.
+        """The batches of one epoch.
+
+        Args:
+          examples: number of all training examples.
+          seed: the run's seed.
+          epoch: 0-based.
+
+        Returns:
+          (int32 [steps, batch] numbers of examples, float32 [steps, batch] weights): rows that fill
+          the last batch repeat the first example with weight 0.
 
         Raises:
           ValueError: a domain has too few examples for a batch without repetition.
@@ -134,25 +143,6 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return math.ceil(examples / batch_size)
 
 
-def epoch_table(
-    positions: np.ndarray, batch_size: int, seed: int, epoch: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Shuffles the training examples of one epoch into batches.
-
-    Args:
-      positions: int [n], the examples.
-      batch_size: global batch.
-      seed: the run's seed.
-      epoch: 0-based.
-
-    Returns:
-      (int32 [steps, batch] entries of `positions`, float32 [steps, batch] weights): rows that fill
-      the last batch repeat the first example with weight 0.
-    """
-    order = np.random.default_rng((seed, epoch)).permutation(len(positions))
-    return _batches(positions[order], batch_size)
-
-
 def _batches(order: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Examples in their order as (int32 [steps, batch], weights float32 [steps, batch])."""
     steps = steps_per_epoch(len(order), batch_size)
@@ -173,7 +163,7 @@ def _planned_table(
     """
     domain = np.zeros(examples, int) if plan.domain is None else plan.domain
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(examples)  # without domains, that of `epoch_table`
+    order = rng.permutation(examples)  # without domains, that of `Plan._order`
     circles = [order[domain[order] == d] for d in np.unique(domain)]
     steps = plan.steps_per_epoch(examples)
     table = np.zeros((steps, plan.batch_size), np.int32)

@@ -1,13 +1,11 @@
 """Metrics of anomaly detection and localisation, exact and fast.
 
-`measure` serves a test run, `summarise` several runs, `paired_difference` two methods. Each metric
-has a function of its own, too; ranking.py and pro.py define the metrics. Everything runs in NumPy
-except streaming.py, which counts the maps of large test sets on device and is imported by its own
-name.
+`measure` serves a test run, `summarise` several runs, `paired_difference` two methods. ranking.py
+and pro.py define the metrics. Everything runs in NumPy except streaming.py, which counts the maps
+of large test sets on device and is imported by its own name.
 
 Every degenerate case has a value. p is the share of defect pixels (for images: of anomalies); "-"
-means as defined, nothing special. The function of a single metric raises ValueError if this table
-says None.
+means as defined, nothing special.
 
     case                               image metrics        pixel metrics
     no anomalous image                 None, with reason    None, with reason
@@ -39,10 +37,9 @@ says None.
 """
 
 from mmrjax.metrics.domain import IMAGE_METRICS, METRICS, PIXEL_METRICS, TINY_METRICS
-from mmrjax.metrics.exact import aupro, measure, paired_difference, pixel_auroc_and_aupro
+from mmrjax.metrics.exact import measure, paired_difference
 from mmrjax.metrics.misses import MISSED, by_defect
-from mmrjax.metrics.pro import pro_mmr, pro_mmr_per_image, regions
-from mmrjax.metrics.ranking import auroc, average_precision, f1_max
+from mmrjax.metrics.pro import pro_mmr_per_image, regions
 from mmrjax.metrics.summary import (
     OFFICIAL_MODE,
     largest_errors,
@@ -57,17 +54,11 @@ __all__ = [
     "OFFICIAL_MODE",
     "PIXEL_METRICS",
     "TINY_METRICS",
-    "aupro",
-    "auroc",
-    "average_precision",
     "by_defect",
-    "f1_max",
     "largest_errors",
     "measure",
     "officially_rounded",
     "paired_difference",
-    "pixel_auroc_and_aupro",
-    "pro_mmr",
     "pro_mmr_per_image",
     "regions",
     "summarise",

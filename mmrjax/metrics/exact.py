@@ -15,7 +15,6 @@ from mmrjax.metrics import bootstrap as bootstrap_lib
 from mmrjax.metrics import misses, pro, ranking
 from mmrjax.metrics.domain import (
     IMAGE_METRICS,
-    PRO_LIMIT,
     Measured,
     assemble,
     checked_scores,
@@ -209,49 +208,6 @@ def gather(maps: np.ndarray, regions: pro.Regions) -> Pixels:
     normal, defect = _split(maps, regions)
     peaks = maps.reshape(len(maps), -1).max(axis=1)
     return Pixels(maps, regions, normal, defect, pro.pro_mmr_per_image(maps, regions), peaks)
-
-
-def pixel_auroc_and_aupro(
-    maps: np.ndarray, masks: np.ndarray, limit: float = PRO_LIMIT
-) -> tuple[float, float]:
-    """Pixel AUROC and AU-PRO of MVTec AD: all thresholds, ties merged, exact at the limit.
-
-    A constant map gives an AU-PRO of limit / 2, which is chance; a perfect map gives 1.
-
-    Args:
-        maps: [n, h, w] float32 or float64, higher means more anomalous; good images belong in it.
-        masks: [n, h, w] bool, all false for good images.
-        limit: largest false-positive rate of AU-PRO, in (0, 1].
-
-    Returns:
-        Both 0..1.
-
-    Raises:
-        ValueError: NaN or infinity in the maps, no defect pixel, no normal pixel, or unequal
-            shapes.
-    """
-    if not 0 < limit <= 1:
-        raise ValueError(f"limit={limit} must lie in (0, 1]")
-    pixel, region = pixel_rankings(maps, masks)
-    return float(ranking.area(pixel)), float(ranking.area(region, limit))
-
-
-def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = PRO_LIMIT) -> float:
-    """AU-PRO; arguments and errors as in `pixel_auroc_and_aupro`."""
-    return pixel_auroc_and_aupro(maps, masks, limit)[1]
-
-
-def pixel_rankings(maps: np.ndarray, masks: np.ndarray) -> tuple[ranking.Ranked, ranking.Ranked]:
-    """Rankings of defect pixels against normal pixels: of weight 1, and of weight 1 / area.
-
-    Arguments and errors as in `pixel_auroc_and_aupro`.
-    """
-    maps, regions = pro.checked(maps, masks)
-    if not 0 < len(regions.pixel) < maps.size:
-        raise ValueError(
-            f"defect and normal pixels are needed; {len(regions.pixel)} of {maps.size} are defects"
-        )
-    return _tables(*_split(maps, regions), regions.weight)
 
 
 def _split(maps: np.ndarray, regions: pro.Regions) -> tuple[list[np.ndarray], np.ndarray]:

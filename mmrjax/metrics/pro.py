@@ -1,11 +1,11 @@
 """Per-region overlap in its two definitions, and the connected regions that both need.
 
-`exact.aupro` has the definition of MVTec AD: one ranking over the test set, every region with equal
-weight, false-positive rate over all normal pixels, good images included. `pro_mmr` is the score in
+"aupro_0.3" has the definition of MVTec AD: one ranking over the test set, every region with equal
+weight, false-positive rate over all normal pixels, good images included. "pro_mmr" is the score in
 the MMR and RD4AD tables: a curve of 200 thresholds per defective image, averaged over images. The
 two differ by several points on the same maps, so a report names which one it shows.
 
-The official code of `pro_mmr` fails on some maps; `pro_mmr_per_image` defines a value for them.
+The official code of "pro_mmr" fails on some maps; `pro_mmr_per_image` defines a value for them.
 """
 
 from typing import NamedTuple
@@ -97,21 +97,6 @@ def head(x: np.ndarray, y: np.ndarray, limit: float) -> tuple[np.ndarray, np.nda
     inside = x <= limit
     end = max(np.interp(limit, x, y), y[inside][-1])  # a vertical step may lie at `limit`
     return np.append(x[inside], limit), np.append(y[inside], end)
-
-
-def pro_mmr(maps: np.ndarray, masks: np.ndarray | Regions) -> float:
-    """Mean over defective images of the official per-image PRO, see `pro_mmr_per_image`.
-
-    Raises:
-        ValueError: as there, or no image has both a defect pixel and a normal pixel.
-    """
-    values = pro_mmr_per_image(maps, masks)
-    values = values[~np.isnan(values)]
-    if not len(values):
-        raise ValueError(
-            "pro_mmr needs an image with both defect pixels and normal pixels; got none"
-        )
-    return float(np.mean(values))
 
 
 def pro_mmr_per_image(maps: np.ndarray, masks: np.ndarray | Regions) -> np.ndarray:

@@ -64,7 +64,6 @@ def rank(
     positives: np.ndarray,
     sorted_negatives: np.ndarray | Sequence[np.ndarray],
     weights: np.ndarray | None = None,
-    negatives: int | None = None,
 ) -> Ranked:
     """Ranks individual positives against sorted negatives.
 
@@ -73,7 +72,6 @@ def rank(
         sorted_negatives: [n] scores of the negatives, ascending; float32 stays float32. Or several
             such arrays, which together hold the negatives.
         weights: [..., p] weight of each positive, one row per weighting; default 1.
-        negatives: number of all negatives, if `sorted_negatives` holds only the highest.
 
     Returns:
         Table with k <= p groups, float64; `positive` has the leading axes of `weights`.
@@ -96,7 +94,7 @@ def rank(
         positive=size.astype(np.float64),
         above=(n - below[1]).astype(np.float64),
         at_or_above=(n - below[0]).astype(np.float64),
-        negatives=np.float64(n if negatives is None else negatives),
+        negatives=np.float64(n),
     )
 
 
@@ -249,50 +247,6 @@ def thin(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndar
 def area_precision_f1(ranked: Ranked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """AUROC, average precision and best F1 of the same table, [...] each."""
     return area(ranked), precision_area(ranked), best_f1(ranked)
-
-
-def auroc(scores: np.ndarray, is_positive: np.ndarray) -> float:
-    """Area under the ROC curve, exact; a tie counts one half.
-
-    Args:
-        scores: [n] (or any shape), higher means more anomalous; finite.
-        is_positive: bool, shape of `scores`.
-
-    Returns:
-        0..1.
-
-    Raises:
-        ValueError: NaN or infinite scores, or only one class present.
-    """
-    return float(area(_table(scores, is_positive)))
-
-
-def average_precision(scores: np.ndarray, is_positive: np.ndarray) -> float:
-    """Average precision, exact, as scikit-learn defines it; arguments and errors as in `auroc`."""
-    return float(precision_area(_table(scores, is_positive)))
-
-
-def f1_max(scores: np.ndarray, is_positive: np.ndarray) -> float:
-    """Largest F1 over all thresholds, exact; arguments and errors as in `auroc`."""
-    return float(best_f1(_table(scores, is_positive)))
-
-
-def _table(scores: np.ndarray, is_positive: np.ndarray) -> Ranked:
-    """Checks the arguments of the three public metrics and ranks them."""
-    scores, is_positive = np.asarray(scores).ravel(), np.asarray(is_positive).ravel()
-    if is_positive.dtype != bool or scores.shape != is_positive.shape:
-        raise ValueError(
-            f"scores {scores.shape} and is_positive {is_positive.shape} {is_positive.dtype} must "
-            "have one size, is_positive boolean"
-        )
-    require_finite(scores, "scores")
-    positives = int(is_positive.sum())
-    if not 0 < positives < len(scores):
-        raise ValueError(
-            f"both classes are needed, got {positives} positives and "
-            f"{len(scores) - positives} negatives"
-        )
-    return rank(scores[is_positive], np.sort(scores[~is_positive]))
 
 
 def _starts(ordered: np.ndarray) -> np.ndarray:

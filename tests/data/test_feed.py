@@ -169,7 +169,7 @@ def test_rows_follow_the_epoch_table(resident):
     got = batches(resident, 0, 3 * resident.steps_per_epoch)
     for step, batch in enumerate(got):
         epoch, row = divmod(step, resident.steps_per_epoch)
-        index, weight = epochs.epoch_table(np.arange(7), BATCH, 54, epoch)
+        index, weight = epochs.Plan(BATCH).table(7, 54, epoch)
         np.testing.assert_array_equal(batch["index"], index[row])
         np.testing.assert_array_equal(batch["weight"], weight[row])
 

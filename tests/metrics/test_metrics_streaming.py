@@ -11,7 +11,7 @@ import pytest
 from scipy import ndimage, sparse
 
 from mmrjax import metrics
-from mmrjax.metrics import ranking, streaming
+from mmrjax.metrics import exact, ranking, streaming
 from mmrjax.runtime import mesh as mesh_lib
 
 BOUNDED = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro_0.3")
@@ -97,15 +97,17 @@ def test_bounds_are_reached_by_the_worst_and_the_best_order_within_a_bucket():
     )
     orders = {0: group - 0.5 * positive, 1: group + 0.5 * positive}
     for end, scores in orders.items():
-        assert ranking.area_bounds(table)[end] == pytest.approx(metrics.auroc(scores, positive))
-    separate = scores_one_by_one(orders[0])
-    assert ranking.precision_bounds(table)[0] == pytest.approx(
-        metrics.average_precision(separate, positive)
-    )
-    best = metrics.average_precision(orders[1], positive)
-    assert ranking.precision_bounds(table)[1] == pytest.approx(best)
-    assert ranking.f1_bounds(table)[0] == metrics.f1_max(orders[0], positive)
-    assert ranking.f1_bounds(table)[1] == metrics.f1_max(orders[1], positive)
+        area, _, f1 = area_precision_f1(scores, positive)
+        assert ranking.area_bounds(table)[end] == pytest.approx(area)
+        assert ranking.f1_bounds(table)[end] == f1
+        _, precision, _ = area_precision_f1(scores if end else scores_one_by_one(scores), positive)
+        assert ranking.precision_bounds(table)[end] == pytest.approx(precision)
+
+
+def area_precision_f1(scores, positive):
+    """As `measure` has them."""
+    ranked = ranking.rank(scores[positive], np.sort(scores[~positive]))
+    return ranking.area_precision_f1(ranked)
 
 
 def scores_one_by_one(scores):
@@ -160,8 +162,9 @@ def test_more_regions_than_histograms_per_call_and_more_buckets_than_expected():
     counted = count(maps, masks, batch=1)
     assert counted.defect.shape == (256, streaming.BUCKETS)
     assert len(np.unique(counted.normal.indices)) > 1024
-    (low, high), exact = counted.bounds()["aupro_0.3"], metrics.aupro(maps, masks)
-    assert low <= exact <= high < low + 0.02
+    low, high = counted.bounds()["aupro_0.3"]
+    _, region = exact.gather(maps, metrics.regions(masks)).tables()
+    assert low <= ranking.area(region, 0.3) <= high < low + 0.02
 
 
 def test_batches_of_different_sizes_count_together():
