@@ -21,13 +21,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mmrjax import methods
-from mmrjax.data import augment, feed, geometry
+from mmrjax.data import augment, geometry
 from mmrjax.data.records import Records
 from mmrjax.evaluate import scoring
 from mmrjax.methods import base
 from mmrjax.runs import pretrained
 from mmrjax.runtime import mesh as mesh_lib
 from mmrjax.runtime import placement
+from mmrjax.train import loop
 from mmrjax.train import step as step_lib
 from mmrjax.weights import layouts
 
@@ -108,17 +109,7 @@ class Programs:
         state = step_lib.create(jax.tree.map(jnp.array, self.variables), stage)
         shardings = step_lib.shardings(state, mesh)
         state = mesh_lib.put(state, shardings)
-        on_cpu = jax.default_backend() == "cpu"
-        data = feed.Feed(
-            self.records,
-            mode="resident",
-            resident_gib=config.data.resident_gib,
-            max_side=config.data.max_side,
-            plan=stage.plan,
-            seed=0,
-            steps_per_call=config.train.steps_per_call or (1 if on_cpu else 64),
-            device_mesh=mesh,
-        )
+        data = loop.make_feed(config, self.records, stage, seed=0, mesh=mesh)
         chunk = next(data.chunks(0, data.steps_per_epoch))
         extras, _ = method.extras(self.records, self.records.take([]))
         frozen = mesh_lib.replicate(self.frozen | extras, mesh)

@@ -9,13 +9,13 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import time
 
 import jax
 import numpy as np
 import torch
 
 from mmrjax import methods
+from mmrjax.bench import programs
 from mmrjax.runs import restore
 from mmrjax.runtime import devices
 from mmrjax.weights import layouts
@@ -102,21 +102,6 @@ def load(folder: pathlib.Path) -> torch.nn.Module:
     return scorer.eval().requires_grad_(False)
 
 
-def windows(run, images_per_call: int, arguments: argparse.Namespace) -> list[float]:
-    """Images per second of each window, after as long a warm-up."""
-    run(2)
-    started = time.perf_counter()
-    run(1)
-    calls = max(1, round(arguments.window_seconds / (time.perf_counter() - started)))
-    run(calls)
-    rates = []
-    for _ in range(arguments.windows):
-        started = time.perf_counter()
-        run(calls)
-        rates.append(calls * images_per_call / (time.perf_counter() - started))
-    return rates
-
-
 def differences(folder: pathlib.Path) -> dict[str, float]:
     """Largest differences of maps and scores from JAX's; float32 on the CPU.
 
@@ -136,8 +121,8 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--task", choices=("compare", "train", "evaluate"), required=True)
     parser.add_argument("--variant", default="eager", choices=VARIANTS)
-    for name, default in {"batch": 16, "threads": 2, "windows": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name in ("batch", "threads", "windows"):
+        parser.add_argument(f"--{name}", type=int, default=2)
     parser.add_argument("--window_seconds", type=float, default=2.0)
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # JAX only reads weights: the device is PyTorch's
@@ -146,7 +131,9 @@ def main() -> None:
         return
     measured = Torch(arguments)
     run = measured.train if arguments.task == "train" else measured.evaluate
-    print(json.dumps({"windows": windows(run, arguments.batch, arguments)}))
+    plan = programs.Plan(arguments.windows, arguments.window_seconds)
+    rate = programs.measure(run, arguments.batch, plan)
+    print(json.dumps({"windows": rate["windows"]}))
 
 
 if __name__ == "__main__":

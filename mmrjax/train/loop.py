@@ -61,21 +61,6 @@ class Training:
         read_only = self.evaluate_only and (self.store.root / name).is_dir()
         return self.store.open(name, self.config.ckpt.keep, read_only)
 
-    def feed(self, stage: base.Stage) -> feed.Feed:
-        """The training batches of a stage."""
-        config = self.config
-        on_cpu = jax.default_backend() == "cpu"
-        return feed.Feed(
-            self.records,
-            mode=config.data.feed,
-            resident_gib=config.data.resident_gib,
-            max_side=config.data.max_side,
-            plan=stage.plan,
-            seed=self.seed,
-            steps_per_call=config.train.steps_per_call or (1 if on_cpu else STEPS_PER_CALL),
-            device_mesh=self.mesh,
-        )
-
 
 @dataclasses.dataclass
 class Views:
@@ -157,6 +142,23 @@ def train(
             if was_fitted:
                 facts["seconds"]["fitting"] = round(time.monotonic() - started, 1)
     return base.Trained(method, variables, frozen, facts, mesh)
+
+
+def make_feed(
+    config: ConfigDict, records: Records, stage: base.Stage, seed: int, mesh: jax.sharding.Mesh
+) -> feed.Feed:
+    """The training batches of a stage."""
+    on_cpu = jax.default_backend() == "cpu"
+    return feed.Feed(
+        records,
+        mode=config.data.feed,
+        resident_gib=config.data.resident_gib,
+        max_side=config.data.max_side,
+        plan=stage.plan,
+        seed=seed,
+        steps_per_call=config.train.steps_per_call or (1 if on_cpu else STEPS_PER_CALL),
+        device_mesh=mesh,
+    )
 
 
 def _make_mesh(config: ConfigDict, stages: list[base.Stage]) -> jax.sharding.Mesh:
@@ -253,7 +255,8 @@ def _loop(training, stage, step_fn, state, start, total, key, checkpoints, first
 
     Clocks and signals are the processes' own, what follows from them is not.
     """
-    config, data = training.config, training.feed(stage)
+    config = training.config
+    data = make_feed(config, training.records, stage, training.seed, training.mesh)
     sizes = (start, total, data.steps_per_epoch, stage.plan.batch_size)
     rates = np.zeros(stage.epochs) if stage.rates is None else stage.rates
     step, last_save = start, time.monotonic()
