@@ -45,7 +45,7 @@ PLACEHOLDER = "placeholder"
 
 # {pattern of a whole command: the test that runs it}. The test has a small model and small data if
 # the command takes hours. HERE is the last test of this file.
-SETS = "tests/test_data_sets_run.py"
+SETS = "tests/data_builders/test_data_sets_run.py"
 CROSS = "tests/test_cross_domain.py"
 MAIN = "tests/test_main.py::test_a_run_leaves_everything_the_report_needs"
 HERE = "tests/test_commands.py::test_the_way_of_a_newcomer"

@@ -7,30 +7,9 @@ from data_builders.aebad import aebad_dataset_builder
 DOMAINS = ("same", "background", "illumination", "view")
 
 
-@pytest.fixture
-def raw_dir(tmp_path, write_image, write_mask, clutter):
-    root = tmp_path / "AeBAD download"
-    blades, videos = root / "AeBAD_S", root / "AeBAD_V"
-    for sub in ("background", "view"):
-        write_image(blades / f"train/good/{sub}/IMG_1.png")
-    for domain in DOMAINS:
-        write_image(blades / f"test/good/{domain}/IMG_1.png")
-        write_image(blades / f"test/groove/{domain}/IMG_1.png")
-        write_mask(blades / f"ground_truth/groove/{domain}/IMG_1.png")
-        clutter(blades / f"test/groove/{domain}")
-        clutter(blades / f"ground_truth/groove/{domain}")
-    for number in (9, 10, 11):
-        write_image(videos / f"train/good/video4_train/frame{number}.jpg")
-        write_image(videos / f"test/video1/good/frame{number}.jpg")
-        write_image(videos / f"test/video2/anomaly/frame{number + 20}.jpg")
-    clutter(videos / "test/video1/good")
-    (root / "__MACOSX/AeBAD_S/train/good").mkdir(parents=True)
-    return root
-
-
-def test_blades_have_domains_in_the_test_only(raw_dir, tmp_path, built):
+def test_blades_have_domains_in_the_test_only(aebad, tmp_path, built):
     log = []
-    records = built("aebad", raw_dir, tmp_path / "data", log=log)["s"]
+    records = built("aebad", aebad, tmp_path / "data", log=log)["s"]
     assert {r["domain"] for r in records["train"].values()} == {""}
     assert set(records["train"]) == {
         "AeBAD_S/train/good/background/IMG_1.png", "AeBAD_S/train/good/view/IMG_1.png"
@@ -43,14 +22,14 @@ def test_blades_have_domains_in_the_test_only(raw_dir, tmp_path, built):
     assert any("test view anomaly 1/280" in line for line in log)
 
 
-def test_a_mask_has_the_name_of_its_image(raw_dir, tmp_path, built):
-    records = built("aebad", raw_dir, tmp_path / "data")["s"]["test"]
+def test_a_mask_has_the_name_of_its_image(aebad, tmp_path, built):
+    records = built("aebad", aebad, tmp_path / "data")["s"]["test"]
     assert records["AeBAD_S/test/groove/view/IMG_1.png"]["mask"].sum() == 255 * 5 * 8
     assert all(record["has_mask"] for record in records.values())
 
 
-def test_a_video_is_one_group_with_numbered_frames_and_no_pixel_truth(raw_dir, tmp_path, built):
-    records = built("aebad", raw_dir, tmp_path / "data")["v"]
+def test_a_video_is_one_group_with_numbered_frames_and_no_pixel_truth(aebad, tmp_path, built):
+    records = built("aebad", aebad, tmp_path / "data")["v"]
     frame = records["test"]["AeBAD_V/test/video2/anomaly/frame30.jpg"]
     assert (frame["domain"], frame["group"], frame["frame"]) == ("video2", "video2", 30)
     assert (frame["label"], frame["has_mask"]) == ("anomaly", False)
@@ -59,11 +38,11 @@ def test_a_video_is_one_group_with_numbered_frames_and_no_pixel_truth(raw_dir, t
     assert (train["domain"], train["group"], train["frame"]) == ("", "video4_train", 10)
 
 
-def test_one_part_works_without_the_other(raw_dir, tmp_path, built):
-    (raw_dir / "AeBAD_V").rename(tmp_path / "elsewhere")
-    assert list(built("aebad", raw_dir, tmp_path / "data")) == ["s"]
+def test_one_part_works_without_the_other(aebad, tmp_path, built):
+    (aebad / "AeBAD_V").rename(tmp_path / "elsewhere")
+    assert list(built("aebad", aebad, tmp_path / "data")) == ["s"]
     with pytest.raises(FileNotFoundError, match=r"aebad/v: no records in .*AeBAD_V/train/good"):
-        built("aebad", raw_dir, tmp_path / "data", categories=["v"])
+        built("aebad", aebad, tmp_path / "data", categories=["v"])
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,9 @@ import pytest
 from data_builders.btad import btad_dataset_builder
 
 
-@pytest.fixture
-def raw_dir(tmp_path, write_image, write_mask, clutter):
-    root = tmp_path / "BTech_Dataset_transformed"
-    for product, image, mask in (("01", "bmp", "png"), ("03", "bmp", "bmp"), ("02", "png", "png")):
-        for name in ("train/ok/0000", "train/ok/0001", "test/ok/0000", "test/ko/0001"):
-            write_image(root / product / f"{name}.{image}")
-        write_mask(root / product / f"ground_truth/ko/0001.{mask}")
-        for folder in ("train/ok", "test/ko", "ground_truth/ko"):
-            clutter(root / product / folder)
-    return root
-
-
-def test_masks_are_found_by_stem_whatever_the_extension(raw_dir, tmp_path, built):
+def test_masks_are_found_by_stem_whatever_the_extension(btad, tmp_path, built):
     log = []
-    records = built("btad", raw_dir.parent, tmp_path / "data", log=log)
+    records = built("btad", btad.parent, tmp_path / "data", log=log)
     assert list(records) == ["01", "02", "03"]
     expected = np.zeros((24, 32), bool)
     expected[4:9, 6:14] = True
@@ -34,10 +22,10 @@ def test_masks_are_found_by_stem_whatever_the_extension(raw_dir, tmp_path, built
     assert any("btad/03" in line and "train good 2/1000" in line for line in log)
 
 
-def test_two_masks_of_one_image_are_refused(raw_dir, tmp_path, built, write_mask):
-    write_mask(raw_dir / "03/ground_truth/ko/0001.png")
+def test_two_masks_of_one_image_are_refused(btad, tmp_path, built, write_mask):
+    write_mask(btad / "03/ground_truth/ko/0001.png")
     with pytest.raises(ValueError, match=r"0001\.bmp and .*0001\.png are masks of one image"):
-        built("btad", raw_dir, tmp_path / "data")
+        built("btad", btad, tmp_path / "data")
 
 
 def test_published_sums():

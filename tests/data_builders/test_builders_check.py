@@ -148,11 +148,6 @@ def test_truncated_and_empty_files(found, raw_dir, record, name, kept):
     check_stops(found, record, "the image is damaged" if kept else "the file is empty")
 
 
-def test_text_named_as_an_image(found, raw_dir, record):
-    (raw_dir / GOOD).write_text("version https://git-lfs.github.com/spec/v1")
-    check_stops(found, record, "no known image format")
-
-
 def test_every_damaged_file_is_named_at_once(found, raw_dir):
     for name in (GOOD, BENT):
         (raw_dir / name).write_bytes(b"?")

@@ -5,23 +5,9 @@ import pytest
 from data_builders.kolektor_sdd2 import kolektor_sdd2_dataset_builder
 
 
-@pytest.fixture
-def raw_dir(tmp_path, write_image, write_mask, clutter):
-    root = tmp_path / "KolektorSDD2"
-    for split, first in (("train", 10000), ("test", 20000)):
-        for i in range(3):
-            size_hw = (30 + i, 22)
-            write_image(root / split / f"{first + i}.png", size_hw)
-            levels = (0, 0, 1) if i == 2 else (0, 0, 0)
-            write_mask(root / split / f"{first + i}_GT.png", size_hw, levels)
-        clutter(root / split)
-        (root / split / "._10000_GT.png").write_bytes(b"Mac OS X")
-    return root
-
-
-def test_masks_give_the_labels_and_defective_training_images_are_kept(raw_dir, tmp_path, built):
+def test_masks_give_the_labels_and_bad_training_images_are_kept(kolektor_sdd2, tmp_path, built):
     log = []
-    records = built("kolektor_sdd2", raw_dir, tmp_path / "data", log=log)["surface"]
+    records = built("kolektor_sdd2", kolektor_sdd2, tmp_path / "data", log=log)["surface"]
     labels = {name: r["label"] for split in records.values() for name, r in split.items()}
     assert labels == {
         "train/10000.png": "good",
@@ -35,10 +21,10 @@ def test_masks_give_the_labels_and_defective_training_images_are_kept(raw_dir, t
     assert any("train good 2/2085, train anomaly 1/246" in line for line in log)
 
 
-def test_image_without_mask_is_named(raw_dir, tmp_path, built):
-    (raw_dir / "test/20001_GT.png").unlink()
+def test_image_without_mask_is_named(kolektor_sdd2, tmp_path, built):
+    (kolektor_sdd2 / "test/20001_GT.png").unlink()
     with pytest.raises(ValueError, match=r"20001\.png: its mask 20001_GT\.png is missing"):
-        built("kolektor_sdd2", raw_dir, tmp_path / "data")
+        built("kolektor_sdd2", kolektor_sdd2, tmp_path / "data")
 
 
 def test_the_smaller_kolektor_sdd_is_not_taken_for_it(tmp_path, built, write_image):

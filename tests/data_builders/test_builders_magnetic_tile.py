@@ -65,13 +65,6 @@ def test_fixture_becomes_records_with_exposure_and_tile(raw_dir, tmp_path, built
     assert any("train good 4/578" in line and "DIFFERS" in line for line in log)
 
 
-def test_damaged_tile_is_named(raw_dir, tmp_path, built):
-    path = raw_dir / "MT_Free/Imgs/exp1_num_50.jpg"
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"exp1_num_50\.jpg: the image is damaged \(.*\)"):
-        built("magnetic_tile", raw_dir, tmp_path / "data")
-
-
 def test_stray_name_is_refused(raw_dir, tmp_path, built):
     shutil.copy(raw_dir / "MT_Free/Imgs/exp1_num_50.jpg", raw_dir / "MT_Free/Imgs/copy.jpg")
     with pytest.raises(ValueError, match=r"copy\.jpg: expected a name like"):

@@ -4,58 +4,33 @@ import cv2
 import numpy as np
 import pytest
 
-from data_builders.rsdds import rsdds_dataset_builder as rsdds
+from data_builders.rsdds import rsdds_dataset_builder as dataset
 
 HEIGHT, WIDTH = 100, 16  # eight-row aligned: JPEG blocks then keep a mask's edges
 
 
-def write_strip(folder, number, defect_rows, height=HEIGHT):
-    """A strip of noise whose mask marks 8 columns in the rows given."""
-    rng = np.random.default_rng(number)
-    mask = np.zeros((height, WIDTH), np.uint8)
-    mask[defect_rows, 8:] = 255
-    for name, pixels in (
-        ("Rail surface images", rng.integers(60, 180, (height, WIDTH, 3), np.uint8)),
-        ("GroundTruth", mask),
-    ):
-        path = folder / name / f"rail_{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        assert cv2.imwrite(str(path), pixels, [cv2.IMWRITE_JPEG_QUALITY, 100])
-
-
 @pytest.fixture
-def raw_dir(tmp_path, clutter):
-    root = tmp_path / "RSDDs dataset"
-    for number in range(1, 11):
-        write_strip(root / "Type-I RSDDs dataset", number, slice(32, 40))
-    for number in (1, 2):
-        write_strip(root / "Type-II RSDDs dataset", number, slice(0, 8))
-    clutter(root / "Type-I RSDDs dataset/Rail surface images")
-    return root
-
-
-@pytest.fixture
-def tiles(raw_dir, tmp_path, built):
+def tiles(rsdds, tmp_path, built):
     """{category: {split: {id: record}}}"""
     return built("rsdds", tmp_path, tmp_path / "data")
 
 
 def test_tiles_step_by_half_and_the_last_ends_with_the_strip():
-    tops = [rows.start for rows in rsdds.tile_rows(1000, 160)]
+    tops = [rows.start for rows in dataset.tile_rows(1000, 160)]
     assert tops == [0, 80, 160, 240, 320, 400, 480, 560, 640, 720, 800, 840]
-    tops = [rows.start for rows in rsdds.tile_rows(1250, 55)]
+    tops = [rows.start for rows in dataset.tile_rows(1250, 55)]
     assert tops[:3] == [0, 27, 54]
     assert tops[-2:] == [1188, 1195]
-    assert [rows.start for rows in rsdds.tile_rows(320, 160)] == [0, 80, 160]
-    assert rsdds.tile_rows(100, 160) == [slice(0, 160)]  # lower than wide: the whole strip
+    assert [rows.start for rows in dataset.tile_rows(320, 160)] == [0, 80, 160]
+    assert dataset.tile_rows(100, 160) == [slice(0, 160)]  # lower than wide: the whole strip
 
 
-def test_tiles_keep_the_native_size_and_cover_their_strip(raw_dir, tiles):
+def test_tiles_keep_the_native_size_and_cover_their_strip(rsdds, tiles):
     path = "Type-I RSDDs dataset/Rail surface images/rail_3.jpg"
     records = {k: r for part in tiles["i"].values() for k, r in part.items() if r["group"] == path}
     tops = sorted(int(name.rsplit(":", 1)[1]) for name in records)
     assert tops == [0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 84]
-    strip = cv2.imread(str(raw_dir / path))[..., ::-1]
+    strip = cv2.imread(str(rsdds / path))[..., ::-1]
     for top in tops:
         image = records[f"{path}:{top}"]["image"]
         np.testing.assert_array_equal(image, strip[top : top + WIDTH])
@@ -80,20 +55,20 @@ def test_whole_strips_are_split_seventy_to_thirty(tiles):
         assert tuple(map(len, groups)) == counts
         assert groups[0].isdisjoint(groups[1])
     assert [n * 7 // 10 for n in (67, 128)] == [46, 89]
-    assert rsdds.Builder.EXPECTED["ii"] == {"train strips": 89, "test strips": 39}
+    assert dataset.Builder.EXPECTED["ii"] == {"train strips": 89, "test strips": 39}
 
 
-def test_strips_are_counted_against_the_published_ones(raw_dir, tmp_path, built):
+def test_strips_are_counted_against_the_published_ones(rsdds, tmp_path, built):
     log = []
-    built("rsdds", raw_dir, tmp_path / "data", log=log, categories=["i"])
+    built("rsdds", rsdds, tmp_path / "data", log=log, categories=["i"])
     assert any("train strips 7/46, test strips 3/21" in line for line in log)
 
 
-def test_missing_mask_and_other_size_are_named(raw_dir, tmp_path, built):
-    mask = raw_dir / "Type-I RSDDs dataset/GroundTruth/rail_3.jpg"
+def test_missing_mask_and_other_size_are_named(rsdds, tmp_path, built):
+    mask = rsdds / "Type-I RSDDs dataset/GroundTruth/rail_3.jpg"
     cv2.imwrite(str(mask), np.zeros((HEIGHT, WIDTH + 1), np.uint8))
     with pytest.raises(ValueError, match=r"rail_3\.jpg: the mask is 17x100, its image 16x100"):
-        built("rsdds", raw_dir, tmp_path / "data")
+        built("rsdds", rsdds, tmp_path / "data")
     mask.unlink()
     with pytest.raises(ValueError, match=r"rail_3\.jpg: its mask .*GroundTruth.* is missing"):
-        built("rsdds", raw_dir, tmp_path / "data")
+        built("rsdds", rsdds, tmp_path / "data")

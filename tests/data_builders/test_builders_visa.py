@@ -8,33 +8,13 @@ from data_builders.visa import visa_dataset_builder
 HEADER = "object,split,label,image,mask\n"
 
 
-@pytest.fixture
-def raw_dir(tmp_path, write_image, write_mask, clutter):
-    root = tmp_path / "VisA_20220922"
-    lines = []
-    for name, split in (("000", "train"), ("001", "train"), ("002", "test")):
-        image = f"pcb1/Data/Images/Normal/{name}.JPG"
-        write_image(root / image)
-        lines.append(f"pcb1,{split},normal,{image},\n")
-    image, mask = "pcb1/Data/Images/Anomaly/000.JPG", "pcb1/Data/Masks/Anomaly/000.png"
-    write_image(root / image)
-    write_mask(root / mask, levels=(0, 0, 1))
-    lines.append(f"pcb1,test,anomaly,{image},{mask}\n")
-    lines.append("candle,train,normal,candle/Data/Images/Normal/000.JPG,\n")
-    write_split(root, "".join(lines))
-    clutter(root / "pcb1/Data/Images/Normal")
-    clutter(root / "pcb1/Data/Masks/Anomaly")
-    return root
-
-
 def write_split(root, lines):
-    (root / "split_csv").mkdir(exist_ok=True)
     (root / "split_csv/1cls.csv").write_text(HEADER + lines)
 
 
-def test_split_file_decides_and_small_class_numbers_are_defect(raw_dir, tmp_path, built):
+def test_split_file_decides_and_small_class_numbers_are_defect(visa, tmp_path, built):
     log = []
-    records = built("visa", raw_dir, tmp_path / "data", log=log)
+    records = built("visa", visa, tmp_path / "data", log=log)
     assert list(records) == ["pcb1"]  # candle is in the split file but not in the folder
     train, test = records["pcb1"]["train"], records["pcb1"]["test"]
     assert set(train) == {f"pcb1/Data/Images/Normal/00{i}.JPG" for i in (0, 1)}
@@ -47,13 +27,13 @@ def test_split_file_decides_and_small_class_numbers_are_defect(raw_dir, tmp_path
     assert any("train good 2/904" in line and "test anomaly 1/100" in line for line in log)
 
 
-def test_records_follow_a_changed_split_file(raw_dir, tmp_path, built):
-    built("visa", raw_dir, tmp_path / "data")
-    lines = (raw_dir / "split_csv/1cls.csv").read_text().removeprefix(HEADER)
+def test_records_follow_a_changed_split_file(visa, tmp_path, built):
+    built("visa", visa, tmp_path / "data")
+    lines = (visa / "split_csv/1cls.csv").read_text().removeprefix(HEADER)
     row = "normal,pcb1/Data/Images/Normal/001"
-    write_split(raw_dir, lines.replace(f"train,{row}", f"test,{row}"))
+    write_split(visa, lines.replace(f"train,{row}", f"test,{row}"))
     log = []
-    records = built("visa", raw_dir, tmp_path / "data", log=log)["pcb1"]
+    records = built("visa", visa, tmp_path / "data", log=log)["pcb1"]
     assert (len(records["train"]), len(records["test"])) == (1, 3)
     assert sum("the raw data changed since" in line for line in log) == 1
 
@@ -70,22 +50,22 @@ def test_records_follow_a_changed_split_file(raw_dir, tmp_path, built):
         "pcb1",
     ],
 )
-def test_bad_rows_of_the_split_file_are_named(raw_dir, tmp_path, built, row):
-    write_split(raw_dir, row + "\n")
+def test_bad_rows_of_the_split_file_are_named(visa, tmp_path, built, row):
+    write_split(visa, row + "\n")
     with pytest.raises(ValueError, match=r"1cls\.csv, line 2: expected object, train or test"):
-        built("visa", raw_dir, tmp_path / "data")
+        built("visa", visa, tmp_path / "data")
 
 
-def test_missing_split_file_is_named(raw_dir, tmp_path, built):
-    (raw_dir / "split_csv/1cls.csv").unlink()
+def test_missing_split_file_is_named(visa, tmp_path, built):
+    (visa / "split_csv/1cls.csv").unlink()
     with pytest.raises(ValueError, match=r"1cls\.csv is missing; .* unpack it again"):
-        built("visa", raw_dir, tmp_path / "data")
+        built("visa", visa, tmp_path / "data")
 
 
-def test_image_that_only_the_split_file_knows_is_named(raw_dir, tmp_path, built):
-    (raw_dir / "pcb1/Data/Images/Normal/001.JPG").unlink()
+def test_image_that_only_the_split_file_knows_is_named(visa, tmp_path, built):
+    (visa / "pcb1/Data/Images/Normal/001.JPG").unlink()
     with pytest.raises(FileNotFoundError, match=r"pcb1/Data/Images/Normal/001\.JPG"):
-        built("visa", raw_dir, tmp_path / "data")
+        built("visa", visa, tmp_path / "data")
 
 
 def test_published_numbers_sum_up_to_10821_images():
