@@ -16,7 +16,6 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from mmrjax import main
 
@@ -88,19 +87,6 @@ def only_defective(tmp):
     return folder_of(tmp, ("scratch/0.png", "dent/0.png"))
 
 
-def text_as_image(tmp):
-    folder = folder_of(tmp, ("good/0.png", "good/1.png", "bad/0.png"))
-    (folder / "good" / "2.png").write_text("not found")
-    return folder
-
-
-def truncated_image(tmp):
-    folder = folder_of(tmp, ("good/0.png", "good/1.png", "bad/0.png", "good/2.png"))
-    path = folder / "good" / "2.png"
-    path.write_bytes(path.read_bytes()[:2000])
-    return folder
-
-
 def absurd_image(tmp):
     """A PNG of kilobytes that claims to be 60000 x 60000 pixels."""
     folder = folder_of(tmp, ("good/0.png", "good/1.png", "good/2.png"))
@@ -116,8 +102,6 @@ FOLDERS = {
     empty_folder: ("it holds: nothing", "Give a folder that holds"),
     a_file: ("is a file; unpack it",),
     only_defective: ("cannot tell which images are good", "Put good images into a folder"),
-    text_as_image: ("good/2.png", "no known image format", "replace or delete it"),
-    truncated_image: ("good/2.png", "damaged", "replace or delete it"),
     absurd_image: ("good/2.png", "MMRJAX_MAX_MEGAPIXELS="),
 }
 
@@ -184,31 +168,12 @@ def test_a_device_that_is_not_there_is_one_line(platform, tmp_path):
 # --- weights
 
 
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, trace: pathlib.Path):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
-
-
 def of_another_architecture(path):
     np.savez(path, **{"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)})
 
 
-def truncated(path):
-    state = {"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}
-    path.write_bytes(safetensors.numpy.save(state)[:-20])
-
-
 def with_an_absurd_header(path):
     path.write_bytes((2**60).to_bytes(8, "little") + b"{}")
-
-
-def pickled(path):
-    np.savez(path, a=np.array([Bomb(path.parent / "trace")], dtype=object))
 
 
 def of_petabytes(path):
@@ -223,19 +188,11 @@ def unpacking_to_gigabytes(path):
     np.savez_compressed(path, a=np.zeros(2**22, np.float32))
 
 
-def pickled_for_torch(path):
-    torch = pytest.importorskip("torch", reason="the torch extra is not installed")
-    torch.save({"conv1.weight": Bomb(path.parent / "trace")}, path)
-
-
 WEIGHTS = {
     of_another_architecture: (".npz", "74 tensors missing: bn1.bias, layer1.0.conv1.weight"),
-    truncated: (".safetensors", "is not a whole .safetensors file"),
     with_an_absurd_header: (".safetensors", "header too large"),
-    pickled: (".npz", "allow_pickle=False"),
     of_petabytes: (".npz", "Unable to allocate"),
     unpacking_to_gigabytes: (".npz", "unpacks to 16 MiB"),
-    pickled_for_torch: (".pth", "is not a whole PyTorch weights file"),
 }
 
 
@@ -247,7 +204,6 @@ def test_unusable_teacher_weights_are_named_with_the_reason(refused, tmp_path, m
     line = refused(SEED_2, f"--config.teacher.weights={path}")
     assert str(path) in line
     assert expected in line
-    assert not (tmp_path / "trace").exists(), "something was unpickled"
 
 
 # --- configuration and work directory

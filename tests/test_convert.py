@@ -443,22 +443,6 @@ def test_what_does_not_fit_gives_one_line_and_no_file(case, inputs, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.torch
-def test_a_hostile_file_is_not_run(tmp_path, capsys):
-    torch = pytest.importorskip("torch", reason="the torch extra is not installed")
-
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "trace"),)
-
-    torch.save({"model": {"cls_token": Bomb()}}, tmp_path / "mae.pth")
-    output = tmp_path / "x.safetensors"
-    assert run("from-torch", kind="mae", arch=ARCH, input=tmp_path / "mae.pth", output=output) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "it asks to run posix.mkdir, which was not done; only tensors are read" in line
-    assert [p.name for p in tmp_path.iterdir()] == ["mae.pth"]
-
-
 def test_an_existing_output_is_left_as_it_is(golden_student, tmp_path, capsys):
     output = tmp_path / "mine.safetensors"
     output.write_bytes(b"precious")
@@ -493,13 +477,6 @@ def test_a_write_that_fails_leaves_nothing(golden_student, tmp_path, monkeypatch
     assert run("from-torch", **flags, output=tmp_path / "x.safetensors") == 1
     assert "No space left on device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_help_says_what_happens_to_an_existing_output(capsys):
-    with pytest.raises(SystemExit) as left:
-        convert.main(["--help"])
-    assert left.value.code == 0
-    assert "An existing output is refused, never replaced" in capsys.readouterr().out
 
 
 def test_a_student_whose_heads_are_limited_is_not_converted(tiny_config, tmp_path, monkeypatch):

@@ -238,10 +238,6 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
-def cut_short(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 def test_a_damaged_checkpoint_is_reported_and_the_run_goes_on_from_the_one_before(
     program, run_dir, caplog
 ):
@@ -258,17 +254,3 @@ def test_a_damaged_checkpoint_is_reported_and_the_run_goes_on_from_the_one_befor
     assert f"resuming at step {LAST - 1} of {LAST}" in caplog.messages
     assert (run_dir / "checkpoints" / f"train-damaged-{LAST}").is_dir()
     assert (run_dir / "scores.csv").read_bytes() == whole
-
-
-def test_no_checkpoint_that_can_be_read_is_one_line_that_says_what_to_delete(program, run_dir):
-    assert program()[0] == 0
-    (run_dir / "results.json").unlink()
-    for step in steps(run_dir):
-        parts = (
-            p for p in (run_dir / "checkpoints" / "train" / str(step)).rglob("*") if p.is_file()
-        )
-        cut_short(max(parts, key=lambda p: p.stat().st_size))
-    status, output = program()
-    assert status == 1
-    assert f"none of the checkpoints [{LAST}, {LAST - 1}] in {run_dir}" in the_line(output)
-    assert "delete that folder" in the_line(output)

@@ -1,7 +1,6 @@
 """The whole program from the command line: results, repetition, other views, bad input."""
 
 import json
-import pathlib
 import shutil
 
 import pytest
@@ -124,16 +123,6 @@ def test_evaluation_from_the_checkpoint_repeats_the_scores(finished, tmp_path):
     assert (run / "scores.csv").read_bytes() == before
 
 
-def test_other_training_fields_are_refused_by_name(finished, capsys):
-    workdir, args = finished
-    before = (workdir / "mmr/parts/seed1/results.json").read_bytes()
-    assert main.main([*args, "--config.train.epochs=5"]) == 1
-    message = capsys.readouterr().err
-    assert "train.epochs: was 4, is 5" in message
-    assert "--workdir" in message
-    assert (workdir / "mmr/parts/seed1/results.json").read_bytes() == before
-
-
 BAD_INPUT = {
     "misspelled field": (["--config.train.epoch=3"], "train.epochs"),
     "wrong type": (["--config.train.epochs=many"], "expected int"),
@@ -171,13 +160,6 @@ def test_a_missing_configuration_shows_a_command_that_works(tiny_args, capsys):
     rest = [a for a in tiny_args if not a.startswith("--config=")]
     assert main.main(rest) == 1
     assert "configs/demo.py" in capsys.readouterr().err
-
-
-def test_weights_of_another_architecture_name_the_tensors(tiny_args, shared, capsys):
-    weights = next(pathlib.Path(shared, "weights").glob("resnet18*.safetensors"))
-    args = [*tiny_args, f"--config.teacher.weights={weights}", "--config.teacher.name=resnet50"]
-    assert main.main(args) == 1
-    assert "layer1.0.conv3.weight" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

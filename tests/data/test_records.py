@@ -105,14 +105,9 @@ def test_damaged_record_is_named_with_what_to_do(records, damage):
     whole = records.encoded(4, "image")
     damaged = with_bytes(records, whole[: len(whole) // 2] if damage == "truncated" else b"no png")
     for read, field in ((damaged.image, "image"), (damaged.mask, "mask")):
-        wanted = rf"the {field} of record .*train/good/000\.png.* damaged; delete their folder"
+        wanted = rf"the {field} of record 'train/good/000\.png' .* damaged; delete their folder"
         with pytest.raises(ValueError, match=wanted):
             read(4)
-
-
-def test_damaged_record_is_named_as_a_person_would_write_it(records):
-    with pytest.raises(ValueError, match=r"record 'train/good/000\.png' cannot"):
-        with_bytes(records, b"no png").image(4)
 
 
 def test_record_without_bytes_is_named_too(records):

@@ -1,7 +1,6 @@
 """A loaded run scores as its evaluation did, whatever the order, the batch and the size."""
 
 import csv
-import re
 
 import cv2
 import numpy as np
@@ -173,15 +172,3 @@ def test_a_folder_of_several_runs_or_none_says_which_there_are(finished, tmp_pat
     with pytest.raises(FileNotFoundError, match="holds no run"):
         mmrjax.load(tmp_path)
     assert restore.find_run(finished[0] / "mmr/parts/seed1").name == "seed1"
-
-
-def test_another_teacher_than_that_of_the_training_is_refused(finished, tmp_path):
-    run = tmp_path / "patchcore" / "parts" / "seed1"
-    run.mkdir(parents=True)
-    for name in ("config.json", "results.json"):
-        text = (finished[0] / "patchcore/parts/seed1" / name).read_text()
-        (run / name).write_text(re.sub(r'"sha256": "\w{8}', '"sha256": "00000000', text))
-    text = (run / "config.json").read_text()
-    (run / "config.json").write_text(re.sub(r'("teacher": \{[^}]*"seed": )0', r"\g<1>1", text))
-    with pytest.raises((ValueError, FileNotFoundError), match=r"sha256 00000000…|not fitted"):
-        mmrjax.load(run)

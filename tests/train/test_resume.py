@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 
-import cv2
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -24,52 +23,19 @@ import tensorflow_datasets as tfds
 from mmrjax.runtime import logs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-GOOD, BAD, EPOCHS, BATCH = 12, 4, 3, 8
-STEPS = EPOCHS * 2  # a fifth of the good pictures is kept for the test, 10 train
+EPOCHS = 3
+STEPS = EPOCHS * 2  # a fifth of the twelve good pictures is kept for the test
 FIELDS = (
-    "data.raw_dir=../parts",
-    "data.data_dir=records",
-    "data.image_size=64,64",
-    "data.resize=64,64",
-    "teacher.name=resnet18",
-    "teacher.weights=random",
-    "student.size=",
-    "student.width=24",
-    "student.depth=2",
-    "student.heads=3",
-    "student.init=scratch",
-    "student.layers=2,3",
-    f"train.batch_size={BATCH}",
     f"train.epochs={EPOCHS}",
     "method.names=mmr",
-    "eval.batch_size=8",
-    "eval.bootstrap=20",
     "report.gallery=6",
     "ckpt.every_seconds=0",
 )
-COMMAND = [
-    *(sys.executable, "-m", "mmrjax.main", "--config=configs/folder.py", "--workdir=run"),
-    *(f"--config.{field}" for field in FIELDS),
-]
+Start = Callable[[pathlib.Path], subprocess.Popen]
 RUN = pathlib.Path("run/mmr/parts/seed54")
 CHECKPOINTS = RUN / "checkpoints" / "train"
 RECORDS = pathlib.Path("records/folder/parts/1.0.0")
 REMAINS = ("*.part", "*.building", "*orbax-checkpoint-tmp*")
-
-
-def draw_parts(folder: pathlib.Path) -> None:
-    """Writes the raw data: 12 good pictures, 4 with a bright square and its mask."""
-    rng = np.random.default_rng(0)
-    for kind, count in (("good", GOOD), ("bad", BAD)):
-        (folder / kind).mkdir(parents=True)
-        for i in range(count):
-            picture = np.clip(rng.normal(110, 12, (72, 88, 3)), 0, 255).astype(np.uint8)
-            if kind == "bad":
-                mask = np.zeros((72, 88), np.uint8)
-                mask[20:36, 16 * i + 6 : 16 * i + 22] = 255
-                picture[mask > 0] = 250 - picture[mask > 0] // 2
-                cv2.imwrite(str(folder / kind / f"{i:02d}_mask.png"), mask)
-            cv2.imwrite(str(folder / kind / f"{i:02d}.png"), picture)
 
 
 def saves_in_progress(home: pathlib.Path) -> set[str]:
@@ -88,15 +54,23 @@ PHASES: dict[str, Callable[[pathlib.Path, str, set[str]], bool]] = {
 }
 
 
-def start(home: pathlib.Path) -> subprocess.Popen:
-    """Starts the program in a round's folder; the raw data lie beside the folder."""
-    home.mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def start(tiny_raw, tiny_fields) -> Start:
+    """Starts the program in a round's folder."""
+    fields = [*tiny_fields(tiny_raw, "records"), *(f"--config.{field}" for field in FIELDS)]
+    program = [sys.executable, "-m", "mmrjax.main", "--config=configs/folder.py", "--workdir=run"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    with (home / "log.txt").open("w") as out:
-        return subprocess.Popen(COMMAND, cwd=home, env=environment, stderr=out, stdout=out)
+
+    def run(home: pathlib.Path) -> subprocess.Popen:
+        home.mkdir(exist_ok=True)
+        with (home / "log.txt").open("w") as out:
+            command = [*program, *fields]
+            return subprocess.Popen(command, cwd=home, env=environment, stderr=out, stdout=out)
+
+    return run
 
 
-def kill(home: pathlib.Path, phase: str, delay: float) -> bool:
+def kill(start: Start, home: pathlib.Path, phase: str, delay: float) -> bool:
     """Starts the program and kills it in a phase; whether it was still running then."""
     old = saves_in_progress(home)
     process = start(home)
@@ -111,7 +85,7 @@ def kill(home: pathlib.Path, phase: str, delay: float) -> bool:
     return status != 0
 
 
-def finish(home: pathlib.Path) -> pathlib.Path:
+def finish(start: Start, home: pathlib.Path) -> pathlib.Path:
     """Lets the program run to its end."""
     assert start(home).wait(timeout=300) == 0, (home / "log.txt").read_text()
     return home
@@ -165,31 +139,29 @@ def differences(got: dict[str, str], wanted: dict[str, str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def untouched(tmp_path_factory) -> pathlib.Path:
+def untouched(start, tmp_path_factory) -> pathlib.Path:
     """The folder of a finished run that nobody disturbed."""
-    work = tmp_path_factory.mktemp("kills")
-    draw_parts(work / "parts")
-    return finish(work / "untouched")
+    return finish(start, tmp_path_factory.mktemp("kills") / "untouched")
 
 
-def test_kills_while_building_saving_and_evaluating_change_nothing(untouched):
+def test_kills_while_building_saving_and_evaluating_change_nothing(start, untouched):
     home = untouched.parent / "killed"
-    assert kill(home, "data building", 0.1)
-    assert kill(home, "saving", 0.01)
-    assert kill(home, "evaluating", 0.05)
-    assert differences(result(finish(home)), result(untouched)) == []
+    assert kill(start, home, "data building", 0.1)
+    assert kill(start, home, "saving", 0.01)
+    assert kill(start, home, "evaluating", 0.05)
+    assert differences(result(finish(start, home)), result(untouched)) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_kills_at_random_moments_of_every_phase_change_nothing(untouched, seed):
+def test_kills_at_random_moments_of_every_phase_change_nothing(start, untouched, seed):
     rng, home = random.Random(seed), untouched.parent / f"seed{seed}"
-    killed = [kill(home, phase, rng.uniform(0, 1)) for phase in PHASES]
+    killed = [kill(start, home, phase, rng.uniform(0, 1)) for phase in PHASES]
     assert sum(killed) >= 3
-    assert differences(result(finish(home)), result(untouched)) == []
+    assert differences(result(finish(start, home)), result(untouched)) == []
 
 
-def test_sigterm_saves_and_the_next_start_goes_on_from_there(untouched):
+def test_sigterm_saves_and_the_next_start_goes_on_from_there(start, untouched):
     home = untouched.parent / "terminated"
     process = start(home)
     while not any((home / CHECKPOINTS).glob("[0-9]")):
@@ -200,7 +172,7 @@ def test_sigterm_saves_and_the_next_start_goes_on_from_there(untouched):
     last = (home / "log.txt").read_text().splitlines()[-1]
     step = int(last.removeprefix("stopped at step ").split()[0])
     assert last.endswith("saved; the same command continues")
-    resumed = f"resuming at step {step} of" in (finish(home) / "log.txt").read_text()
+    resumed = f"resuming at step {step} of" in (finish(start, home) / "log.txt").read_text()
     assert resumed == (step < STEPS)
     assert differences(result(home), result(untouched)) == []
 
