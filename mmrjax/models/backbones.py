@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmrjax.models import resnet
+from mmrjax.models import efficientnet, resnet
 
 
 class Architecture(Protocol):
@@ -37,7 +37,10 @@ class Architecture(Protocol):
         """The network: normalised RGB [b, h, w, 3] -> {tap: [b, h / stride, w / stride, c]}."""
 
 
-FAMILIES: tuple[Mapping[str, Architecture], ...] = (resnet.ARCHITECTURES,)
+FAMILIES: tuple[Mapping[str, Architecture], ...] = (
+    resnet.ARCHITECTURES,
+    efficientnet.ARCHITECTURES,
+)
 
 
 def names() -> list[str]:

@@ -16,11 +16,12 @@ from mmrjax.weights import source, storage, teachers, torch_names
 
 RANDOM_TEACHER = (
     "THE TEACHER IS RANDOM: %s has never seen an image. Scores show that the program runs, not "
-    "what the method can do; use --config.teacher.name=fdsl18 --config.teacher.weights=embedded, "
-    "or --config.teacher.weights=imagenet, or a file."
+    "what the method can do; use --config.teacher.name=efficientnet_lite0 "
+    "--config.teacher.weights=embedded, or --config.teacher.weights=imagenet, or a file."
 )
 WITHOUT_DOWNLOAD = (
-    "; without a download there is --config.teacher.name=fdsl18 --config.teacher.weights=embedded"
+    "; without a download there is --config.teacher.name=efficientnet_lite0 "
+    "--config.teacher.weights=embedded"
 )
 
 
@@ -35,16 +36,21 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
     backbones.architecture(name)
     if weights == "random":
         return None
-    for word, known in (("embedded", source.EMBEDDED), ("imagenet", source.IMAGENET)):
-        if weights == word and name not in known:
-            raise ValueError(
-                f"teacher.weights={word!r} exists for teacher.name in {sorted(known)}, not {name!r}"
-            )
-    if weights == "embedded":
-        return source.EMBEDDED[name]
-    if weights == "imagenet":
-        return source.published_file(source.IMAGENET[name], WITHOUT_DOWNLOAD)
-    return _local("teacher.weights", weights, "'embedded', 'imagenet' or 'random'")
+    words = {
+        "embedded": {**source.EMBEDDED, **source.PACKAGED},
+        "imagenet": {**source.IMAGENET, **source.PACKAGED},
+    }
+    if weights not in words:
+        return _local("teacher.weights", weights, "'embedded', 'imagenet' or 'random'")
+    if name not in words[weights]:
+        raise ValueError(
+            f"teacher.weights={weights!r} exists for teacher.name in {sorted(words[weights])}, not "
+            f"{name!r}{WITHOUT_DOWNLOAD}"
+        )
+    known = words[weights][name]
+    if isinstance(known, source.Packaged):
+        return source.packaged_file(known)
+    return known if weights == "embedded" else source.published_file(known, WITHOUT_DOWNLOAD)
 
 
 def student_file(init: str, size: str) -> pathlib.Path | None:

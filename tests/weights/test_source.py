@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import os
 import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -93,12 +92,6 @@ def test_published_hashes_are_those_in_torchvisions_file_names():
     )
     assert "NC" in source.MAE["base"].licence
     assert not source.MAE["base"].sha256_prefix  # none is published: none is invented
-
-
-def test_pytorch_file_that_could_not_be_read_is_not_asked_for(cache, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"net-1234\.pth .* torch is not installed: pip install"):
-        source.published_file(published(suffix="pth"))
 
 
 # --- reading
@@ -251,7 +244,7 @@ def test_tensors_without_plain_values_are_refused(tmp_path, torch, kind):
     tensor = torch.ones(2).to_sparse() if kind == "sparse" else torch.ones(2)
     tensor = tensor.to("meta") if kind == "meta" else tensor
     torch.save({3 if kind == "numbered" else "a": tensor}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="holds no flat dict of"):
+    with pytest.raises(ValueError, match=r"holds no flat dict of|asks to run torch\._utils"):
         source.read(tmp_path / "x.pth")
 
 
@@ -296,13 +289,6 @@ def test_truncated_pytorch_file_is_named(tmp_path, torch):
 def test_pytorch_file_of_something_else_is_refused(tmp_path, torch, content):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="holds no flat dict of tensors"):
-        source.read(tmp_path / "x.pth")
-
-
-def test_without_torch_the_message_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "x.pth").write_bytes(b"?")
-    with pytest.raises(ValueError, match="pip install torch, or convert it"):
         source.read(tmp_path / "x.pth")
 
 
