@@ -4,6 +4,7 @@ Source: arXiv 2106.08265, section 3.1.
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +16,27 @@ EXACT = jax.lax.Precision.HIGHEST  # TF32 would change which patches are nearest
 
 
 def embed(features: dict, patch: int, width: int) -> jax.Array:
-    """One embedding per cell of the shallowest layer, float32 [b, h, w, width].
+    """One embedding per cell of the shallowest layer, float32 [b, h, w, d].
 
     Args:
       features: {layer: [b, h, w, c]} of the network.
       patch: side of the neighbourhood, in cells, that an embedding sees.
-      width: length of an embedding.
+      width: length d of an embedding, to which the official code pools channels and
+        neighbourhoods; 0: the channels of all layers, each the mean of its neighbourhood.
     """
     grid, pooled = None, []
     for layer in sorted(features):
-        x = _neighbourhoods(features[layer].astype(jnp.float32), patch)
+        x = features[layer].astype(jnp.float32)
+        grid = grid or x.shape[1:3]
+        if not width:
+            pooled.append(resize(_mean(x, patch), grid))
+            continue
+        x = _neighbourhoods(x, patch)
         # Pooling and resizing are both linear and act on different axes: pooling first is cheaper.
         x = jnp.matmul(x, adaptive_pool_matrix(x.shape[-1], width), precision=EXACT)
-        grid = grid or x.shape[1:3]
         pooled.append(resize(x, grid))
+    if not width:
+        return jnp.concatenate(pooled, axis=-1)
     x = jnp.stack(pooled, axis=-2)  # [b, h, w, layers, width]
     # Adaptive pooling of the concatenation to `width`: the mean over runs of `layers` entries.
     return x.reshape(*x.shape[:3], width, len(pooled)).mean(axis=-1)
@@ -71,6 +79,18 @@ def _neighbourhoods(x: jax.Array, size: int) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     shifts = [x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]
     return jnp.stack(shifts, axis=-1).reshape(b, h, w, c * size * size)
+
+
+def _mean(x: jax.Array, size: int) -> jax.Array:
+    """The mean of zero-padded s x s neighbourhoods, [b, h, w, c]; zeros beyond the border count."""
+    side = size // 2, size - 1 - size // 2
+    window, pad = (1, size, size, 1), ((0, 0), side, side, (0, 0))
+    return jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1, 1, 1, 1), pad) / size**2
+
+
+def embedded_width(channels: Mapping[int, int], width: int) -> int:
+    """The length of an embedding, from the channels of the layers and the wanted width."""
+    return width or sum(channels.values())
 
 
 @functools.lru_cache(maxsize=16)

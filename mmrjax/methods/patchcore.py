@@ -38,7 +38,7 @@ class PatchCore(base.Method):
         own = ConfigDict()
         own.layers = (2, 3)
         own.patch = 3  # neighbourhood that one feature sees
-        own.width = 1024  # of an embedded patch
+        own.width = 1024  # of an embedded patch; 0: the channels of all layers, not pooled
         own.coreset = 0.01  # share of all patches (of a scale) kept in its memory bank
         # Sides of what the teacher sees, relative to the image; several: a bank and a map for each
         own.scales = (1.0,)
@@ -60,6 +60,7 @@ class PatchCore(base.Method):
             ("patchcore.layers", 1, 3),
             ("patchcore.coreset", 1e-6, 1.0),  # a share, not percent
             ("patchcore.candidates", 0, 1 << 40),
+            ("patchcore.width", 0, 1 << 20),
             ("patchcore.scales", 0.1, 8.0),
             ("patchcore.whiten", 0.0, 1e6),
         )
@@ -92,6 +93,7 @@ class PatchCore(base.Method):
         """Builds the backbone tapped at `config.patchcore.layers`."""
         super().__init__(config)
         self.teacher = self.backbone(config.patchcore.layers)
+        self.width = patch_embedding.embedded_width(self.teacher.channels, config.patchcore.width)
         self._embed = jax.jit(self.embed, static_argnums=2)
 
     def init(self, key, frozen):
@@ -138,7 +140,7 @@ class PatchCore(base.Method):
             for rows in patches:  # in place: there is no room for two
                 rows[:] = rows @ matrix
         everything = patches if options.relative else None
-        patches = jnp.asarray(patches[:, :candidates].reshape(-1, options.width))
+        patches = jnp.asarray(patches[:, :candidates].reshape(-1, self.width))
         rows = min(max(1, int(options.coreset * count * of_image)), len(patches))
         if rows < min(SMALL_BANK, len(patches)):
             logging.warning(
@@ -164,13 +166,13 @@ class PatchCore(base.Method):
         patches, done, of_image, candidates = None, 0, 0, 0
         for images, real in batches:
             embedded = mesh.gather(self._embed(frozen, images, scale))[:real]
-            embedded = embedded.reshape(real, -1, options.width)
+            embedded = embedded.reshape(real, -1, self.width)
             if patches is None:  # one array from the start: there is no room for two
                 of_image = embedded.shape[1]
                 candidates = min(of_image, -(-options.candidates // count) or of_image)
                 wanted = -(-EXPECTING_PATCHES // count) if options.relative else 0
                 kept = max(candidates, min(of_image, wanted))
-                patches = np.empty((count, kept, options.width), np.float32)
+                patches = np.empty((count, kept, self.width), np.float32)
                 logging.info(
                     "%d training patches, %d of them candidates, %.1f GiB",
                     *(count * of_image, count * candidates, patches.nbytes / 2**30),

@@ -42,8 +42,8 @@ class Architecture:
         return self.widths[number - 1], stride
 
     def module(self, taps: tuple[int, ...], dtype: jnp.dtype, conv: str) -> "EfficientNet":
-        """The network through the last of `taps`; `conv` concerns other families."""
-        return EfficientNet(self, taps, dtype)
+        """The network through the last of `taps`."""
+        return EfficientNet(self, taps, dtype, conv)
 
 
 ARCHITECTURES = {
@@ -53,15 +53,48 @@ ARCHITECTURES = {
 }
 
 
-def _conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str, groups: int = 1):
+def depthwise(image: jax.Array, kernel: jax.Array, strides, padding, **kwargs) -> jax.Array:
+    """A depthwise convolution with padding "SAME"; on CPU as a sum of shifted images.
+
+    XLA's depthwise convolution is so slow on CPU that the whole of lite0 took five times as long.
+
+    Args:
+      image: [b, h, w, c].
+      kernel: [kh, kw, 1, c].
+      strides: (rows, columns), px.
+      padding: "SAME".
+      **kwargs: what flax hands to `jax.lax.conv_general_dilated`.
+
+    Returns:
+      [b, ceil(h / rows), ceil(w / columns), c].
+    """
+
+    def direct(image, kernel):
+        return jax.lax.conv_general_dilated(image, kernel, strides, padding, **kwargs)
+
+    def shifted(image, kernel):
+        return _shifted(image, kernel, strides)
+
+    return jax.lax.platform_dependent(image, kernel, cpu=shifted, default=direct)
+
+
+def _shifted(image: jax.Array, kernel: jax.Array, strides) -> jax.Array:
+    """`depthwise` as a sum of shifted images, which XLA fuses into one loop."""
+    size, sides = kernel.shape[:2], image.shape[1:3]
+    out = [-(-side // step) for side, step in zip(sides, strides, strict=True)]
+    reach = [(n - 1) * step + 1 for n, step in zip(out, strides, strict=True)]
+    missing = [max(r + k - 1 - side, 0) for r, k, side in zip(reach, size, sides, strict=True)]
+    image = jnp.pad(image, ((0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)))
+    return sum(
+        image[:, i : i + reach[0] : strides[0], j : j + reach[1] : strides[1]] * kernel[i, j, 0]
+        for i in range(size[0])
+        for j in range(size[1])
+    )
+
+
+def _conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str, **kwargs) -> nn.Conv:
     return nn.Conv(
-        features,
-        (size, size),
-        (stride, stride),
-        padding="SAME",
-        feature_group_count=groups,
-        dtype=dtype,
-        name=name,
+        features, (size, size), (stride, stride), padding="SAME", dtype=dtype, name=name, **kwargs
     )
 
 
@@ -76,6 +109,7 @@ class Block(nn.Module):
     stride: int
     expansion: int
     dtype: jnp.dtype
+    conv: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -83,7 +117,16 @@ class Block(nn.Module):
         hidden, y = x.shape[-1] * self.expansion, x
         if self.expansion != 1:
             y = nn.relu6(_conv(hidden, 1, 1, self.dtype, "expand")(y))
-        y = nn.relu6(_conv(hidden, self.kernel, self.stride, self.dtype, "depthwise", hidden)(y))
+        y = _conv(
+            hidden,
+            self.kernel,
+            self.stride,
+            self.dtype,
+            "depthwise",
+            feature_group_count=hidden,
+            conv_general_dilated=depthwise if self.conv == "auto" else None,
+        )(y)
+        y = nn.relu6(y)
         y = _conv(self.width, 1, 1, self.dtype, "project")(y)
         return x + y if x.shape == y.shape else y
 
@@ -95,11 +138,13 @@ class EfficientNet(nn.Module):
       arch: which EfficientNet.
       taps: after which stages to return features; nothing after the last stage is computed.
       dtype: compute dtype; parameters stay float32.
+      conv: "auto", depthwise convolutions by `depthwise`; or "direct", by XLA's convolution.
     """
 
     arch: Architecture
     taps: tuple[int, ...] = (2, 3, 5)
     dtype: jnp.dtype = jnp.float32
+    conv: str = "auto"
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[int, jax.Array]:
@@ -114,6 +159,7 @@ class EfficientNet(nn.Module):
                     stride=STRIDES[stage - 1] if i == 0 else 1,
                     expansion=EXPANSIONS[stage - 1],
                     dtype=self.dtype,
+                    conv=self.conv,
                     name=f"stage{stage}_{i}",
                 )(x)
             if stage in self.taps:

@@ -167,7 +167,7 @@ class Embedding(nn.Module):
       image_size: (height, width) of the images, px.
       seen_size: (height, width) of what the teacher sees, px.
       patch: side of a neighbourhood, in cells.
-      width: length of an embedding.
+      width: length of an embedding; 0: the channels of all layers.
       resize_matrix: (n_in, n_out) -> an interpolation [n_out, n_in].
       pool_matrix: (n_in, n_out) -> adaptive pooling [n_in, n_out].
     """
@@ -194,7 +194,8 @@ class Embedding(nn.Module):
 
         self.shrink = resample(image_size, seen_size)
         for layer in self.layers:
-            pool = pool_matrix(maps[layer][0] * patch**2, width)
+            channels = maps[layer][0]
+            pool = pool_matrix(channels * patch**2, width or channels)
             self.register_buffer(f"pool{layer}", torch.from_numpy(pool.astype(np.float32)))
             self.add_module(f"align{layer}", resample(grids[layer], self.grid))
 
@@ -206,6 +207,8 @@ class Embedding(nn.Module):
             x = _neighbourhoods(maps[f"layer{layer}"], self.patch)
             x = x @ getattr(self, f"pool{layer}")
             pooled.append(getattr(self, f"align{layer}")(x))
+        if not self.width:
+            return torch.cat(pooled, dim=-1).float()
         x = torch.stack(pooled, dim=-2)  # [b, h', w', layers, width]
         return x.flatten(3).unflatten(3, (self.width, len(pooled))).mean(dim=-1).float()
 

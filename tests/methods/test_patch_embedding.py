@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from mmrjax.methods import patch_embedding
+from mmrjax.methods import anomaly_map, patch_embedding
 
 
 @pytest.mark.parametrize(("n", "m"), [(4608, 1024), (9216, 1024), (2048, 1024), (10, 4), (3, 7)])
@@ -23,3 +24,17 @@ def test_neighbourhoods_equal_torch_unfold():
     unfolded = torch.nn.functional.unfold(torch.from_numpy(x.transpose(0, 3, 1, 2)), 3, padding=1)
     want = unfolded.numpy().transpose(0, 2, 1).reshape(2, 5, 6, 27)
     np.testing.assert_array_equal(patch_embedding._neighbourhoods(jnp.asarray(x), 3), want)
+
+
+def test_without_a_width_an_embedding_is_the_mean_of_each_channels_neighbourhood():
+    rng = np.random.default_rng(0)
+    fine, coarse = rng.random((1, 4, 6, 2)), rng.random((1, 2, 3, 3))
+    maps = {2: jnp.asarray(fine, jnp.float32), 3: jnp.asarray(coarse, jnp.float32)}
+    got = patch_embedding.embed(maps, 3, 0)
+    assert got.shape == (1, 4, 6, 5)
+    want = ndimage.uniform_filter(fine[0], (3, 3, 1), mode="constant")
+    np.testing.assert_allclose(got[0, ..., :2], want, atol=1e-6)
+    smooth = ndimage.uniform_filter(coarse[0], (3, 3, 1), mode="constant")
+    rows, columns = (anomaly_map.resize_matrix(*n) for n in ((2, 4), (3, 6)))
+    want = np.einsum("yh,xw,hwd->yxd", rows, columns, smooth)
+    np.testing.assert_allclose(got[0, ..., 2:], want, atol=1e-6)
