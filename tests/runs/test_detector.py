@@ -1,6 +1,7 @@
 """A loaded run scores as its evaluation did, whatever the order, the batch and the size."""
 
 import csv
+import shutil
 
 import cv2
 import numpy as np
@@ -172,3 +173,14 @@ def test_a_folder_of_several_runs_or_none_says_which_there_are(finished, tmp_pat
     with pytest.raises(FileNotFoundError, match="holds no run"):
         mmrjax.load(tmp_path)
     assert restore.find_run(finished[0] / "mmr/parts/seed1").name == "seed1"
+
+
+def test_a_run_that_is_not_fitted_or_has_another_teacher_is_refused(finished, tmp_path):
+    run = tmp_path / "patchcore" / "parts" / "seed1"
+    run.mkdir(parents=True)
+    shutil.copy(finished[0] / "patchcore/parts/seed1/config.json", run)
+    with pytest.raises(FileNotFoundError, match="is not fitted yet"):
+        mmrjax.load(run)
+    (run / "teacher.json").write_text('{"sha256": "00000000ff"}')
+    with pytest.raises(ValueError, match=r"teacher weights of sha256 00000000…, random has None"):
+        mmrjax.load(run)
