@@ -24,7 +24,9 @@ class Architecture:
     """One member of the ResNet family (He et al. 2016; Zagoruyko & Komodakis 2016).
 
     `widths` are the planes of layers 1-3 before the bottleneck's expansion; `inner_factor` widens
-    the 3x3 convolution of a bottleneck (2 for WideResNet-*-2).
+    the 3x3 convolution of a bottleneck (2 for WideResNet-*-2). `caffe` is the authors' first form:
+    the stride of a bottleneck lies on its first 1x1 convolution, and the pooling after the stem
+    rounds up and does not pad.
     """
 
     blocks: tuple[int, int, int]
@@ -32,6 +34,7 @@ class Architecture:
     inner_factor: int = 1
     stem: int = 64
     widths: tuple[int, int, int] = (64, 128, 256)
+    caffe: bool = False
     taps: ClassVar = (1, 2, 3)  # as `backbones.Architecture`
     mean: ClassVar = IMAGENET_MEAN
     std: ClassVar = IMAGENET_STD
@@ -59,6 +62,7 @@ ARCHITECTURES = {
     "resnet18": Architecture((2, 2, 2), bottleneck=False),
     "resnet34": Architecture((3, 4, 6), bottleneck=False),
     "resnet50": Architecture((3, 4, 6), bottleneck=True),
+    "resnet50_caffe": Architecture((3, 4, 6), bottleneck=True, caffe=True),
     "resnet101": Architecture((3, 4, 23), bottleneck=True),
     "wide_resnet50_2": Architecture((3, 4, 6), bottleneck=True, inner_factor=2),
     "wide_resnet101_2": Architecture((3, 4, 23), bottleneck=True, inner_factor=2),
@@ -103,7 +107,10 @@ def _folded_stem(image, kernel, strides, padding, **kwargs) -> jax.Array:
 
 
 class Block(nn.Module):
-    """A residual block: two 3x3 convolutions, or the 1x1-3x3-1x1 bottleneck (stride on the 3x3)."""
+    """A residual block: two 3x3 convolutions, or the 1x1-3x3-1x1 bottleneck (stride on the 3x3).
+
+    With `caffe` the bottleneck's stride lies on its first 1x1.
+    """
 
     width: int
     stride: int
@@ -111,17 +118,19 @@ class Block(nn.Module):
     inner_factor: int
     dtype: jnp.dtype
     conv: str = "auto"
+    caffe: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, h, w, c] -> [b, h / stride, w / stride, out]."""
         convolve = winograd.by_name(self.conv)
-        strided = convolve if self.stride == 1 else None  # tiles are for stride 1 alone
+        first, second = (self.stride, 1) if self.caffe else (1, self.stride)
+        strided = convolve if second == 1 else None  # tiles are for stride 1 alone
         out = self.width * (4 if self.bottleneck else 1)
         if self.bottleneck:
             inner = self.width * self.inner_factor
-            y = nn.relu(_conv(inner, 1, 1, self.dtype, "conv1")(x))
-            y = nn.relu(_conv(inner, 3, self.stride, self.dtype, "conv2", strided)(y))
+            y = nn.relu(_conv(inner, 1, first, self.dtype, "conv1")(x))
+            y = nn.relu(_conv(inner, 3, second, self.dtype, "conv2", strided)(y))
             y = _conv(out, 1, 1, self.dtype, "conv3")(y)
         else:
             y = nn.relu(_conv(out, 3, self.stride, self.dtype, "conv1", strided)(x))
@@ -152,7 +161,9 @@ class ResNet(nn.Module):
         folds = self.dtype == jnp.bfloat16 and images.shape[1] % 2 == images.shape[2] % 2 == 0
         stem = _conv(self.arch.stem, 7, 2, self.dtype, "conv1", _folded_stem if folds else None)
         x = nn.relu(stem(images.astype(self.dtype)))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        before = 0 if self.arch.caffe else 1
+        after = [side % 2 == 0 for side in x.shape[1:3]] if self.arch.caffe else [1, 1]
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=[(before, int(n)) for n in after])
         features = {}
         for layer in range(1, max(self.layers) + 1):
             for i in range(self.arch.blocks[layer - 1]):
@@ -163,6 +174,7 @@ class ResNet(nn.Module):
                     inner_factor=self.arch.inner_factor,
                     dtype=self.dtype,
                     conv=self.conv,
+                    caffe=self.arch.caffe,
                     name=f"layer{layer}_{i}",
                 )(x)
             if layer in self.layers:

@@ -119,3 +119,32 @@ def test_a_layer_or_tap_that_does_not_exist_is_named():
         backbones.build("resnet18", (4,))
     with pytest.raises(ValueError, match="after layers 1 to 3, not 4"):
         backbones.build("resnet18", taps=(2, 4))
+
+
+@pytest.mark.parametrize("sides", [(64, 64), (45, 66)])
+def test_the_caffe_form_strides_first_and_pools_without_padding(sides):
+    """Against a plain PyTorch forward; random weights of every kind."""
+    torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+    conv, rng = torch.nn.functional.conv2d, np.random.default_rng(0)
+    arch = resnet.Architecture((1, 2, 1), bottleneck=True, stem=4, widths=(2, 3, 4), caffe=True)
+    module = resnet.ResNet(arch)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *sides, 3)))
+    variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+    image = rng.standard_normal((1, *sides, 3)).astype(np.float32)
+
+    def run(x, part, **kwargs):
+        kernel = torch.tensor(part["kernel"].transpose(3, 2, 0, 1).copy())
+        return conv(x, kernel, torch.tensor(part["bias"]), padding=kernel.shape[-1] // 2, **kwargs)
+
+    params = variables["params"]
+    x = run(torch.tensor(image).permute(0, 3, 1, 2), params["conv1"], stride=2).relu()
+    x = torch.nn.functional.max_pool2d(x, 3, 2, 0, ceil_mode=True)
+    got = module.apply(variables, image)
+    for layer, blocks in enumerate(arch.blocks, start=1):
+        for i in range(blocks):
+            part, step = params[f"layer{layer}_{i}"], 2 if layer > 1 and i == 0 else 1
+            y = run(x, part["conv1"], stride=step).relu()
+            y = run(run(y, part["conv2"]).relu(), part["conv3"])
+            x = (y + (run(x, part["downsample"], stride=step) if i == 0 else x)).relu()
+        want = x.permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(got[layer], want, atol=1e-5 * np.abs(want).max())
