@@ -17,7 +17,13 @@ def get_config(variant):
     config.method.names = ("patchcore",)
     config.teacher.name, config.teacher.weights = "efficientnet_lite0", "embedded"
     config.patchcore.update(
-        layers=(2, 3), scales=(1.0,), width=0, coreset=0.01, whiten=0.0, relative=False
+        layers=(2, 3),
+        scales=(1.0,),
+        width=0,
+        candidates=200_000,
+        coreset=0.01,
+        whiten=0.0,
+        relative=False,
     )
     config.sweep.judge = "held_out_defects"
     config.sweep.metrics = ("image_auroc", "pixel_auroc", "aupro_0.3")

@@ -4,6 +4,7 @@ Used by patchcore.py. `whitening` and `expected_distances` are not in the paper 
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import numpy as np
 from mmrjax.runtime import logs
 
 EXACT = jax.lax.Precision.HIGHEST  # TF32 would change which patches are nearest
+CANDIDATES = 1024  # farthest points among which the coreset chooses between two passes over all
+BLOCK = 128  # points that it chooses there at most
 BANK_ROWS_PER_CHUNK = 4096  # distances to this many bank rows at a time
 WHITENING_PATCHES = 16384  # of either half of the training images
 SMALLEST_MOMENT = 1e-3  # of a whitened channel, relative to the mean of all
@@ -161,35 +164,71 @@ def greedy_coreset(
         bound = d**-0.5  # torch's default for a linear layer
         matrix = jax.random.uniform(key_project, (d, projection), minval=-bound, maxval=bound)
         patches = jnp.matmul(patches, matrix, precision=EXACT)
-    columns = patches.T  # [projection, n]: one row vector times matrix per selected point
-    squares = jnp.sum(columns**2, axis=0)
+    squares = jnp.sum(patches**2, axis=1)
     start = jax.random.choice(key_start, n, (min(start_points, n),), replace=False)
-    distance = jnp.mean(
-        jnp.stack([_distance_to(columns, squares, i) for i in np.asarray(start)]), axis=0
-    )
-    chosen = jnp.zeros(rows, jnp.int32)
-    per_call = 1 if jax.default_backend() == "cpu" else 256
-    for first in logs.progress(range(0, rows, per_call), "coreset"):
-        last = min(first + per_call, rows)
-        chosen, distance = _choose(columns, squares, chosen, distance, first, last)
-    return chosen
+    distance = jnp.mean(jnp.stack([_distance_to(patches, squares, i) for i in start]), axis=0)
+    points, lengths = np.asarray(patches), np.asarray(squares)
+
+    def in_turn(distance: jax.Array) -> Iterator[int]:
+        left = rows
+        while left:
+            block = _farthest_in_turn(points, lengths, np.asarray(distance), min(BLOCK, left))
+            yield from block
+            left -= len(block)
+            # All blocks have one size, so that there is one compilation.
+            distance = _nearer(patches, squares, distance, np.resize(block, BLOCK))
+
+    chosen = list(logs.progress(in_turn(distance), "coreset", rows))
+    return jnp.asarray(chosen, jnp.int32)
+
+
+def _farthest_in_turn(
+    points: np.ndarray, squares: np.ndarray, distance: np.ndarray, most: int
+) -> np.ndarray:
+    """The next points of the greedy selection, up to `most`, without a pass over all points.
+
+    Distances only fall. As long as the farthest of the CANDIDATES farthest points is farther than
+    all other points were, it is the farthest of all.
+
+    Args:
+      points: float32 [n, d].
+      squares: float32 [n], their squared lengths.
+      distance: float32 [n], to the nearest chosen point; -1 for a chosen point.
+      most: at least 1.
+
+    Returns:
+      int64 [m], 1 <= m <= most, in the order of choice.
+    """
+    others, candidates = -np.inf, np.arange(len(points))
+    if CANDIDATES < len(points):
+        order = np.argpartition(-distance, CANDIDATES)
+        others, candidates = distance[order[CANDIDATES]], order[:CANDIDATES]
+        # The first of several equal points, as in a selection point by point.
+        candidates = np.union1d(candidates, np.argmax(distance))
+    own, near, lengths = distance[candidates], points[candidates], squares[candidates]
+    block = []
+    while len(block) < most:
+        i = int(np.argmax(own))
+        if block and own[i] <= others:
+            break
+        block.append(candidates[i])
+        squared = lengths - 2 * (near @ near[i]) + lengths[i]
+        own = np.minimum(own, np.sqrt(np.maximum(squared, 0)))
+        own[i] = -1  # never again, not even among duplicates at distance 0
+    return np.array(block)
 
 
 @jax.jit
-def _distance_to(columns: jax.Array, squares: jax.Array, i: int) -> jax.Array:
-    """Euclidean distance of every column to column i, float32 [n]."""
-    products = jnp.matmul(columns[:, i], columns, precision=EXACT)
+def _distance_to(points: jax.Array, squares: jax.Array, i: jax.Array) -> jax.Array:
+    """Euclidean distance of every point to point i, float32 [n]."""
+    products = jnp.matmul(points, points[i], precision=EXACT)
     return jnp.sqrt(jnp.maximum(squares - 2 * products + squares[i], 0.0))
 
 
-@functools.partial(jax.jit, donate_argnums=(2, 3))
-def _choose(columns, squares, chosen, distance, first, last):
-    def body(i, carry):
-        chosen, distance = carry
-        farthest = jnp.argmax(distance).astype(jnp.int32)
-        new = _distance_to(columns, squares, farthest)
-        # A chosen point must never come again, not even among duplicates at distance 0.
-        distance = jnp.minimum(distance, new).at[farthest].set(-1.0)
-        return chosen.at[i].set(farthest), distance
-
-    return jax.lax.fori_loop(first, last, body, (chosen, distance))
+@functools.partial(jax.jit, donate_argnums=2)
+def _nearer(points: jax.Array, squares: jax.Array, distance: jax.Array, block) -> jax.Array:
+    """The distances [n] once the points `block` [BLOCK] are chosen too; -1 for these."""
+    products = jnp.matmul(points, points[block].T, precision=EXACT)
+    squared = squares + jnp.min(squares[block] - 2 * products, axis=1)
+    distance = jnp.minimum(distance, jnp.sqrt(jnp.maximum(squared, 0.0)))
+    return distance.at[block].set(-1.0)

@@ -59,6 +59,21 @@ def fitted(request, tiny_config, images):
     return method, variables, frozen, facts
 
 
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+def test_a_method_takes_a_teacher_of_another_family(name, tiny_config, images):
+    config = tiny_config.copy_and_resolve_references()
+    config.teacher.name = "efficientnet_lite0"
+    method = methods.create(name, config)
+    frozen, _ = method.load_frozen()
+    if method.fit is not None:
+        variables, _ = method.init(jax.random.key(0), frozen)
+        variables = method.fit(variables, frozen, [(images, 8)], 8, jax.random.key(1))
+    else:
+        variables = jax.eval_shape(lambda key: method.init(key, frozen)[0], jax.random.key(0))
+    result = jax.eval_shape(method.predict, variables, frozen, images)
+    assert result["map"].shape == (8, 64, 64)
+
+
 def test_prediction_and_score_have_the_promised_shapes_types_and_names(fitted, images):
     method, variables, frozen, _ = fitted
     result = jax.jit(method.predict)(variables, frozen, images)

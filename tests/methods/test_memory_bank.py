@@ -122,3 +122,16 @@ def test_equal_images_expect_no_zero():
     patches = np.ones((2, 3, 2), np.float32)
     got = memory_bank.expected_distances(patches, jnp.ones((2, 2)), np.array([0, 1]))
     assert np.isfinite(1 / np.asarray(got)).all()
+
+
+@pytest.mark.parametrize(("candidates", "block"), [(5, 3), (40, 40), (40, 1), (1000, 7)])
+def test_choosing_among_the_farthest_points_is_choosing_among_all(monkeypatch, candidates, block):
+    """With many equal points, too; other sizes than those of the program need more passes."""
+    rng = np.random.default_rng(0)
+    points = np.concatenate([rng.standard_normal((150, 3)), rng.integers(0, 3, (50, 3))])
+    points = points.astype(np.float32)
+    start = jax.random.choice(jax.random.split(jax.random.key(5))[1], 200, (10,), replace=False)
+    monkeypatch.setattr(memory_bank, "CANDIDATES", candidates)
+    monkeypatch.setattr(memory_bank, "BLOCK", block)
+    got = memory_bank.greedy_coreset(jnp.asarray(points), 60, jax.random.key(5), 3, 10)
+    assert np.asarray(got).tolist() == slow_greedy(points, 60, np.asarray(start))
