@@ -37,7 +37,8 @@ LICENCES = {"mae": source.MAE_LICENCE, "timm": "Apache-2.0 (the checkpoints of t
 CARRIED = ("random", "step", "teacher", "image_size", "resize", "interpolation")
 EXAMPLES = """
 kinds
-  teacher  a ResNet with torchvision's names (stem and layers 1-3; layer4 and fc are not used)
+  teacher  a ResNet with torchvision's names (stem and layers 1-3; layer4 and fc are not used),
+           or a frozen ViT with its authors' or timm's names (heads are not used)
   mae      a MAE checkpoint, {"model": state}: the encoder; the decoder is dropped
   timm     a timm ViT-*/16: the encoder; the classifier's head is dropped; MAE's is refused
   mmr      a whole MMR student with the official names

@@ -146,10 +146,24 @@ class Method:
             return jax.default_matmul_precision("highest")
         return contextlib.nullcontext()
 
-    def backbone(self, layers: tuple[int, ...]) -> backbones.Backbone:
-        """The configured teacher, tapped for `layers`; ValueError for an unknown name or layer."""
+    def backbone(self, layers: tuple[int, ...], resizes: bool = False) -> backbones.Backbone:
+        """The configured teacher.
+
+        Args:
+          layers: to be tapped.
+          resizes: whether the method itself brings images to a size that the teacher takes.
+
+        Raises:
+          ValueError: an unknown name or layer; an image size that the teacher does not take.
+        """
         teacher = self.config.teacher
-        return backbones.build(teacher.name, tuple(layers), self.dtype, tuple(teacher.taps))
+        official = {"positions": "official", "normed": True}
+        changes = {field: teacher[field] for field in official if teacher[field] != official[field]}
+        taps = tuple(teacher.taps)
+        found = backbones.build(teacher.name, tuple(layers), self.dtype, taps, changes=changes)
+        if not resizes:
+            found.check_size(tuple(self.config.data.image_size))
+        return found
 
     def load_frozen(self) -> tuple[dict, dict]:
         """Loads what is never trained: ({name: variables}, facts for results.json)."""

@@ -92,7 +92,7 @@ class PatchCore(base.Method):
     def __init__(self, config):
         """Builds the backbone tapped at `config.patchcore.layers`."""
         super().__init__(config)
-        self.teacher = self.backbone(config.patchcore.layers)
+        self.teacher = self.backbone(config.patchcore.layers, resizes=True)
         self.width = patch_embedding.embedded_width(self.teacher.channels, config.patchcore.width)
         self._embed = jax.jit(self.embed, static_argnums=2)
 

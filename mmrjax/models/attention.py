@@ -20,6 +20,7 @@ import numpy as np
 
 FULL, LOCAL, GLOBAL = 0, 1, 2  # kinds of heads
 HARD = 1e9  # subtracted from a logit, it leaves a weight of exactly 0 in float32
+LOGITS_AT_A_TIME = 1 << 20  # of one image: 4 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,22 @@ def softmax_attention(
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, v) / weights.sum(-1, keepdims=True)
     return mixed.swapaxes(1, 2)
+
+
+def attention_by_rows(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str = "xla") -> jax.Array:
+    """`softmax_attention` of many queries, some rows at a time: memory grows with n, not with n².
+
+    Arguments and result as of `softmax_attention`, without a bias.
+    """
+    b, m, heads, c = q.shape
+    parts = -(-m * heads * k.shape[1] // LOGITS_AT_A_TIME)
+    if parts == 1:
+        return softmax_attention(q, k, v, kernel=kernel)
+    rows = -(-m // parts)
+    q = jnp.pad(q, ((0, 0), (0, parts * rows - m), (0, 0), (0, 0)))
+    q = jnp.moveaxis(q.reshape(b, parts, rows, heads, c), 1, 0)
+    mixed = jax.lax.map(lambda q: softmax_attention(q, k, v, kernel=kernel), q)
+    return jnp.moveaxis(mixed, 0, 1).reshape(b, parts * rows, heads, c)[:, :m]
 
 
 def attend(

@@ -6,6 +6,7 @@ layer 1, which is layer 2, and so on; every family has a default. No method asks
 """
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmrjax.models import efficientnet, resnet
+from mmrjax.models import efficientnet, resnet, vit_backbone
 
 
 class Architecture(Protocol):
@@ -40,6 +41,7 @@ class Architecture(Protocol):
 FAMILIES: tuple[Mapping[str, Architecture], ...] = (
     resnet.ARCHITECTURES,
     efficientnet.ARCHITECTURES,
+    vit_backbone.ARCHITECTURES,
 )
 
 
@@ -79,6 +81,16 @@ class Backbone:
         """The layers, from shallow to deep."""
         return tuple(sorted(self.taps))
 
+    def check_size(self, size_hw: tuple[int, int]) -> None:
+        """Raises ValueError unless the network takes images of so many px."""
+        multiple = self.arch.multiple
+        if any(side % multiple for side in size_hw):
+            near = ",".join(str(max(1, round(side / multiple)) * multiple) for side in size_hw)
+            raise ValueError(
+                f"this teacher sees images whose sides are multiples of {multiple} px, not "
+                f"{size_hw[0]} x {size_hw[1]}: --config.data.image_size={near}"
+            )
+
     def normalise(self, images: jax.Array) -> jax.Array:
         """Subtracts the mean, divides by the deviation; RGB [b, h, w, 3] in [0, 1]."""
         return (images - jnp.asarray(self.arch.mean)) / jnp.asarray(self.arch.std)
@@ -95,6 +107,7 @@ def build(
     dtype: jnp.dtype = jnp.float32,
     taps: tuple[int, ...] = (),
     conv: str = "auto",
+    changes: Mapping[str, object] = types.MappingProxyType({}),
 ) -> Backbone:
     """Builds a backbone; nothing after the deepest of its layers is computed.
 
@@ -104,11 +117,17 @@ def build(
       dtype: compute dtype; parameters stay float32.
       taps: the taps that are layers 1, 2, 3, …; () = the family's default.
       conv: see `winograd.by_name`.
+      changes: fields in which the architecture differs from the one called `name`.
 
     Raises:
-      ValueError: an unknown name, layer or tap.
+      ValueError: an unknown name, layer, tap or field.
     """
     arch = architecture(name)
+    try:
+        arch = dataclasses.replace(arch, **changes)
+    except TypeError as e:  # no such field
+        fields = " and ".join(f"teacher.{field}" for field in changes)
+        raise ValueError(f"{fields}: for ViTs alone, and teacher {name} is none") from e
     taps = tuple(taps) or arch.taps
     layers = tuple(layers) or tuple(range(1, len(taps) + 1))
     if unknown := [layer for layer in layers if not 1 <= layer <= len(taps)]:

@@ -34,6 +34,7 @@ CHOICES = {
     "data.protocol": PROTOCOLS,
     "data.interpolation": ("bilinear", "bicubic", "lanczos"),
     "data.feed": ("auto", "resident", "stream"),
+    "teacher.positions": ("official", "offset", "antialias"),
     "train.augment": ("rrc_flip", "rrc", "none"),
     "train.compute_dtype": ("auto", "float32", "bfloat16"),
     "eval.stress": ("none", "dark"),

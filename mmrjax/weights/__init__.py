@@ -12,7 +12,7 @@ from absl import logging
 
 from mmrjax.models import backbones
 from mmrjax.runtime import files
-from mmrjax.weights import source, storage, teachers, torch_names
+from mmrjax.weights import source, storage, teachers, torch_names, vit_sources
 
 RANDOM_TEACHER = (
     "THE TEACHER IS RANDOM: %s has never seen an image. Scores show that the program runs, not "
@@ -23,6 +23,7 @@ WITHOUT_DOWNLOAD = (
     "; without a download there is --config.teacher.name=efficientnet_lite0 "
     "--config.teacher.weights=embedded"
 )
+WORDS = "'embedded', 'imagenet', 'published' or 'random'"
 
 
 def teacher_file(name: str, weights: str) -> pathlib.Path | None:
@@ -39,9 +40,10 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
     words = {
         "embedded": {**source.EMBEDDED, **source.PACKAGED},
         "imagenet": {**source.IMAGENET, **source.PACKAGED},
+        "published": vit_sources.PUBLISHED,
     }
     if weights not in words:
-        return _local("teacher.weights", weights, "'embedded', 'imagenet' or 'random'")
+        return _local("teacher.weights", weights, WORDS)
     if name not in words[weights]:
         raise ValueError(
             f"teacher.weights={weights!r} exists for teacher.name in {sorted(words[weights])}, not "
@@ -50,6 +52,8 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
     known = words[weights][name]
     if isinstance(known, source.Packaged):
         return source.packaged_file(known)
+    if weights == "published":
+        return source.published_file(known, vit_sources.advice(name))
     return known if weights == "embedded" else source.published_file(known, WITHOUT_DOWNLOAD)
 
 
@@ -89,8 +93,8 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[backbones.Back
 
     Args:
       name: of `models.backbones.names()`.
-      weights: "embedded" (the file in this package), "imagenet" (the published file in the
-        cache), "random", or a file.
+      weights: "embedded" (the file in this package), "imagenet" (the published file of a ResNet in
+        the cache), "published" (that of a ViT), "random", or a file.
       seed: draws the random weights.
 
     Returns:
@@ -111,12 +115,12 @@ def load_teacher(name: str, weights: str, seed: int = 0) -> tuple[backbones.Back
         variables = teachers.from_torch(state, backbone.arch)
     except FileNotFoundError as e:
         raise FileNotFoundError(
-            f"teacher.weights={weights!r}: {e}; expected a file, 'imagenet' or 'random'"
+            f"teacher.weights={weights!r}: {e}; expected a file, {WORDS}"
         ) from e
     except ValueError as e:
         raise ValueError(f"teacher.weights={weights!r} for teacher.name={name!r}: {e}") from e
     digest = source.sha256(path)
-    licence = storage.licence(header, source.licence(digest))
+    licence = storage.licence(header, vit_sources.licence(name, weights, digest))
     logging.info("teacher %s from %s; licence: %s", name, path, licence)
     facts = {"name": name, "source": path.name, "sha256": digest, "licence": licence}
     facts |= storage.origin(header)

@@ -50,16 +50,24 @@ DAMAGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A published weights file; `sha256_prefix` is "" if the publisher gives no hash."""
+    """A published weights file.
+
+    Attributes:
+      url: its address.
+      sha256_prefix: "" if the publisher gives no hash.
+      licence: as its publisher states it.
+      stored: its name in the cache; "": as at its publisher.
+    """
 
     url: str
     sha256_prefix: str
     licence: str
+    stored: str = ""
 
     @property
     def filename(self) -> str:
-        """The file's name at its publisher, and in the cache."""
-        return self.url.rsplit("/", 1)[-1]
+        """The file's name in the cache."""
+        return self.stored or self.url.rsplit("/", 1)[-1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,14 @@ A family is a module with `from_torch(state, arch)`, `to_torch(variables, arch)`
 
 import types
 
-from mmrjax.models import backbones, efficientnet, resnet
-from mmrjax.weights import efficientnet_names, resnet_names
+from mmrjax.models import backbones, efficientnet, resnet, vit_backbone
+from mmrjax.weights import efficientnet_names, resnet_names, vit_names
 from mmrjax.weights.layouts import State
 
 FAMILIES: dict[type, types.ModuleType] = {
     resnet.Architecture: resnet_names,
     efficientnet.Architecture: efficientnet_names,
+    vit_backbone.Architecture: vit_names,
 }
 
 
