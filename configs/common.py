@@ -32,7 +32,9 @@ def get_config() -> ConfigDict:
     # comparison only) | track_a | track_b (see configs/cross_domain.py)
     data.protocol = "one_class"
     data.shots = 4  # training images of k_shot, drawn by the seed
-    data.target = ""  # track_a: whose published test is kept, such as aebad/s; "" = the first one
+    # A part of joined data sets, such as aebad/s. track_a: whose published test is kept; "" = the
+    # first one. k_shot: the only part of which no more than `shots` images train; "" = all together
+    data.target = ""
     data.held_out = ()  # track_b: <dataset>/<category>:<defect>:<condition> never trained; * = any
     data.labelled = False  # track_b: MMR+ learns from the training side's labelled defects
     data.split_seed = -1  # track_b: of the draw; -1 = the run's seed
@@ -44,6 +46,7 @@ def get_config() -> ConfigDict:
     data.max_side = 0  # shrink training images whose longer side exceeds this; 0 = never
     data.feed = "auto"  # resident (uint8 in device memory) | stream (Grain) | auto
     data.resident_gib = 4.0  # "auto": up to this size on a device, or of all CPU devices
+    data.textures = ""  # a folder of textures for drawn defects, such as DTD; "" = drawn ones too
     data.reference_domain = ""  # the unshifted domain, to which gaps are reported
 
     # Where the data sets of data.join lie, each as its publisher ships it. demo_parts is drawn.
@@ -129,3 +132,12 @@ def get_config() -> ConfigDict:
     config.ckpt.every_seconds = 60.0
     config.ckpt.keep = 2
     return config
+
+
+def small_mala(config: ConfigDict, epochs: tuple[int, int]) -> None:
+    """Sets MALA to a size that two cores train, from scratch, on all images of every category."""
+    own = config.mala
+    own.size, own.width, own.depth, own.heads = "", 192, 6, 3
+    own.decoder_width, own.decoder_depth, own.decoder_heads = 128, 2, 4
+    own.init, own.plpm_base = "scratch", 16
+    own.epochs, own.batch_sizes, own.images = epochs, (32, 32), (0, 0)

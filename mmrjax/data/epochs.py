@@ -11,7 +11,8 @@ import numpy as np
 
 from mmrjax.data.defects.rows import Recipe
 
-CATEGORY, SECOND = 0xCA7, 0x2ED  # draws apart from the shuffling of an epoch
+# Draws apart from the shuffling of an epoch.
+CATEGORY, SECOND, DEFECTIVE = 0xCA7, 0x2ED, 0xDEF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +24,14 @@ class Plan:
       last_batch: "pad" (rows of weight 0 fill an epoch's last batch) or "drop" (a batch that is not
         full is left out; BatchNorm must never see padding rows).
       per_category: images of each category in an epoch, drawn anew in every epoch; 0: all of them.
+        A category with fewer images shows each of them several times.
+      same: whether every epoch shows the same `per_category` images, drawn once.
       category: int32 [n], of the examples; None: all are of one category.
       defects: how some rows get a defect, see data/defects/rows.py; None: no row does. If every
         4th row gets one, there are one to three real ones: an epoch shows every example once as a
         real one, a batch holds no example twice, and all batches are full.
+      defective: share of each category's images in an epoch that get a defect, in [0, 1]: exactly
+        that many, drawn anew in every epoch. None: all rows that `defects` chooses.
       domain: int32 [n], of the examples; given, every batch holds as many of each domain as can be,
         and a domain with fewer examples is shown more often.
       foreground: whether a fourth channel tells where the part is, see foreground.py.
@@ -37,8 +42,10 @@ class Plan:
     batch_size: int
     last_batch: str = "pad"
     per_category: int = 0
+    same: bool = False
     category: np.ndarray | None = None
     defects: Recipe | None = None
+    defective: float | None = None
     domain: np.ndarray | None = None
     foreground: bool = False
     fills: np.ndarray | None = None
@@ -67,8 +74,7 @@ class Plan:
         """Examples that an epoch shows."""
         if not self.per_category:
             return examples
-        counts = np.bincount(self._category(examples))
-        return int(np.minimum(counts, self.per_category).sum())
+        return self.per_category * len(np.unique(self._category(examples)))
 
     def steps_per_epoch(self, examples: int) -> int:
         """Steps of an epoch, in which every example is real once (of balanced domains: about)."""
@@ -123,6 +129,29 @@ class Plan:
         flat = [others[c][i] for c, i in zip(category[table].flat, at.flat, strict=True)]
         return np.array(flat, np.int32).reshape(table.shape)
 
+    def chosen(
+        self, table: np.ndarray, weight: np.ndarray, examples: int, seed: int, epoch: int
+    ) -> np.ndarray:
+        """The entries of a table that get a defect: `defective` of each category, to the image.
+
+        Args:
+          table: from `table`, with its weights; rows that only fill a batch are never chosen.
+          weight: float32, of the table's shape.
+          examples: as for `table`.
+          seed: as for `table`.
+          epoch: as for `table`.
+
+        Returns:
+          bool of the table's shape.
+        """
+        rng = np.random.default_rng((seed, epoch, DEFECTIVE))
+        category, is_chosen = self._category(examples)[table], np.zeros(table.shape, bool)
+        for c in np.unique(category):
+            rows = np.flatnonzero((category == c) & (weight > 0))
+            count = round(self.defective * len(rows))
+            is_chosen.flat[rng.choice(rows, count, replace=False)] = True
+        return is_chosen
+
     def _category(self, examples: int) -> np.ndarray:
         return np.zeros(examples, int) if self.category is None else self.category
 
@@ -130,12 +159,18 @@ class Plan:
         """The examples of an epoch, shuffled."""
         if not self.per_category:
             return np.random.default_rng((seed, epoch)).permutation(examples)
-        rng, category = np.random.default_rng((seed, epoch, CATEGORY)), self._category(examples)
-        drawn = [
-            rng.permutation(np.flatnonzero(category == c))[: self.per_category]
-            for c in np.unique(category)
-        ]
+        category = self._category(examples)
+        rng = np.random.default_rng((seed, 0 if self.same else epoch, CATEGORY))
+        drawn = [self._drawn(np.flatnonzero(category == c), rng) for c in np.unique(category)]
+        if self.same:
+            rng = np.random.default_rng((seed, epoch))
         return rng.permutation(np.concatenate(drawn))
+
+    def _drawn(self, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """`per_category` of the examples of a category; all of them before one comes again."""
+        rounds = -(-self.per_category // len(members))
+        shown = np.concatenate([rng.permutation(members) for _ in range(rounds)])
+        return shown[: self.per_category]
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:

@@ -91,7 +91,8 @@ class Feed:
 
         Each chunk holds "index" int32 and "weight" float32 [k, b], and when streamed also "image"
         uint8 [k, b, h, w, 3], "size" int32 [k, b, 2] and, if known, "domain" int32 [k, b]. If the
-        plan pairs examples, "second" int32 [k, b] and, streamed, "second_image", "second_size".
+        plan pairs examples, "second" int32 [k, b] and, streamed, "second_image", "second_size"; if
+        the plan counts its defects, "defective" bool [k, b].
         Chunks end where those of a run from step 0 end: a resumed run makes the same calls.
         """
         spans = list(self._spans(start, stop))
@@ -127,6 +128,8 @@ class Feed:
         columns = {"index": index, "weight": weight}
         if self._plan.defects is not None and self._plan.defects.second:
             columns["second"] = self._plan.seconds(index, count, self._seed, epoch)
+        if self._plan.defective is not None:
+            columns["defective"] = self._plan.chosen(index, weight, count, self._seed, epoch)
         return columns
 
     def _decoded(self, first: int, end: int) -> dict[str, np.ndarray]:

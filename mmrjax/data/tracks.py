@@ -56,6 +56,8 @@ def select(records: Records, data: ConfigDict, seed: int) -> Track:
     if data.protocol == "track_a":
         target = data.target or part_of(records)[0]
         train, test = track_a(records, target)
+    elif data.protocol == "k_shot" and data.target:
+        train, test = few_of(records, data.target, data.shots, seed)
     else:
         train, test = splits.select(records, data.protocol, data.shots, seed)
     return Track(train, test, test[:0])
@@ -112,6 +114,31 @@ def track_a(records: Records, target: str) -> tuple[np.ndarray, np.ndarray]:
     if target not in part:
         raise ValueError(f"no part {target!r}; there are {sorted(set(part.tolist()))}")
     return train, test[part[test] == target]
+
+
+def few_of(records: Records, target: str, shots: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (train, test): all training images, but of `target` only `shots`, drawn by `seed`.
+
+    Args:
+      records: joined ones.
+      target: "<dataset>/<category>".
+      shots: training images of `target`.
+      seed: of the draw.
+
+    Raises:
+      ValueError: no such part, or as `splits.select`.
+    """
+    train, test = splits.select(records, "one_class")
+    part = part_of(records)
+    if target not in part:
+        raise ValueError(f"no part {target!r}; there are {sorted(set(part.tolist()))}")
+    own = train[part[train] == target]
+    if not 0 < shots <= len(own):
+        raise ValueError(
+            f"{target}: data.shots={shots}, but there are {len(own)} good images to train on"
+        )
+    drawn = np.random.default_rng(seed).permutation(own)[:shots]
+    return np.sort(np.concatenate([train[part[train] != target], drawn])), test
 
 
 def track_b(

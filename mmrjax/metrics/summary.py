@@ -57,8 +57,9 @@ def summarise(
         {metric: {"mean", "std" (over seeds of the summary mean, n - 1; None below two seeds),
         "worst": {"value", "where"} (where = key/domain, or key alone for `all`), "gap_to_reference"
         (mean of the other domains minus the reference, negative = a loss under shift, mean over
-        categories; None without both)}, and "left_out": [where, ...] if some values are undefined}.
-        A metric that is undefined everywhere is absent.
+        categories; None without both)}, "left_out": [where, ...] if some values are undefined, and
+        "datasets": {dataset: mean over its categories} if there are several data sets}. A metric
+        that is undefined everywhere is absent.
     """
     summary = {}
     for metric in METRICS:
@@ -79,6 +80,8 @@ def summarise(
         }
         if len(defined) < len(flat):
             summary[metric]["left_out"] = [where for where in flat if where not in defined]
+        if len(apart := _by_dataset(table)) > 1:
+            summary[metric]["datasets"] = apart
     return summary
 
 
@@ -95,6 +98,20 @@ def _where(key: str, domain: str) -> str:
 def _value(entry: float | Mapping | None) -> float | None:
     """The number of an entry that may be a mean over seeds."""
     return entry.get("mean") if isinstance(entry, Mapping) else entry
+
+
+def _by_dataset(table: Mapping[str, Mapping]) -> dict[str, float | None]:
+    """The mean of each data set, also of data sets that one model has learned together.
+
+    Joined records have one key for all, and "<dataset>/<category>" as domains.
+    """
+    parts: dict[str, dict[str, dict]] = {}
+    for key, row in table.items():
+        for domain, value in row.items():
+            part = domain if "/" in domain else key
+            own = parts.setdefault(part.split("/")[0], {})
+            own.setdefault(part, {})[domain] = value
+    return {dataset: _mean_of_means(own) for dataset, own in parts.items()}
 
 
 def _mean_of_means(table: Mapping[str, Mapping]) -> float | None:

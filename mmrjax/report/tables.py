@@ -296,6 +296,10 @@ def _summary_rows(summary: Mapping, names: list[str], aggregate: Mapping) -> lis
     over = ["domains"] if has_domains else []
     over += ["categories"] if len(categories(aggregate)) > 1 or not over else []
     rows = [Row(f"mean over {' and '.join(over)}", "mean", means)]
+    apart = [number.get("datasets") or {} for number in numbers]
+    for dataset in dict.fromkeys(name for own in apart for name in own):
+        own_means = [Cell(percent(own.get(dataset))) for own in apart]
+        rows.append(Row(f"mean of {dataset}", "mean", own_means))
     common = _common_folder([str(w.get("where") or "") for w in worst])
     places = [str(w.get("where") or "")[len(common) :] for w in worst]
     cells = [

@@ -173,6 +173,8 @@ def make_batch(
         }
         own = jax.vmap(jax.random.fold_in, (0, None))(key_augment, SECOND)
         batch["second"] = jax.vmap(augment)(own, other["image"], other["size"])[..., :3]
+    if "defective" in rows:
+        batch["defective"] = rows["defective"]
     if plan.defects is not None:
         batch = defect_rows.with_defects(plan.defects, batch, frozen)
     return batch

@@ -355,3 +355,19 @@ def test_a_held_out_image_on_the_training_side_is_found(joined):
     in_train = np.ones(len(joined), bool)
     with pytest.raises(ValueError, match=r"'groove', 'illumination'\) is on the training side"):
         tracks._check_withheld(joined, in_train, [("aebad/s", "groove", "illumination")])
+
+
+def test_few_images_of_one_part_leave_the_others_whole(joined):
+    records = joined
+    parts = tracks.part_of(records)
+    target = str(np.unique(parts)[0])
+    whole, test = splits.select(records, "one_class")
+    train, same = tracks.few_of(records, target, 2, 5)
+    np.testing.assert_array_equal(test, same)
+    assert (parts[train] == target).sum() == 2
+    np.testing.assert_array_equal(train[parts[train] != target], whole[parts[whole] != target])
+    np.testing.assert_array_equal(train, tracks.few_of(records, target, 2, 5)[0])
+    with pytest.raises(ValueError, match=r"data.shots=9999, but there are"):
+        tracks.few_of(records, target, 9999, 5)
+    with pytest.raises(ValueError, match=r"no part 'no/part'; there are"):
+        tracks.few_of(records, "no/part", 2, 5)

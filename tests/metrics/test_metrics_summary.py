@@ -77,3 +77,16 @@ def test_largest_errors_are_distances_from_the_reported_value_over_all_entries()
     ]
     assert metrics.largest_errors(entries) == {"pixel_auroc": pytest.approx(0.2)}
     assert metrics.largest_errors(entries[:1]) == {}
+
+
+def test_data_sets_that_one_model_has_learned_together_have_means_of_their_own():
+    joined = {"a": of(0.9), "b": of(0.7)}
+    domains = {f"{d}/{name}": of(v) for d, v in (("x", 0.9), ("y", 0.6)) for name in joined}
+    domains["x/b"] = of(0.7)
+    one = metrics.summarise({"x+y/all": {"all": of(0.5), **domains}})["image_auroc"]
+    assert one["datasets"] == {"x": pytest.approx(0.8), "y": pytest.approx(0.6)}
+    assert one["mean"] == pytest.approx(0.7)
+    apart = metrics.summarise({"x/a": {"all": of(0.9)}, "y/a": {"all": of(0.1)}})["image_auroc"]
+    assert apart["datasets"] == {"x": pytest.approx(0.9), "y": pytest.approx(0.1)}
+    alone = metrics.summarise({"x/a": {"all": of(0.9)}, "x/b": {"all": of(0.1)}})["image_auroc"]
+    assert "datasets" not in alone

@@ -1,7 +1,9 @@
 """The contact sheet of `python -m mmrjax.data.defects --preview`.
 
 The sheet has a row of good pictures with drawn defects for each kind, and their outlines below.
-Real defective pictures follow at the bottom for comparison, if a folder of them is given.
+With `--recipe=perlin` the defects are foreign textures in the places of Perlin noise: drawn ones,
+or those of --textures. Real defective pictures follow at the bottom for comparison, if a folder of
+them is given.
 """
 
 import argparse
@@ -15,8 +17,8 @@ import numpy as np
 
 from mmrjax.data import foreground, geometry
 from mmrjax.data.defects import bank as defect_bank
+from mmrjax.data.defects import perlin, textures, windows
 from mmrjax.data.defects import synthesise as defects
-from mmrjax.data.defects import windows
 
 GAP, LABEL = 3, 70  # px between pictures, and for the names at the left
 BATCH = 8
@@ -31,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--good", required=True, help="folder of pictures without defects")
     parser.add_argument("--real", default="", help="folder of defective pictures to compare with")
     parser.add_argument("--bank", default="", help="folder of (picture, mask) pairs to cut from")
+    parser.add_argument("--recipe", choices=("poisson", "perlin"), default="poisson")
+    parser.add_argument("--textures", default="", help="folder of textures for --recipe=perlin")
     parser.add_argument("--kinds", default="", help="names, separated by commas (default: all)")
     parser.add_argument("--foreground", action="store_true", help="find the part first")
     parser.add_argument("--size", type=int, default=224, help="px of the pictures")
@@ -39,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="defects.png")
     arguments = parser.parse_args(argv)
     try:
-        sheet = draw(arguments)
+        sheet = (draw if arguments.recipe == "poisson" else draw_textures)(arguments)
     except ValueError as e:
         parser.error(str(e))
     if not cv2.imwrite(arguments.output, sheet[..., ::-1]):
@@ -70,13 +74,38 @@ def draw(arguments: argparse.Namespace) -> np.ndarray:
         images, masks = zip(*drawn[kind], strict=True) if drawn[kind] else ((), ())
         outlined = [outline(image, mask) for image, mask in zip(images, masks, strict=True)]
         rows += [_row(kind, images, arguments), _row("", outlined, arguments)]
-    if arguments.real:
-        rng = np.random.default_rng(arguments.seed)
-        shown = pictures(arguments.real, size)
-        for _ in range(3):
-            chosen = rng.choice(len(shown), min(arguments.columns, len(shown)), replace=False)
-            rows.append(_row("(real)", shown[chosen], arguments))
-    return np.concatenate(rows)
+    return np.concatenate(rows + _real_rows(arguments))
+
+
+def draw_textures(arguments: argparse.Namespace) -> np.ndarray:
+    """The sheet of `--recipe=perlin`, RGB uint8: anywhere, then on the part."""
+    size, columns = (arguments.size, arguments.size), arguments.columns
+    bank, _ = textures.make(arguments.textures, size, arguments.seed)
+    good, rows = pictures(arguments.good, size), []
+    rng = np.random.default_rng(arguments.seed)
+    recipes = {"anywhere": perlin.Recipe(on_part=0.0), "on the part": perlin.Recipe(on_part=1.0)}
+    for i, name in enumerate(2 * list(recipes) if arguments.foreground else 3 * ["anywhere"]):
+        images = good[rng.integers(0, len(good), columns)]
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(arguments.seed), i), columns)
+        batch = {"image": geometry.to_unit(images), "keys": keys}
+        if arguments.foreground:
+            batch["foreground"] = np.stack([foreground.foreground(image) for image in images])
+        drawn = jax.device_get(recipes[name].draw(batch, {"textures": bank}))
+        shown = np.round(255 * drawn.images).astype(np.uint8)
+        outlined = [outline(image, mask) for image, mask in zip(shown, drawn.mask, strict=True)]
+        rows += [_row(name, shown, arguments), _row("", outlined, arguments)]
+    return np.concatenate(rows + _real_rows(arguments))
+
+
+def _real_rows(arguments: argparse.Namespace) -> list[np.ndarray]:
+    """Three rows of real defective pictures, if a folder of them is given."""
+    if not arguments.real:
+        return []
+    rng = np.random.default_rng(arguments.seed)
+    shown = pictures(arguments.real, (arguments.size, arguments.size))
+    count = min(arguments.columns, len(shown))
+    chosen = [rng.choice(len(shown), count, replace=False) for _ in range(3)]
+    return [_row("(real)", shown[rows], arguments) for rows in chosen]
 
 
 def _draw_each(good, settings, bank, arguments) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:

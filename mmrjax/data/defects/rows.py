@@ -67,7 +67,8 @@ class Recipe:
 
         Args:
           rows: "image" float32 [b, h, w, 3] in [0, 1], "keys" [b], and what else the batch has:
-            "foreground" bool [b, h, w], "domain" int32 [b], "second" [b, h, w, 3].
+            "foreground" bool [b, h, w], "domain" int32 [b], "second" [b, h, w, 3], and "defective"
+            bool [b], which rows the plan wants to be defective.
           extras: from `Method.extras`; "labelled" holds real defects.
         """
         known = extras.get("labelled")

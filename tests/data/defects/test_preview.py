@@ -47,13 +47,27 @@ def test_a_sheet_has_a_row_for_each_kind_its_outlines_and_the_real_ones(folders)
         assert not row[2].any()  # there are two real ones
 
 
+def test_a_sheet_of_foreign_textures_has_outlines_below_each_row(folders):
+    sheet = folders / "sheet.png"
+    given = [f"--good={folders / 'good'}", "--recipe=perlin", "--foreground"]
+    sizes = [f"--size={SIZE}", f"--columns={COLUMNS}", f"--output={sheet}"]
+    assert preview.main(["--preview", *given, *sizes, f"--textures={folders / 'bad'}"]) == 0
+    image, step = cv2.imread(str(sheet), cv2.IMREAD_COLOR_RGB), SIZE + preview.GAP
+    assert image.shape == (8 * step, preview.LABEL + COLUMNS * step, 3)
+    for i in range(0, 8, 2):
+        plain, outlined = (image[j * step :][:SIZE, preview.LABEL :] for j in (i, i + 1))
+        assert not (plain == (255, 0, 0)).all(-1).any()
+        assert (outlined == (255, 0, 0)).all(-1).any()
+
+
 @pytest.mark.parametrize(("change", "message"), [
+    ("--textures=nowhere --recipe=perlin", "no picture in this folder can be read"),
     ("--good=nowhere", "no pictures in 'nowhere'"),
     ("--kinds=spot,dent", "unknown kinds of defects ['dent']"),
     ("--bank=nowhere", "no pairs of picture and mask in nowhere"),
 ])  # fmt: skip
 def test_what_is_missing_is_one_line(folders, capsys, change, message):
     with pytest.raises(SystemExit) as stopped:
-        preview.main(["--preview", f"--good={folders / 'good'}", f"--size={SIZE}", change])
+        preview.main(["--preview", f"--good={folders / 'good'}", f"--size={SIZE}", *change.split()])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
