@@ -30,6 +30,7 @@ def get_config():
     config.aminet.heads = 3
     config.aminet.depth = 4
     config.aminet.epochs = 20
+    common.small_mala(config, epochs=(60, 60))
     config.patchcore.layers = (1, 2, 3)
     config.patchcore.scales = (1.5,)  # with layer 1 a grid of 96 x 96, for small defects
     config.patchcore.width = 384

@@ -33,5 +33,6 @@ def get_config():
     config.aminet.heads = 3
     config.aminet.depth = 6
     config.aminet.epochs = 100
+    common.small_mala(config, epochs=(100, 100))
     config.train.epochs = 100
     return config

@@ -45,6 +45,7 @@ def get_config(variant: str = "full"):
     config.aminet.heads = 3
     config.aminet.depth = 6
     config.aminet.epochs = 40
+    common.small_mala(config, epochs=(100, 100))
     config.mmr_plus.domain = "supcon"  # of the six exposures
     config.train.epochs = 40
     if variant == "best":

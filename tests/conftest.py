@@ -144,6 +144,18 @@ TINY_MODEL = (
     "aminet.depth=2",
     "aminet.clusters=3",
     "aminet.epochs=2",
+    "mala.size=",
+    "mala.width=24",
+    "mala.depth=2",
+    "mala.heads=3",
+    "mala.decoder_width=16",
+    "mala.decoder_depth=1",
+    "mala.decoder_heads=2",
+    "mala.init=scratch",
+    "mala.plpm_base=4",
+    "mala.epochs=2,2",
+    "mala.batch_sizes=8,8",
+    "mala.images=8,10",
 )
 
 

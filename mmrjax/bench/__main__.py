@@ -23,7 +23,11 @@ from mmrjax.runtime import command_line, devices, files
 from mmrjax.runtime import config as config_lib
 
 PARTS = ("train", "evaluate", "latency")
-RANDOM = ("teacher.weights=random", "student.init=scratch", "data.feed=resident")
+RANDOM = (
+    "teacher.weights=random",
+    "data.feed=resident",
+    *(f"{field}=scratch" for kind in methods.METHODS.values() for field in kind.initial),
+)
 # Largest differences from PyTorch in float32, by the compute dtype of JAX.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.01}
 NUMBERS = {"windows": 5, "window_seconds": 2.0, "requests": 200, "images": 64}

@@ -96,8 +96,12 @@ class Programs:
 
         A step augments uint8 images, runs the networks and updates the parameters.
         """
-        fields = {stage.plan.batch_field: batch for stage in self.method.stages(self.records)}
         config = self.config.copy_and_resolve_references()
+        flat = config_lib.flatten(config)
+        fields = {stage.plan.batch_field for stage in self.method.stages(self.records)}
+        fields = {
+            f: (batch,) * len(flat[f]) if isinstance(flat[f], tuple) else batch for f in fields
+        }
         config.update_from_flattened_dict(fields)
         method = methods.create(self.name, config)
         return {stage.name: self._stage(method, stage) for stage in method.stages(self.records)}

@@ -109,7 +109,7 @@ def _portable(method: methods.base.Method, dtype: str = "") -> methods.base.Meth
       dtype: compute dtype; "" keeps that of the run.
     """
     config = method.config.copy_and_resolve_references()
-    config.student.attention = "xla"
+    config.update_from_flattened_dict(dict(method.portable))
     config.train.compute_dtype = dtype or config.train.compute_dtype
     portable = methods.create(method.name, config)
     for name, network in vars(portable).items():

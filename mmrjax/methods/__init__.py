@@ -2,10 +2,11 @@
 
 from ml_collections import ConfigDict
 
-from mmrjax.methods import aminet, base, by_place, mmr, mmr_plus, patchcore
+from mmrjax.methods import aminet, base, by_place, mala, mmr, mmr_plus, patchcore
 
 METHODS: dict[str, type[base.Method]] = {
-    kind.name: kind for kind in (aminet.AMINet, mmr.MMR, mmr_plus.MMRPlus, patchcore.PatchCore)
+    kind.name: kind
+    for kind in (aminet.AMINet, mala.MALA, mmr.MMR, mmr_plus.MMRPlus, patchcore.PatchCore)
 }
 
 

@@ -114,3 +114,21 @@ def nearest(distance: jax.Array, size_hw: tuple[int, int]) -> jax.Array:
         for n_in, n_out in zip(distance.shape[1:], size_hw, strict=True)
     )
     return distance[:, rows][:, :, columns]
+
+
+@functools.lru_cache(maxsize=64)
+def mean_matrix(n: int, side: int) -> np.ndarray:
+    """Sliding means of `side` values as a matrix, float32 [n', n]; zeros beyond the ends count.
+
+    torch's average pooling with stride 1 and padding side // 2; n' is n, or n + 1 for an even side.
+    """
+    pad = side // 2
+    first = np.arange(n + 2 * pad - side + 1)[:, None] - pad
+    offset = np.arange(n) - first
+    return ((offset >= 0) & (offset < side)).astype(np.float32) / np.float32(side)
+
+
+def pooled(maps: jax.Array, side: int) -> jax.Array:
+    """The mean of `side` x `side` px around each pixel, float32 [b, h, w] -> [b, h', w']."""
+    rows, columns = (mean_matrix(n, side) for n in maps.shape[1:3])
+    return jnp.einsum("yr,brc,xc->byx", rows, maps, columns, precision=jax.lax.Precision.HIGHEST)

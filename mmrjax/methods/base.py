@@ -84,6 +84,10 @@ class Method:
     free: ClassVar[tuple[str, ...]] = ()
     stage_names: ClassVar[tuple[str, ...]] = ()  # of its `stages`, in order
     official = ""  # kind of its official checkpoints in mmrjax.convert; "": none is known
+    # Fields that name the weights that training begins with; a trained run needs no such file.
+    initial: ClassVar[tuple[str, ...]] = ()
+    # {field: value}: kernels that exist on every platform, for an exported program.
+    portable: ClassVar[Mapping[str, str]] = {}
     unroll = 1  # blocks of an encoder that are computed without a loop, see placement.py
 
     # Optional steps; a method that has one defines it.
@@ -206,9 +210,10 @@ class Method:
           frozen: from `load_frozen`, with `extras`.
           batch: "image" [b, h, w, 3], "weight" [b] (0 = padding row), "keys" [b] one per example;
             if the plan asks for them "domain" int32 [b], "foreground" bool [b, h, w], "second"
-            [b, h, w, 3] (another picture of the category), and with a recipe for defects "normal"
-            [b, h, w, 3] (the image without its defect), "mask" and "tiny" bool [b, h, w], "kind"
-            int32 [b] and sometimes "ignored" bool [b, h, w], see data/defects/rows.py.
+            [b, h, w, 3] (another picture of the category), "defective" bool [b], and with a recipe
+            for defects "normal" [b, h, w, 3] (the image without its defect), "mask" and "tiny" bool
+            [b, h, w], "kind" int32 [b] and sometimes "ignored" bool [b, h, w], see
+            data/defects/rows.py.
           key: PRNG key of this step.
           progress: "step" and "epoch" of the stage, int32 scalars.
 

@@ -39,6 +39,8 @@ class MMR(base.Method):
     stage_names = ("train",)
     official = "mmr"
     free = ("student.attention", "student.unroll")
+    initial = ("student.init",)
+    portable: ClassVar = {"student.attention": "xla"}
 
     @classmethod
     def defaults(cls):
@@ -227,15 +229,15 @@ def attention_kernel(name: str, dtype: jnp.dtype, head_width: int) -> str:
     return "cudnn" if can and name != "xla" else "xla"
 
 
-def student_size(config) -> tuple[int, int, int]:
-    """(width, depth, heads) of `config.student`: those of `size`, each replaced when given."""
+def student_size(config, group: str = "student") -> tuple[int, int, int]:
+    """(width, depth, heads) of a group: those of `size`, each replaced when given."""
     if config.size and config.size not in SIZES:
-        raise ValueError(f"unknown student.size={config.size!r}; available: {sorted(SIZES)} or ''")
+        raise ValueError(f"unknown {group}.size={config.size!r}; available: {sorted(SIZES)} or ''")
     default = SIZES.get(config.size, (0, 0, 0))
     size = tuple(
         given or value
         for given, value in zip((config.width, config.depth, config.heads), default, strict=True)
     )
     if not all(size):
-        raise ValueError("student.size='' needs student.width, student.depth and student.heads")
+        raise ValueError(f"{group}.size='' needs {group}.width, {group}.depth and {group}.heads")
     return size

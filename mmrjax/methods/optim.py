@@ -62,6 +62,30 @@ def optimiser(
     )
 
 
+def warm_cosine(
+    peak: float, warmup: float, epochs: int, steps_per_epoch: int
+) -> Callable[[jax.Array], jax.Array]:
+    """MAE's schedule, step -> learning rate: linear from 0 in the warm-up, then half a cosine to 0.
+
+    The epoch is fractional, so the rate changes with every step.
+
+    Args:
+      peak: the largest rate.
+      warmup: share of the epochs in [0, 1).
+      epochs: epochs of the whole run.
+      steps_per_epoch: updates of an epoch.
+    """
+    warm = warmup * epochs
+
+    def schedule(step: jax.Array) -> jax.Array:
+        epoch = step / steps_per_epoch
+        fall = jnp.clip((epoch - warm) / max(epochs - warm, 1e-9), 0, 1)
+        ramp = peak * epoch / max(warm, 1e-9)
+        return jnp.where(epoch < warm, ramp, peak * 0.5 * (1 + jnp.cos(jnp.pi * fall)))
+
+    return schedule
+
+
 Transformation = optax.GradientTransformation | dict[str, optax.GradientTransformation]
 
 

@@ -4,6 +4,8 @@ Parameters map one to one to the official code's, see weights/mae_names.py. Shap
 patches, k visible ones, p patch side, d width, e width of the decoder.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 from mmrjax.models import fpn, masking, norm, patches, positions, vit
 
 GRID = (14, 14)  # patches of a 224 px image: the encoder's table is resized from this grid
+GROUPS = 4  # passes of `hidden_error`, with disjoint sets of visible patches
 TOKEN = nn.initializers.normal(0.02)
 
 
@@ -100,6 +103,8 @@ class MaskedAutoencoder(nn.Module):
       decoder_depth: blocks of the decoder.
       decoder_heads: heads of the decoder.
       zeros: whether zeros stand for hidden patches in the decoder, not a learned mask token.
+      mean: of the pixels that the weights were trained on, for each channel of images in [0, 1].
+      std: their deviation.
       patch: patch side p in px.
       unroll: blocks per scan iteration, of both.
       dtype: compute dtype; parameters stay float32.
@@ -116,6 +121,8 @@ class MaskedAutoencoder(nn.Module):
     decoder_depth: int = 8
     decoder_heads: int = 16
     zeros: bool = False
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
     patch: int = 16
     unroll: int = 1
     dtype: jnp.dtype = jnp.float32
@@ -147,17 +154,18 @@ class MaskedAutoencoder(nn.Module):
         """Pixels of all patches, predicted from the visible ones.
 
         Args:
-          images: normalised RGB [b, h, w, 3].
+          images: RGB [b, h, w, 3], in [0, 1] unless `mean` is 0 and `std` 1.
           shuffle: int [b or 1, n], the patches in an order in which the visible ones come first;
             None shows all patches.
           visible: number of visible patches.
 
         Returns:
-          float32 [b, h, w, 3], in the normalisation of `images`.
+          float32 [b, h, w, 3], as `images`, not clipped.
         """
         _, latent = self.encode(images, shuffle, visible)
         tokens = self.decoder.paint(self.decode(latent, shuffle))
-        return patches.unpatchify(tokens, self.grid, self.patch)
+        painted = patches.unpatchify(tokens, self.grid, self.patch)
+        return painted * jnp.asarray(self.std) + jnp.asarray(self.mean)
 
     def encode(
         self, images: jax.Array, shuffle: jax.Array | None = None, visible: int = 0
@@ -168,6 +176,7 @@ class MaskedAutoencoder(nn.Module):
         order of `shuffle`.
         """
         table = self.tables["encoder_table"]
+        images = (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         pixels = patches.patchify(images, self.patch)  # [b, n, p * p * 3]
         b = len(pixels)
         places = jnp.broadcast_to(table[None, 1:], (b, pixels.shape[1], self.width))
@@ -214,3 +223,28 @@ def visible_groups(count: int, groups: int, seed: int = 0) -> list[tuple[np.ndar
     order = np.random.default_rng(seed).permutation(count)
     parts = np.array_split(order, groups)
     return [(np.concatenate([part, np.setdiff1d(order, part)])[None], len(part)) for part in parts]
+
+
+def hidden_error(
+    paint: Callable[[np.ndarray, int], jax.Array], images: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
+    """How far each pixel is from what was painted while it was hidden, the mean of the channels.
+
+    Every patch is visible in one of four passes and hidden in the others.
+
+    Args:
+      paint: (order of the patches, visible ones) -> painted images, see `MaskedAutoencoder`.
+      images: float [b, h, w, 3].
+      grid: patches per column and per row.
+
+    Returns:
+      float32 [b, h, w].
+    """
+    side = images.shape[1] // grid[0]
+    total = 0.0
+    for order, visible in visible_groups(grid[0] * grid[1], GROUPS):
+        hidden = np.ones(order.shape[1], np.float32)
+        hidden[order[0, :visible]] = 0
+        hidden = hidden.reshape(grid).repeat(side, axis=0).repeat(side, axis=1)
+        total = total + jnp.abs(images - paint(order, visible)).mean(axis=-1) * hidden
+    return total / (GROUPS - 1)

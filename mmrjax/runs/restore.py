@@ -55,7 +55,10 @@ def trained(
     """
     folder, store = folder.resolve(), store or checkpoint.Store(folder)
     config, name = read_config(folder), folder.parent.parent.name
-    config.student.init = "scratch"  # what it began with is no longer needed
+    for field in methods.METHODS.get(
+        name, base.Method
+    ).initial:  # what it began with is no longer needed
+        config.update_from_flattened_dict({field: "scratch"})
     method = methods.create(name, config)
     pretrained.fetch(method)
     mesh = mesh_lib.make_mesh(math.gcd(config.eval.batch_size, len(devices.available())))

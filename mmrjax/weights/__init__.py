@@ -12,7 +12,7 @@ from absl import logging
 
 from mmrjax.models import backbones
 from mmrjax.runtime import files
-from mmrjax.weights import source, storage, teachers, torch_names, vit_sources
+from mmrjax.weights import mae_names, source, storage, teachers, torch_names, vit_sources
 
 RANDOM_TEACHER = (
     "THE TEACHER IS RANDOM: %s has never seen an image. Scores show that the program runs, not "
@@ -57,18 +57,18 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
     return known if weights == "embedded" else source.published_file(known, WITHOUT_DOWNLOAD)
 
 
-def student_file(init: str, size: str) -> pathlib.Path | None:
+def student_file(init: str, size: str, group: str = "student") -> pathlib.Path | None:
     """The file of a student's initial weights, as `teacher_file`; None from scratch.
 
-    Arguments and errors as in `init_student`.
+    Arguments and errors as in `init_student`; `group` is that of the fields `init` and `size`.
     """
     if init == "scratch":
         return None
     if init != "mae":
-        return _local("student.init", init, "'mae' or 'scratch'")
+        return _local(f"{group}.init", init, "'mae' or 'scratch'")
     if size not in source.MAE:
         raise ValueError(
-            f"student.init='mae' has published weights for student.size in "
+            f"{group}.init='mae' has published weights for {group}.size in "
             f"{sorted(source.MAE)}, not {size!r}; use 'scratch' or a file"
         )
     return source.published_file(source.MAE[size])
@@ -149,22 +149,50 @@ def init_student(
     Raises:
       FileNotFoundError, ValueError: a missing, damaged or unfitting file.
     """
-    path = student_file(init, size)
+    return _initial(variables, init, size, grid, "student", torch_names.merge_student)
+
+
+def init_autoencoder(
+    variables: dict, init: str, size: str, grid: tuple[int, int], group: str
+) -> tuple[dict, dict]:
+    """Replaces freshly drawn variables of a masked autoencoder by pretrained ones.
+
+    Args:
+      variables: {"params", "positions"} from `MaskedAutoencoder.init`.
+      init: as in `init_student`; a file may hold a decoder or the encoder alone.
+      size: as in `init_student`.
+      grid: patches per column and per row of an image.
+      group: of the fields `init` and `size`, for messages.
+
+    Returns:
+      (variables, facts for results.json, in which "decoder" tells whether the file had one and
+      "mae" whether it is MAE's).
+
+    Raises:
+      FileNotFoundError, ValueError: a missing, damaged or unfitting file.
+    """
+    return _initial(variables, init, size, grid, group, mae_names.merge)
+
+
+def _initial(variables, init, size, grid, group, merge) -> tuple[dict, dict]:
+    """`init_student` and `init_autoencoder`; `merge` puts a state dict into variables."""
+    path = student_file(init, size, group)
     if path is None:
         return variables, {"init": "scratch", "source": None, "sha256": None, "licence": None}
     try:
         state, header = storage.read_any(path)
-        new, report = torch_names.merge_student(jax.device_get(variables), state, grid)
+        new, report = merge(jax.device_get(variables), state, grid)
     except FileNotFoundError as e:
         raise FileNotFoundError(
-            f"student.init={init!r}: {e}; expected a file, 'mae' or 'scratch'"
+            f"{group}.init={init!r}: {e}; expected a file, 'mae' or 'scratch'"
         ) from e
     except ValueError as e:
-        raise ValueError(f"student.init={init!r}: {e}") from e
+        raise ValueError(f"{group}.init={init!r}: {e}") from e
     is_mae = init == "mae" or torch_names.is_mae(state)
     licence = storage.licence(header, source.MAE_LICENCE if is_mae else source.LOCAL)
     logging.info(
-        "student from %s: %d tensors used, %d unused, missing %s; licence: %s",
+        "%s from %s: %d tensors used, %d unused, missing %s; licence: %s",
+        group,
         path,
         len(report["used"]),
         len(report["unused"]),
@@ -176,4 +204,6 @@ def init_student(
         logging.warning("positions/%s is of another image size: it %s", table, how)
     facts = {"init": init, "source": path.name, "sha256": source.sha256(path), "licence": licence}
     facts |= storage.origin(header)
+    if merge is mae_names.merge:
+        facts |= {"mae": is_mae, "decoder": mae_names.has_decoder(state)}
     return jax.tree.map(jnp.asarray, new), {**facts, "position_tables_replaced": report["replaced"]}

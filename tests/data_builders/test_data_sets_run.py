@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from mmrjax import main
+from mmrjax.data import tracks
+from mmrjax.runs import records
+from mmrjax.runtime import config as config_lib
 from mmrjax.train import loop
 
 
@@ -88,3 +91,47 @@ def test_unknown_category_lists_the_known(mvtec_ad, tmp_path, capsys):
     fields = [f"--config.data.raw_dir={mvtec_ad}", f"--config.data.data_dir={tmp_path}"]
     assert main.main([*args, *fields]) == 1
     assert "screw" in capsys.readouterr().err
+
+
+def test_two_data_sets_train_one_model_and_have_a_mean_each(mvtec_ad, visa, tiny_fields, tmp_path):
+    """MALA, two stages, and the images of an epoch as MALA counts them."""
+    args = [
+        "--config=configs/mvtec_visa.py:mala",
+        f"--workdir={tmp_path / 'run'}",
+        *tiny_fields("", tmp_path / "records"),
+        f"--config.raw_dirs.mvtec_ad={mvtec_ad}",
+        f"--config.raw_dirs.visa={visa}",
+        "--config.mala.epochs=1,2",
+    ]
+    assert main.main(args) == 0
+    result = json.loads((tmp_path / "run" / "results.json").read_text())["methods"]["mala"]
+    summary, (table,) = result["summary"]["image_auroc"], result["metrics"].values()
+    assert set(summary["datasets"]) == {"mvtec_ad", "visa"}
+    names = [name for name in table if name.startswith("mvtec_ad/")]
+    own = np.mean([table[name]["image_auroc"]["mean"] for name in names])
+    assert summary["datasets"]["mvtec_ad"] == pytest.approx(own)
+    (log,) = (tmp_path / "run").glob("mala/*/seed0/" + loop.LOG)
+    lines, categories = log.read_text().splitlines(), len(table) - 1
+    first, second = categories, -(-10 * categories // 8)  # dropped, padded
+    assert len(lines) == first + 2 * second
+    defects = [json.loads(line)["defects"] for line in lines[first:]]
+    assert sum(defects[:second]) == sum(defects[second:]) == 8 * categories  # 0.8 of 10 each
+
+
+def test_kolektor_and_tiles_take_few_images_of_one_data_set(kolektor_sdd2, mvtec_ad, tmp_path):
+    """The configuration, with a part of MVTec in the place of the tiles."""
+    fields = [
+        "data.join=kolektor_sdd2,mvtec_ad/grid",
+        "data.target=mvtec_ad/grid",
+        "data.shots=1",
+        f"data.data_dir={tmp_path / 'records'}",
+        f"raw_dirs.kolektor_sdd2={kolektor_sdd2}",
+        f"raw_dirs.mvtec_ad={mvtec_ad}",
+    ]
+    config = config_lib.load("configs/kolektor_tiles.py:mala", fields)
+    (joined,) = records.load_records(config)
+    chosen, whole = tracks.select(joined, config.data, 0), tracks.part_of(joined)
+    counts = dict(zip(*np.unique(whole[chosen.train], return_counts=True), strict=True))
+    assert counts["mvtec_ad/grid"] == 1
+    assert counts["kolektor_sdd2/surface"] > 1
+    assert len(set(whole[chosen.test])) == 2

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from mmrjax import methods
 from mmrjax.data import epochs
@@ -99,34 +100,58 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(fitted, images):
 
 def test_loss_is_a_scalar_and_its_gradient_reaches_every_parameter(fitted, images):
     method, variables, frozen, _ = fitted
-    stages = method.stages(make_records(16))
+    records = make_records(16)
+    stages = method.stages(records)
     assert tuple(stage.name for stage in stages) == method.stage_names
     if not stages:
         assert variables["params"] == {}
         return
+    extras, _ = method.extras(records, records.take([]))
+    trained = [
+        slopes_of(method, stage, variables, {**frozen, **extras}, images) for stage in stages
+    ]
+    paths = set(traverse_util.flatten_dict(variables["params"], sep="/"))
+    assert set().union(*trained) == paths
+
+
+def slopes_of(method, stage, variables, frozen, images) -> set[str]:
+    """The parameters that a stage trains; each of them gets a gradient."""
     batch = {
         "image": images,
         "weight": jnp.ones(8),
         "keys": jax.random.split(jax.random.key(0), 8),
     }
     progress = {"step": jnp.int32(0), "epoch": jnp.int32(0)}
-    recipe = stages[0].plan.defects
-    if recipe is not None:  # as the step does
-        batch = jax.jit(lambda batch: defect_rows.with_defects(recipe, batch, {}))(batch)
+    state = step_lib.create(variables, stage)
 
-    def loss(params, frozen):
-        everything = {**variables, "params": params}
-        return method.loss(stages[0].name, everything, frozen, batch, jax.random.key(3), progress)
+    @jax.jit
+    def once(state, frozen, batch):
+        if stage.plan.defects is not None:  # as the step does
+            batch = defect_rows.with_defects(stage.plan.defects, batch, frozen)
+        key = jax.random.key(3)
+        if stage.update is not None:
+            changed, logs = stage.update(state, frozen, batch, key, progress, stage.tx)
+            moments = {name: own[0].mu for name, own in changed.opt_state.items()}
+            return moments, changed.collections, logs
 
-    slope = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, (collections, logs)), gradients = slope(variables["params"], frozen)
-    assert value.shape == ()
+        def loss(params):
+            everything = {**state.collections, "params": step_lib.merged(params, state.fixed)}
+            return method.loss(stage.name, everything, frozen, batch, key, progress)
+
+        (value, (collections, logs)), slope = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return slope, collections, {**logs, "loss": value}
+
+    gradients, collections, logs = once(state, frozen, batch)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
     assert all(leaf.shape == () for leaf in jax.tree.leaves(logs))
     assert set(collections) <= set(variables)
+    return set(traverse_util.flatten_dict(gradients, sep="/"))
 
 
 def test_facts_name_the_teacher_and_say_that_it_is_random(fitted):
+    if "teacher" not in fitted[2]:
+        assert "teacher" not in fitted[3]
+        return
     teacher = fitted[3]["teacher"]
     assert teacher["name"] == "resnet18"
     assert teacher["random"] is True
@@ -450,16 +475,45 @@ def test_any_method_may_ask_for_defects_and_a_second_picture(tiny_config, tmp_pa
 def test_a_plan_shows_so_many_of_each_category_and_draws_anew(tiny_config):
     category = np.repeat([0, 1, 2], (9, 4, 2))
     plan = epochs.Plan(4, per_category=3, category=category)
-    assert plan.shown(15) == 3 + 3 + 2
-    assert plan.steps_per_epoch(15) == 2
+    assert plan.shown(15) == 3 + 3 + 3
+    assert plan.steps_per_epoch(15) == 3
     seen = set()
     for epoch in range(20):
         table, weight = plan.table(15, 7, epoch)
         real = table[weight > 0]
-        assert len(set(real.tolist())) == 8
-        np.testing.assert_array_equal(np.bincount(category[real]), [3, 3, 2])
+        assert len(set(real.tolist())) == 8  # a category of two shows one of them twice
+        np.testing.assert_array_equal(np.bincount(category[real]), [3, 3, 3])
         seen |= set(real.tolist())
     assert seen == set(range(15))
+
+
+def test_a_plan_may_show_the_same_images_in_every_epoch_in_another_order():
+    category = np.repeat([0, 1], (9, 4))
+    plan = epochs.Plan(4, per_category=3, same=True, category=category)
+    tables = [plan.table(13, 7, epoch)[0].ravel()[:6] for epoch in range(5)]
+    assert len({tuple(sorted(table)) for table in tables}) == 1
+    assert len({tuple(table) for table in tables}) > 1
+    assert set(plan.table(13, 8, 0)[0].ravel()) != set(tables[0])
+
+
+@pytest.mark.parametrize("batch", [32, 7])
+def test_exactly_64_of_80_images_of_each_category_get_a_defect_others_in_every_epoch(batch):
+    category = np.repeat([0, 1, 2], (100, 60, 90))
+    recipe = defect_rows.Recipe(1)
+    plan = epochs.Plan(
+        batch, per_category=80, same=True, category=category, defects=recipe, defective=0.8
+    )
+    seen = []
+    for epoch in range(3):
+        table, weight = plan.table(250, 5, epoch)
+        chosen = plan.chosen(table, weight, 250, 5, epoch)
+        assert not chosen[weight == 0].any()
+        real = weight > 0
+        np.testing.assert_array_equal(np.bincount(category[table[real]]), [80] * 3)
+        np.testing.assert_array_equal(np.bincount(category[table[chosen]]), [64] * 3)
+        seen.append(frozenset(table[chosen].tolist()))
+        np.testing.assert_array_equal(chosen, plan.chosen(table, weight, 250, 5, epoch))
+    assert len(set(seen)) == 3
 
 
 def test_a_second_picture_is_another_of_the_same_category():
