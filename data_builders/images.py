@@ -25,6 +25,8 @@ SUFFIXES_OF_FORMAT = {  # as Pillow names the formats; MPO is a JPEG with a prev
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
+# The only formats that are ever opened. Pillow opens MPO as JPEG.
+FORMATS = tuple(name for name in SUFFIXES_OF_FORMAT if name != "MPO")
 SUFFIXES = tuple(dict.fromkeys(s for known in SUFFIXES_OF_FORMAT.values() for s in known))
 
 _JPEG = b"\xff\xd8\xff"
@@ -123,7 +125,7 @@ def orientation(source: os.PathLike | bytes | np.ndarray) -> int:
     if not data.startswith(_TIFF) and b"Exif" not in data and b"eXIf" not in data:
         return 1
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             noted = image.getexif().get(_EXIF_ORIENTATION)
     except (*_PILLOW_ERRORS, struct.error):
         return 1  # damaged tags do not matter: OpenCV passes over them too
@@ -202,7 +204,7 @@ def decode(data: bytes, flags: int, where: str) -> np.ndarray:
 def format_of(data: bytes) -> str:
     """The format of an encoded image, a key of SUFFIXES_OF_FORMAT; empty for any other."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.format if image.format in SUFFIXES_OF_FORMAT else ""
     except _PILLOW_ERRORS:
         return ""
@@ -247,7 +249,7 @@ def _check_size(data: bytes, where: str) -> None:
 def _size_in_header(data: bytes) -> tuple[int, int]:
     """(width, height), or (0, 0) if no header can be read."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.size
     except _PILLOW_ERRORS:
         pass
@@ -266,7 +268,7 @@ def _size_in_header(data: bytes) -> tuple[int, int]:
 def _damage(data: bytes) -> str:
     """Why Pillow cannot decode `data`, or an empty text."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
     except UnidentifiedImageError:
         return f"{len(data)} bytes that are no known image format"

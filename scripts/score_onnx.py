@@ -21,13 +21,16 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+# Pillow opens no other: it would hand PostScript, however named, to another program.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+
 
 def load_image(path: str, about: dict) -> np.ndarray:
     """An image file, upright, resized and, unless windows look at all of it, cropped to its centre.
 
     uint8 [h, w, 3].
     """
-    with Image.open(path) as file:
+    with Image.open(path, formats=FORMATS) as file:
         if file.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits a pixel; scale it to 8 first")
         image = ImageOps.exif_transpose(file).convert("RGB")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from data_builders import build, common
+from data_builders import build, common, images
 from mmrjax import main
 from mmrjax.runtime import checkpoint
 from mmrjax.weights import source
@@ -58,6 +58,8 @@ def wrong_calls(tree: ast.AST) -> list[str]:
             wrong.append(name)
         if given.get("allow_pickle", "False") != "False":
             wrong.append(f"{name}(allow_pickle=…)")
+        if name.endswith("Image.open") and given.get("formats", "None") == "None":
+            wrong.append(f"{name} of any format")  # of PostScript too, which is a program
         if name in ("torch.load", "torch.jit.load") and given.get("weights_only") != "True":
             wrong.append(f"{name} without weights_only=True")
         if name in ("np.load", "numpy.load") and given.get("allow_pickle") != "False":
@@ -81,10 +83,30 @@ def test_no_source_executes_what_it_reads(path):
         "torch.load(path, weights_only=False)",
         "subprocess.run(text, shell=True)",
         "eval(text)",
+        "Image.open(path)",
+        "Image.open(path, formats=None)",
     ],
 )
 def test_the_search_finds_what_it_is_for(text):
     assert wrong_calls(ast.parse(text))
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "a.tif", "a.webp"])
+def test_postscript_named_as_a_picture_starts_no_program(monkeypatch, tmp_path, name):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"started: {args}")
+
+    for function in ("run", "call", "check_call", "check_output", "Popen"):
+        monkeypatch.setattr(subprocess, function, refuse)
+    (tmp_path / name).write_bytes(POSTSCRIPT)
+    with pytest.raises(ValueError, match=r"the image is damaged .*no known image format"):
+        images.encode_image(tmp_path / name, name)
+    with pytest.raises(ValueError, match="the image is damaged"):
+        images.read_grey(tmp_path / name)
+    assert images.format_of(POSTSCRIPT) == ""
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 GOOD, ANOMALY = 0, 1
+FORMATS = ("PNG", "JPEG", "BMP")  # of records; Pillow opens no other
 
 
 @dataclasses.dataclass
@@ -72,7 +73,8 @@ class Records:
 
     def size(self, i: int, max_side: int = 0) -> tuple[int, int]:
         """(height, width) of what `image` returns, from the header alone."""
-        with Image.open(io.BytesIO(self.encoded(i, "image"))) as image:
+        data = io.BytesIO(self.encoded(i, "image"))
+        with Image.open(data, formats=FORMATS) as image:
             return shrunk_size(image.size[::-1], max_side)
 
     def mask(self, i: int) -> np.ndarray:

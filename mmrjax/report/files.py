@@ -153,7 +153,8 @@ def embed_picture(run: Run, name: str | None, size: int, quality: int) -> str | 
     if not name:
         return None
     try:
-        image = Image.open(run.folder / "maps" / pathlib.Path(name).name).convert("RGB")
+        path = run.folder / "maps" / pathlib.Path(name).name
+        image = Image.open(path, formats=("PNG",)).convert("RGB")
     except OSError:
         text = f"maps/{pathlib.Path(name).name} is absent or damaged"
         run.missing.extend([text] if text not in run.missing else [])

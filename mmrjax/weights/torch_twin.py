@@ -24,6 +24,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 WIDE_RESNET = (256, 512, 1024)  # channels of the paper's teacher, wide_resnet50_2
 LAYERS = ("layer1", "layer2", "layer3")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # of pictures; Pillow opens no other
 # name: (bottleneck, blocks in layer1..4, width of a bottleneck relative to its planes)
 ARCHITECTURES = {
     "fdsl18": (False, (2, 2, 2, 2), 1),
@@ -429,7 +430,7 @@ def load_image(path: str, image_size, resize=None, interpolation="bilinear") -> 
     size = pair(image_size)
     resize = pair(resize or tuple(n * 8 // 7 for n in size))
     how = Image.Resampling[interpolation.upper()]
-    upright = ImageOps.exif_transpose(Image.open(path))
+    upright = ImageOps.exif_transpose(Image.open(path, formats=FORMATS))
     pixels = np.asarray(upright.convert("RGB").resize(resize[::-1], how))
     top, left = (round((n - s) / 2) for n, s in zip(resize, size, strict=True))
     return normalise(pixels[None, top : top + size[0], left : left + size[1]])
