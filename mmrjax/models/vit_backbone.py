@@ -246,7 +246,7 @@ def _grid(size_hw: tuple[int, int], patch: int) -> tuple[int, int]:
 
 def _plain(width: int, depth: int, patch: int = 16, table: int = 0, **facts) -> Architecture:
     """A ViT with heads of 64 channels, trained at 224 px unless `table` says otherwise."""
-    taps = tuple(depth * quarter // 4 for quarter in (1, 2, 3))
+    taps = tuple(depth * third // 3 for third in (1, 2, 3))
     table = table or 224 // patch
     return Architecture(width, depth, width // 64, patch, taps, table, **facts)
 
