@@ -130,7 +130,7 @@ BAD_INPUT = {
     "unknown flag": (["--wrkdir=x"], "unknown argument"),
     "unknown method": (
         ["--config.method.names=mmx"],
-        "known: ['aminet', 'mmr', 'mmr_plus', 'patchcore']",
+        "known: ['aminet', 'mala', 'mmr', 'mmr_plus', 'patchcore', 'subspace_ad']",
     ),
     "missing folder": (["--config.data.raw_dir={tmp}/nowhere"], "nowhere"),
     "indivisible batch": (["--config.train.batch_size=12"], "divisible by 8 devices; try 8 or 16"),

@@ -2,11 +2,18 @@
 
 from ml_collections import ConfigDict
 
-from mmrjax.methods import aminet, base, by_place, mala, mmr, mmr_plus, patchcore
+from mmrjax.methods import aminet, base, by_place, mala, mmr, mmr_plus, patchcore, subspace_ad
 
 METHODS: dict[str, type[base.Method]] = {
     kind.name: kind
-    for kind in (aminet.AMINet, mala.MALA, mmr.MMR, mmr_plus.MMRPlus, patchcore.PatchCore)
+    for kind in (
+        aminet.AMINet,
+        mala.MALA,
+        mmr.MMR,
+        mmr_plus.MMRPlus,
+        patchcore.PatchCore,
+        subspace_ad.SubspaceAD,
+    )
 }
 
 
