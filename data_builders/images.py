@@ -9,11 +9,10 @@ upright. Called by `common.RecordBuilder` for each record; it knows nothing of d
 import io
 import os
 import pathlib
-import struct
 
 import cv2
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from data_builders import limits
 
@@ -31,8 +30,15 @@ SUFFIXES = tuple(dict.fromkeys(s for known in SUFFIXES_OF_FORMAT.values() for s 
 
 _JPEG = b"\xff\xd8\xff"
 _TIFF = (b"II", b"MM")
-_KEPT_MAGIC = (_JPEG, b"\x89PNG\r\n\x1a\n", b"BM")  # JPEG, PNG, BMP
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError)  # of damaged files
+_PNG = b"\x89PNG\r\n\x1a\n"
+_KEPT_MAGIC = (_JPEG, _PNG, b"BM")  # JPEG, PNG, BMP
+_PILLOW_MODES = {  # as Pillow reads a TIFF or WebP of 8 bits -> as it is taken
+    **{"1": "L", "L": "L", "LA": "RGBA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"},
+    **{"RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"},
+}
+_NEW_SUBFILE_TYPE, _REDUCED_OR_MASK = 254, 1 | 4  # a TIFF's tag, and its bits
+HOT = 10_000  # one pixel in so many may be hot
+_EXIF_MARKS = (b"Exif", b"eXIf", b"EXIF", b"exif", b"tiff:Orientation")  # JPEG, PNG, WebP, XMP
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {  # EXIF orientation -> the pixels as they are shown; 1 is upright
     2: np.fliplr,
@@ -71,7 +77,7 @@ def encode_image(
         _check_pixels(source, where)
         return encode_png(source), source.shape[:2]
     data = _bytes(source)
-    pixels = _decode_upright(data, where)
+    pixels = decode_upright(data, where)
     is_plain = pixels.dtype == np.uint8 and (pixels.ndim == 2 or pixels.shape[2] == 3)
     if data.startswith(_KEPT_MAGIC) and is_plain and orientation(data) == 1:
         return data, pixels.shape[:2]
@@ -102,7 +108,7 @@ def read_grey(path: os.PathLike) -> np.ndarray:
     Raises:
       ValueError: the file is damaged or not an image of integers; the message names it.
     """
-    pixels = _decode_upright(pathlib.Path(path).read_bytes(), str(path))
+    pixels = decode_upright(pathlib.Path(path).read_bytes(), str(path))
     if not np.issubdtype(pixels.dtype, np.integer):
         raise ValueError(f"{path}: expected integer grey levels, found {pixels.dtype}")
     return pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=-1)
@@ -122,12 +128,12 @@ def orientation(source: os.PathLike | bytes | np.ndarray) -> int:
     if isinstance(source, np.ndarray):
         return 1
     data = _bytes(source)
-    if not data.startswith(_TIFF) and b"Exif" not in data and b"eXIf" not in data:
+    if not data.startswith(_TIFF) and not any(mark in data for mark in _EXIF_MARKS):
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             noted = image.getexif().get(_EXIF_ORIENTATION)
-    except (*_PILLOW_ERRORS, struct.error):
+    except Exception:  # of Pillow's parsers, which raise whatever a damaged tag makes them raise
         return 1  # damaged tags do not matter: OpenCV passes over them too
     return noted if noted in _TURNS else 1
 
@@ -185,8 +191,6 @@ def decode(data: bytes, flags: int, where: str) -> np.ndarray:
     Raises:
       ValueError: damaged, or absurdly large; the message begins with `where`.
     """
-    if not data:
-        raise ValueError(f"{where}: the file is empty; replace or delete it")
     _check_size(data, where)
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -206,22 +210,37 @@ def format_of(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.format if image.format in SUFFIXES_OF_FORMAT else ""
-    except _PILLOW_ERRORS:
+    except Exception:  # of Pillow's parsers
         return ""
 
 
 def largest_value(path: os.PathLike) -> int:
     """Returns the largest pixel value of an image deeper than 8 bits, or 0 for any other."""
-    path = pathlib.Path(path)
-    if path.suffix.lower() == ".png":
-        with path.open("rb") as file:
-            header = file.read(25)
-        if len(header) == 25 and header[24] != 16:  # bit depth of the IHDR chunk
-            return 0
-    elif path.suffix.lower() not in (".tif", ".tiff"):
-        return 0
-    pixels = decode(path.read_bytes(), cv2.IMREAD_UNCHANGED, str(path))
-    return int(pixels.max()) if pixels.dtype == np.uint16 else 0
+    return bright_values(path)[1]
+
+
+def bright_values(path: os.PathLike) -> tuple[int, int]:
+    """The brightest levels of an image deeper than 8 bits, whatever its file is called.
+
+    Returns:
+      (level that all pixels but the few brightest keep to, largest level). A hot pixel of the
+      camera belongs to those few: one in HOT of the pixels, or four. (0, 0) of 8-bit images.
+
+    Raises:
+      ValueError: the file is damaged; the message names it.
+    """
+    data = pathlib.Path(path).read_bytes()
+    if data.startswith(_PNG):
+        if data[24:25] != b"\x10":  # bit depth of the IHDR chunk
+            return 0, 0
+    elif not data.startswith(_TIFF):
+        return 0, 0
+    pixels = decode_upright(data, str(path))
+    if pixels.dtype != np.uint16:
+        return 0, 0
+    levels = (pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=-1)).ravel()
+    rank = max(0, levels.size - 1 - max(4, levels.size // HOT))
+    return int(np.partition(levels, rank)[rank]), int(levels.max())
 
 
 def _check_pixels(pixels: np.ndarray, where: str) -> None:
@@ -233,6 +252,8 @@ def _check_pixels(pixels: np.ndarray, where: str) -> None:
 
 def _check_size(data: bytes, where: str) -> None:
     """Refuses by the header what would take more memory than any camera's picture."""
+    if not data:
+        raise ValueError(f"{where}: the file is empty; replace or delete it")
     width, height = _size_in_header(data)
     if not width:  # OpenCV reads formats that Pillow does not, and nothing would bound their size
         reason = _damage(data) or "no size in its header"
@@ -251,7 +272,7 @@ def _size_in_header(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.size
-    except _PILLOW_ERRORS:
+    except Exception:  # of Pillow's parsers
         pass
     if data.startswith(_TIFF):  # a TIFF of a kind that Pillow does not read, as float RGB
         try:
@@ -259,8 +280,8 @@ def _size_in_header(data: bytes) -> tuple[int, int]:
             stream = io.BytesIO(data)
             stream.seek(tags.next)
             tags.load(stream)
-            return tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
-        except (OSError, SyntaxError, KeyError, struct.error):
+            return int(tags[TiffImagePlugin.IMAGEWIDTH]), int(tags[TiffImagePlugin.IMAGELENGTH])
+        except Exception:  # of Pillow's parsers
             pass
     return 0, 0
 
@@ -272,18 +293,93 @@ def _damage(data: bytes) -> str:
             image.load()
     except UnidentifiedImageError:
         return f"{len(data)} bytes that are no known image format"
-    except _PILLOW_ERRORS as e:
+    except Exception as e:  # of Pillow's parsers
         return f"{e}, {len(data)} bytes"
     return ""
 
 
-def _decode_upright(data: bytes, where: str) -> np.ndarray:
-    """As `decode` with IMREAD_UNCHANGED, with the rotation that the file notes carried out."""
-    pixels = decode(data, cv2.IMREAD_UNCHANGED, where)
-    turn = orientation(data)
-    if turn == 1 or data.startswith(_TIFF):  # OpenCV turns a TIFF by itself
+def decode_upright(data: bytes, where: str) -> np.ndarray:
+    """Returns the pixels of an encoded image, with the rotation that the file notes carried out.
+
+    Alpha stays beside the colours, which it does not change.
+
+    Args:
+      data: the encoded image.
+      where: the image's name in error messages.
+
+    Returns:
+      Grey [h, w] or BGR(A) [h, w, 3 or 4], in the integer type of the file.
+
+    Raises:
+      ValueError: damaged, absurdly large, or several pages; the message begins with `where`.
+    """
+    _check_size(data, where)
+    pages = _pages(data)
+    if pages > 1:
+        raise ValueError(
+            f"{where}: the file holds {pages} pages or frames, and nothing tells which is meant; "
+            "save the one that is meant as a file of its own"
+        )
+    pixels = _by_pillow(data, where)
+    if pixels is None:
+        pixels = decode(data, cv2.IMREAD_UNCHANGED, where)
+    turn = 1 if data.startswith(_TIFF) else orientation(data)  # OpenCV turns a TIFF by itself
+    return pixels if turn == 1 else np.ascontiguousarray(_TURNS[turn](pixels))
+
+
+def _pages(data: bytes) -> int:
+    """The number of pictures that a TIFF, PNG or WebP holds; reduced copies do not count."""
+    if data.startswith((_JPEG, b"BM")):  # a JPEG's further pictures are previews
+        return 1
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            count = getattr(image, "n_frames", 1)
+            if count == 1 or not data.startswith(_TIFF):
+                return count
+            count = 0
+            for page in range(image.n_frames):
+                image.seek(page)
+                count += not image.tag_v2.get(_NEW_SUBFILE_TYPE, 0) & _REDUCED_OR_MASK
+            return count
+    except Exception:  # of Pillow's parsers; decoding says what is wrong
+        return 1
+
+
+def _by_pillow(data: bytes, where: str) -> np.ndarray | None:
+    """Grey or BGR(A) uint8 of a TIFF, upright, or a WebP; None of all that OpenCV reads as well.
+
+    OpenCV multiplies the colours of a TIFF with its alpha.
+    """
+    if data.startswith(_KEPT_MAGIC):
+        return None
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            tags = getattr(image, "tag_v2", {})
+            if max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8:
+                is_multiplied = tuple(tags.get(TiffImagePlugin.EXTRASAMPLES, ())) == (1,)
+                return _unmultiplied(data, where) if is_multiplied else None
+            wanted = _PILLOW_MODES.get(image.mode)
+            image.load()  # by this, newer versions of Pillow turn a TIFF
+            if tags:
+                image = ImageOps.exif_transpose(image)
+            pixels = None if wanted is None else np.asarray(image.convert(wanted))
+    except UnidentifiedImageError:
+        return None
+    except Exception as e:  # of Pillow's parsers
+        raise ValueError(f"{where}: the image is damaged ({e}); replace or delete it") from e
+    if pixels is None or pixels.ndim == 2:
         return pixels
-    return np.ascontiguousarray(_TURNS[turn](pixels))
+    return pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
+
+
+def _unmultiplied(data: bytes, where: str) -> np.ndarray:
+    """BGRA of a 16-bit TIFF whose colours are stored multiplied with alpha."""
+    pixels = decode(data, cv2.IMREAD_UNCHANGED, where)
+    if pixels.ndim == 2 or pixels.shape[2] != 4:
+        return pixels
+    top = np.iinfo(pixels.dtype).max
+    colours = pixels[..., :3].astype(np.float64) * top / np.maximum(pixels[..., 3:], 1)
+    return np.dstack([np.minimum(np.rint(colours), top).astype(pixels.dtype), pixels[..., 3]])
 
 
 def _bytes(source: os.PathLike | bytes) -> bytes:

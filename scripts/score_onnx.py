@@ -14,6 +14,7 @@ their values: of PatchCore the highest score of a window is printed. It may exce
 the peak lies in an overlap, because mmrjax takes the mean there too.
 """
 
+import io
 import json
 import sys
 
@@ -30,9 +31,13 @@ def load_image(path: str, about: dict) -> np.ndarray:
 
     uint8 [h, w, 3].
     """
-    with Image.open(path, formats=FORMATS) as file:
-        if file.mode.startswith(("I", "F")):
+    with open(path, "rb") as stream:
+        data = stream.read()  # from a path, Pillow 12 turns an uncompressed RGBA TIFF wrongly
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        if is_deep(data, file):
             raise ValueError("more than 8 bits a pixel; scale it to 8 first")
+        if file.format != "MPO" and getattr(file, "n_frames", 1) > 1:
+            raise ValueError("several pages; save the one that is meant as a file of its own")
         image = ImageOps.exif_transpose(file).convert("RGB")
     how = Image.Resampling[about["interpolation"].upper()]
     pixels = np.asarray(image.resize(about["resize"][::-1], how))
@@ -40,6 +45,14 @@ def load_image(path: str, about: dict) -> np.ndarray:
         return pixels
     top, left = (round((n - s) / 2) for n, s in zip(about["resize"], about["size"], strict=True))
     return pixels[top : top + about["size"][0], left : left + about["size"][1]]
+
+
+def is_deep(data: bytes, file: Image.Image) -> bool:
+    """Whether a file has more than 8 bits a channel; Pillow would drop some without a word."""
+    if file.format == "PNG":
+        return data[24:25] == b"\x10"  # bit depth of the IHDR chunk
+    depths = getattr(file, "tag_v2", {}).get(258, (8,))  # a TIFF's BitsPerSample
+    return max(depths) > 8 or file.mode.startswith(("I", "F"))
 
 
 def corners(about: dict) -> list[tuple[int, int]]:

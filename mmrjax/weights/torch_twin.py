@@ -9,6 +9,7 @@ scripts/score_in_torch.py scores an image with weights that `python -m mmrjax.co
 written; weights/torch_scorers.py makes whole scorers of the networks, for ONNX and the benchmark.
 """
 
+import io
 import math
 from collections import OrderedDict
 
@@ -430,7 +431,8 @@ def load_image(path: str, image_size, resize=None, interpolation="bilinear") -> 
     size = pair(image_size)
     resize = pair(resize or tuple(n * 8 // 7 for n in size))
     how = Image.Resampling[interpolation.upper()]
-    upright = ImageOps.exif_transpose(Image.open(path, formats=FORMATS))
+    with open(path, "rb") as file:  # from a path, Pillow 12 turns an RGBA TIFF wrongly
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file.read()), formats=FORMATS))
     pixels = np.asarray(upright.convert("RGB").resize(resize[::-1], how))
     top, left = (round((n - s) / 2) for n, s in zip(resize, size, strict=True))
     return normalise(pixels[None, top : top + size[0], left : left + size[1]])

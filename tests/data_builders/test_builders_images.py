@@ -76,6 +76,117 @@ def test_rotation_noted_in_exif_is_carried_out(rgb, tmp_path, kind, orientation)
     np.testing.assert_array_equal(images.read_grey(tmp_path / "x"), turned.max(axis=-1))
 
 
+LOSSLESS = {
+    "png": ("PNG", {}),
+    "bmp": ("BMP", {}),
+    "tiff": ("TIFF", {}),
+    "lzw": ("TIFF", {"compression": "tiff_lzw"}),
+    "webp": ("WEBP", {"lossless": True, "exact": True}),
+}
+ALPHA = ("none", "opaque", "holes", "soft")
+
+
+@pytest.fixture(scope="module")
+def score_onnx():
+    """scripts/score_onnx.py, which needs onnxruntime only to score."""
+    import runpy
+    import sys
+    import types
+
+    absent = "onnxruntime" not in sys.modules
+    if absent:
+        sys.modules["onnxruntime"] = types.SimpleNamespace(InferenceSession=None)
+    try:
+        return runpy.run_path("scripts/score_onnx.py")
+    finally:
+        if absent:
+            del sys.modules["onnxruntime"]
+
+
+@pytest.mark.parametrize("alpha", ALPHA)
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", LOSSLESS)
+def test_pixels_are_the_same_everywhere(rgb, tmp_path, score_onnx, form, orientation, alpha):
+    kind, options = LOSSLESS[form]
+    if kind == "BMP" and (orientation > 1 or alpha != "none"):
+        pytest.skip("BMP notes no rotation, and Pillow writes no alpha into it")
+    levels = {"opaque": 255, "holes": rgb[..., 0] % 2 * 255, "soft": rgb[..., 1]}
+    pixels = rgb if alpha == "none" else np.dstack([rgb, np.broadcast_to(levels[alpha], (20, 30))])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = options | ({} if kind == "BMP" else {"exif": exif})
+    path = tmp_path / "picture.png"  # whatever it holds
+    path.write_bytes(encode(np.uint8(pixels), kind, **options))
+    turn = images._TURNS.get(orientation, lambda pixels: pixels)
+    kept, size_hw = images.encode_image(path, "x")
+    np.testing.assert_array_equal(decode_plainly(kept), turn(rgb))
+    np.testing.assert_array_equal(images.read_grey(path), turn(rgb).max(axis=-1))
+    about = {"interpolation": "bilinear", "resize": size_hw, "size": size_hw, "overlap": None}
+    np.testing.assert_array_equal(score_onnx["load_image"](str(path), about), turn(rgb))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_colours_of_a_tiff_multiplied_with_alpha_come_back(rgb, bits):
+    alpha = np.where(np.arange(30) % 3, 255, 128)[None, :, None] * np.ones((20, 1, 1), int)
+    stored = np.dstack([np.rint(rgb * (alpha / 255)), alpha]).astype(np.uint8)
+    data = encode(stored, "TIFF")
+    if bits == 16:
+        bgra = np.uint16(stored[..., [2, 1, 0, 3]]) * 257
+        data = cv2.imencode(".tiff", bgra, [cv2.IMWRITE_TIFF_COMPRESSION, 1])[1].tobytes()
+    tag = struct.pack("<HHI", 338, 3, 1)  # ExtraSamples, one short
+    place = data.find(tag, int.from_bytes(data[4:8], "little"))
+    if place < 0:
+        pytest.skip("this OpenCV notes no kind of alpha")
+    data = data[: place + 8] + struct.pack("<HH", 1, 0) + data[place + 12 :]
+    kept, _ = images.encode_image(data, "x")
+    assert np.abs(decode_plainly(kept).astype(int) - rgb).max() <= 1
+
+
+def test_depth_is_read_from_the_file_not_from_its_name(tmp_path, score_onnx):
+    deep = np.arange(2000, dtype=np.uint16).reshape(40, 50)
+    for form, name in ((".png", "a.jpg"), (".tif", "b.png"), (".png", "c.tif")):
+        (tmp_path / name).write_bytes(cv2.imencode(form, deep)[1].tobytes())
+        assert images.largest_value(tmp_path / name) == 1999
+        with pytest.raises(ValueError, match="more than 8 bits"):
+            score_onnx["load_image"](str(tmp_path / name), {})
+    (tmp_path / "d.tif").write_bytes(cv2.imencode(".png", np.uint8(deep // 8))[1].tobytes())
+    assert images.largest_value(tmp_path / "d.tif") == 0
+
+
+def test_a_hot_pixel_is_not_the_level_that_all_keep_to(tmp_path):
+    levels = np.full((30, 40), 3000, np.uint16)
+    levels[3, 4] = 65535
+    cv2.imwrite(str(tmp_path / "a.png"), levels)
+    assert images.bright_values(tmp_path / "a.png") == (3000, 65535)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "WEBP", "PNG"])
+def test_several_pages_are_refused(rgb, kind, tmp_path, score_onnx):
+    more = {"save_all": True, "append_images": [Image.fromarray(rgb[::-1].copy())]}
+    data = encode(rgb, kind, **more)
+    with pytest.raises(ValueError, match="a: the file holds 2 pages or frames"):
+        images.encode_image(data, "a")
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(ValueError, match="several pages"):
+        score_onnx["load_image"](str(tmp_path / "a"), {})
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_mutated_files_are_read_or_refused_in_a_line(rgb, seed):
+    rng = np.random.default_rng(seed)
+    for kind, options in LOSSLESS.values():
+        data = np.frombuffer(encode(rgb, kind, **options), np.uint8).copy()
+        places = rng.integers(0, min(len(data), 300 if seed % 2 else len(data)), 4)
+        data[places] = rng.integers(0, 256, 4)
+        message = "a: "
+        try:
+            images.encode_image(data.tobytes(), "a")
+        except ValueError as e:
+            message = str(e)
+        assert message.startswith("a: ")
+        assert "\n" not in message
+
+
 def test_damaged_exif_does_not_matter(rgb):
     data = with_orientation(rgb, "jpeg", 6)
     place = data.index(b"Exif") + 6
