@@ -196,7 +196,7 @@ class MMR(base.Method):
         header = {"heads": self.student.heads, "image_size": "{},{}".format(*size)}
         teacher = teachers.to_torch(frozen["teacher"], self.teacher.arch)
         return torch_scorers.MMRScorer(
-            torch_scorers.teacher(teacher, self.config.teacher.name),
+            torch_scorers.teacher(teacher, self.config.teacher.name, self.teacher, [size]),
             torch_twin.student_of(state, header),
             {
                 f"layer{n}": [anomaly_map.operator(side >> (n + 1), side, True) for side in size]

@@ -217,7 +217,8 @@ class PatchCore(base.Method):
             up = [anomaly_map.operator(grid[i], size[i], False, sigma) for i in sides]
             scales[part] = embedding, bank, up
         state = teachers.to_torch(frozen["teacher"], arch)
-        teacher = torch_scorers.teacher(state, self.config.teacher.name)
+        seen = [patch_embedding.scaled(size, x, self.teacher) for x in options.scales]
+        teacher = torch_scorers.teacher(state, self.config.teacher.name, self.teacher, seen)
         raw, places = options.score == "patch", jax.device_get(variables.get("places"))
         return torch_scorers.PatchCoreScorer(teacher, scales, raw, size, places)
 

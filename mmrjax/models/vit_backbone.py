@@ -159,17 +159,10 @@ class ViT(nn.Module):
         return jnp.concatenate([extra, x], axis=1)
 
     def _rotation(self, grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines of DINOv3's rotary positions, float32 [n, head / 2] each.
-
-        Rows and columns of cell centres run from -1 to 1; the first quarter of a head's channels
-        turns with the row, the second with the column.
-        """
+        """Cosines and sines of DINOv3's rotary positions, float32 [n, head / 2] each."""
         quarter = self.arch.width // self.arch.heads // 4
         periods = self.param("periods", lambda key, shape: rotary_periods(shape[0]), (quarter,))
-        row, column = np.indices(grid).reshape(2, -1)
-        place = np.stack([(row + 0.5) / grid[0], (column + 0.5) / grid[1]], axis=1) * 2 - 1
-        angles = 2 * np.pi * place.astype(np.float32)[:, :, None] / periods  # [n, 2, quarter]
-        angles = angles.reshape(len(place), 2 * quarter)
+        angles = rotary_angles(grid, periods)
         return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -228,6 +221,25 @@ def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
     cosines, sines = cosines[:, None], sines[:, None]
     turned = jnp.concatenate([a * cosines - b * sines, b * cosines + a * sines], axis=-1)
     return jnp.concatenate([x[:, :first], turned.astype(x.dtype)], axis=1)
+
+
+def rotary_angles(grid: tuple[int, int], periods: jax.Array) -> jax.Array:
+    """The angles by which DINOv3 turns the patches' channels.
+
+    Rows and columns of cell centres run from -1 to 1; the first quarter of a head's channels turns
+    with the row, the second with the column.
+
+    Args:
+      grid: cells per column and per row.
+      periods: float32 [head / 4].
+
+    Returns:
+      float32 [n, head / 2].
+    """
+    row, column = np.indices(grid).reshape(2, -1)
+    place = np.stack([(row + 0.5) / grid[0], (column + 0.5) / grid[1]], axis=1) * 2 - 1
+    angles = 2 * np.pi * place.astype(np.float32)[:, :, None] / periods  # [n, 2, head / 4]
+    return angles.reshape(len(place), -1)
 
 
 def rotary_periods(count: int) -> jax.Array:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmrjax.weights import torch_twin
+from mmrjax.models import backbones, vit_backbone
+from mmrjax.weights import torch_twin, torch_vit
 
 Matrices = tuple[np.ndarray, np.ndarray]  # of rows [m, h] and of columns [n, w]
 
@@ -36,7 +37,7 @@ class Scorer(nn.Module):
     """Frozen teacher, normalisation, map and score; a subclass gives features and parts.
 
     Args:
-      teacher: through layer 3.
+      teacher: see `Teacher`.
       places: statistics of maps by place, {part: {"mean", "std": float32 [h, w]}}; or None.
     """
 
@@ -47,8 +48,6 @@ class Scorer(nn.Module):
             statistics = np.stack([np.asarray(x["mean"]), np.asarray(x["std"])])
             self.register_buffer(f"place_{part}", torch.tensor(statistics))
         self.by_place = bool(places)
-        self.register_buffer("mean", torch.tensor(torch_twin.IMAGENET_MEAN))
-        self.register_buffer("std", torch.tensor(torch_twin.IMAGENET_STD))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [b, h, w, 3] -> (map float32 [b, h, w], score float32 [b])."""
@@ -62,8 +61,9 @@ class Scorer(nn.Module):
         return total, scored.amax((1, 2))
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [b, h, w, 3] -> float32 [b, 3, h, w] of ImageNet's mean and deviation."""
-        return ((images.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        """uint8 [b, h, w, 3] -> float32 [b, 3, h, w] of the teacher's mean and deviation."""
+        own = self.teacher
+        return ((images.float() / 255 - own.mean) / own.std).permute(0, 3, 1, 2)
 
     def features(self, images: torch.Tensor):
         """Runs the networks on float32 [b, 3, h, w]; the result goes to `parts`."""
@@ -78,7 +78,7 @@ class MMRScorer(Scorer):
     """The cosine maps of a masked student, summed over the layers.
 
     Args:
-      teacher: through layer 3.
+      teacher: see `Teacher`.
       student: a `torch_twin.MMRStudent`.
       upsample: {layer name: matrices from the layer's grid to the image}.
       mask_ratio: share of patches that `loss` hides.
@@ -123,7 +123,7 @@ class PatchCoreScorer(Scorer):
     """Distances of patch embeddings to a memory bank, for one scale of the image or several.
 
     Args:
-      teacher: through layer 3.
+      teacher: see `Teacher`.
       scales: {part: an `Embedding` and a `Memory` in order, and its upsampling}.
       peak_of_patches: whether the score is the maximum of raw distances, not of the map.
       size: (height, width) of the images, px.
@@ -246,9 +246,60 @@ class Memory(nn.Module):
         return distance if expected is None else distance / expected
 
 
-def teacher(state: Mapping[str, np.ndarray], arch: str) -> nn.Module:
-    """The teacher through layer 3 from a state dict with torchvision's names."""
-    return torch_twin.teacher_of(tensors(state), arch)
+class Teacher(nn.Module):
+    """A frozen network as `Scorer` takes it.
+
+    Args:
+      network: float32 [b, 3, h, w] -> {name of a tap: map}.
+      names: {layer: name of its tap}.
+      mean, std: of RGB in [0, 1].
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        names: Mapping[int, str | int],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        super().__init__()
+        self.network, self.names = network, dict(names)
+        self.register_buffer("mean", torch.tensor(np.float32(mean)))
+        self.register_buffer("std", torch.tensor(np.float32(std)))
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Normalised float32 [b, 3, h, w] -> {"layer<n>": [b, c, h', w']}."""
+        maps = self.network(images)
+        return {f"layer{layer}": maps[name] for layer, name in self.names.items()}
+
+
+def teacher(
+    state: Mapping[str, np.ndarray],
+    name: str,
+    backbone: backbones.Backbone,
+    sizes: Sequence[tuple[int, int]],
+) -> Teacher:
+    """The teacher of a method in PyTorch.
+
+    Args:
+      state: from `teachers.to_torch`.
+      name: of the teacher.
+      backbone: the teacher as the method sees it.
+      sizes: (height, width) of all images that the teacher sees, px.
+
+    Raises:
+      ValueError: a family that has no PyTorch form.
+    """
+    arch, taps = backbone.arch, backbone.taps
+    if isinstance(arch, vit_backbone.Architecture):
+        names: dict = dict(taps)
+        network = torch_vit.ViT(state, arch, tuple(taps.values()), sizes)
+    elif name in torch_twin.ARCHITECTURES:
+        names = {layer: f"layer{tap}" for layer, tap in taps.items()}
+        network = torch_twin.teacher_of(tensors(state), name)
+    else:
+        raise ValueError(f"teacher {name} has no PyTorch form; use --output=….jax")
+    return Teacher(network, names, arch.mean, arch.std)
 
 
 def tensors(state: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:

@@ -164,6 +164,20 @@ def test_the_example_looks_through_the_windows_of_a_tiled_run(tiny_config, tmp_p
     assert score == pytest.approx(want.score, rel=1e-4)
 
 
+def test_patchcore_on_a_vit_is_traced_too(tiny_config, tmp_path):
+    from mmrjax.export import onnx
+
+    config = tiny_config.copy_and_resolve_references()
+    config.teacher.name = "dinov2_vits14"
+    config.teacher.taps, config.patchcore.layers = (1, 2), (1, 2)
+    detector = untrained("patchcore", config)
+    path = tmp_path / "vit.onnx"
+    path.write_bytes(onnx.serialise(detector))
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    found = onnx.run(path, images)
+    assert export.compare(detector, path, found, images, in_float32=True) <= export.TOLERANCE
+
+
 def untrained(name, config):
     """A detector with drawn weights, or a drawn memory bank."""
     method = methods.create(name, config)
