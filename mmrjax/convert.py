@@ -26,20 +26,29 @@ from mmrjax.models import backbones
 from mmrjax.models import student as student_lib
 from mmrjax.runs import restore, staging
 from mmrjax.runtime import checkpoint, command_line, files
-from mmrjax.weights import layouts, source, storage, teachers, torch_names
+from mmrjax.weights import layouts, mae_names, source, storage, teachers, torch_names
 
+WHOLE = restore.WHOLE
 # The content of a file in our format, by --kind.
 CONTENT = {"teacher": "teacher", "mae": "encoder", "timm": "encoder"} | {
-    kind.official: "student" for kind in methods.METHODS.values() if kind.official
+    kind.official: "autoencoder" if kind.official == WHOLE else "student"
+    for kind in methods.METHODS.values()
+    if kind.official
 }
-LICENCES = {"mae": source.MAE_LICENCE, "timm": "Apache-2.0 (the checkpoints of timm's authors)"}
+LICENCES = {
+    "mae": source.MAE_LICENCE,
+    WHOLE: source.MAE_LICENCE,
+    "timm": "Apache-2.0 (the checkpoints of timm's authors)",
+}
+INSIDE = {"student": "encoder", "autoencoder": "encoder"}  # the content that others have in them
 # Facts beside the weights that go with them wherever they go.
-CARRIED = ("random", "step", "teacher", "image_size", "resize", "interpolation")
+CARRIED = ("random", "step", "teacher", "image_size", "resize", "interpolation", "decoder_heads")
 EXAMPLES = """
 kinds
   teacher  a ResNet with torchvision's names (stem and layers 1-3; layer4 and fc are not used),
            or a frozen ViT with its authors' or timm's names (heads are not used)
   mae      a MAE checkpoint, {"model": state}: the encoder; the decoder is dropped
+  mae_whole  the same with its decoder (mae_visualize_vit_*.pth), or the autoencoder of a MALA run
   timm     a timm ViT-*/16: the encoder; the classifier's head is dropped; MAE's is refused
   mmr      a whole MMR student with the official names
 
@@ -118,7 +127,7 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
     """Converts a PyTorch file to one of ours.
 
     Args:
-      kind: teacher, mae, timm or mmr.
+      kind: a key of CONTENT.
       arch: architecture of the teacher, or size of the student, or "width,depth,heads"; "" if the
         file comes from mmrjax, which states it.
       path: a state dict, .safetensors, .npz or .pth.
@@ -149,6 +158,8 @@ def from_torch(kind: str, arch: str, path: pathlib.Path, output: pathlib.Path) -
     if kind == "teacher":
         used, missing = teachers.used(state, backbones.architecture(arch)), []
         variables = teachers.from_torch(state, backbones.architecture(arch))
+    elif kind == WHOLE:
+        used, missing, variables = state, [], mae_names.from_torch(state)
     elif CONTENT[kind] == "student":
         used, missing = state, []
         layers = tuple(torch_names.student_channels(state))
@@ -176,6 +187,13 @@ def _check(state: layouts.State, kind: str, arch: str, what: str) -> None:
     if kind == "teacher":
         teachers.check(state, backbones.architecture(arch), what)
         return
+    if kind == WHOLE:
+        try:
+            like = mae_names.hollow(state, student_size(arch))
+        except ValueError as e:
+            raise ValueError(f"{what}: {e}") from e
+        mae_names.check(state, like, what)
+        return
     model = student_lib.MaskedStudent(*student_size(arch), torch_names.student_channels(state))
     like = layouts.hollow(model.init, jnp.zeros((1, 224, 224, 3)))
     torch_names.check_student(state, like, CONTENT[kind] == "student", what)
@@ -191,7 +209,8 @@ def to_torch(
     """Converts a file of ours, or what a run folder holds, to a PyTorch file.
 
     Args:
-      kind: teacher, of a run the one it was trained with; mmr; mae or timm, the encoder alone.
+      kind: teacher, of a run the one it was trained with; mmr; mae_whole; mae or timm, the
+        encoder alone.
       arch: "", or what it must be.
       path: a file in our format, or <workdir>/mmr/<category>/seed<k>.
       output: .safetensors or .pth, with the facts that tensors do not show beside them.
@@ -210,6 +229,8 @@ def to_torch(
     arch = _known_arch(kind, arch, facts, path)
     if kind == "teacher":
         state = teachers.to_torch(variables, backbones.architecture(arch))
+    elif kind == WHOLE:
+        state = mae_names.to_torch(variables, grid)
     elif CONTENT[kind] == "student":
         state = torch_names.student_to_torch(variables, grid)
     else:
@@ -219,7 +240,7 @@ def to_torch(
     if kind != "teacher":
         facts["heads"] = str(student_size(arch)[2])
     # MAE's own code looks for the state dict under "model".
-    storage.write_torch(output, state, facts, wrapper="model" if kind == "mae" else "")
+    storage.write_torch(output, state, facts, wrapper="model" if kind in ("mae", WHOLE) else "")
     known = [f"{name:8}{facts[name]}" for name in ("arch", "step", "licence") if name in facts]
     return [f"tensors {len(state)}", *known]
 
@@ -235,6 +256,8 @@ def _of_run(
         if about["licence"]:  # None of random weights
             facts["licence"] = about["licence"]
         return variables, facts, None
+    if kind == WHOLE:
+        return _autoencoder(config, folder, store)
     variables, step = restore.student(config, folder, store)
     if "attention" in variables:
         raise ValueError(
@@ -263,14 +286,29 @@ def _of_run(
     return variables, facts, (view.size[0] // patch, view.size[1] // patch)
 
 
+def _autoencoder(config, folder: pathlib.Path, store: checkpoint.Store | None) -> tuple:
+    """What `_of_run` gives of the masked autoencoder of a run."""
+    variables, step, model = restore.autoencoder(config, folder, store)
+    size = f"{model.width},{model.depth},{model.heads}"
+    facts = {
+        "kind": "autoencoder",
+        "arch": _arch_name(WHOLE, size),
+        "step": str(step),
+        "decoder_heads": str(model.decoder_heads),
+        "image_size": "{},{}".format(*config.data.image_size),
+    }
+    if licence := (restore.results_facts(folder).get("student") or {}).get("licence"):
+        facts["licence"] = licence
+    return variables, facts, model.grid
+
+
 def _known_arch(kind: str, arch: str, facts: dict[str, str], path: pathlib.Path) -> str:
     """The architecture that a file of ours or of `to_torch` states.
 
     Raises:
       ValueError: it holds something else than `kind`, or states another one than `arch`.
     """
-    # A student has an encoder in it.
-    if CONTENT[kind] not in (facts["kind"], {"student": "encoder"}.get(facts["kind"])):
+    if CONTENT[kind] not in (facts["kind"], INSIDE.get(facts["kind"])):
         raise ValueError(
             f"--input={path} holds weights of kind {facts['kind']}; --kind={kind} needs "
             f"{CONTENT[kind]}"

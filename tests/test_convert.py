@@ -7,6 +7,7 @@ import os
 import pathlib
 import runpy
 
+import formula
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +19,12 @@ from PIL import Image
 from mmrjax import convert, methods, weights
 from mmrjax.data import epochs, geometry
 from mmrjax.methods import base
-from mmrjax.models import backbones, positions
+from mmrjax.models import backbones, mae, positions
 from mmrjax.runs import restore
 from mmrjax.runtime import checkpoint
 from mmrjax.runtime import config as config_lib
 from mmrjax.train import step as step_lib
-from mmrjax.weights import layouts, source, storage, teachers, torch_names
+from mmrjax.weights import layouts, mae_names, source, storage, teachers, torch_names
 
 ARCH = "48,3,3"  # of the golden student
 SCRIPTS = pathlib.Path(__file__).resolve().parent.parent / "scripts"
@@ -110,6 +111,75 @@ def test_of_a_mae_checkpoint_the_encoder_is_taken(vit, tmp_path, capsys):
     assert run("to-torch", kind="mae", arch=ARCH, input=ours, output=theirs) == 0
     assert torch.load(theirs, weights_only=True).keys() == {"model"}  # where MAE's code looks
     assert_same(source.read(theirs)[0], vit)
+
+
+@pytest.fixture(scope="module")
+def whole(golden_dir):
+    """The state dict of a small masked autoencoder with MAE's names."""
+    keys = json.loads((golden_dir / "mae" / "keys.json").read_text())
+    state = {k.removeprefix("mae."): formula.formula_weights(k, s) for k, s in keys.items()}
+    state["pos_embed"] = positions.sincos_2d(96, (14, 14))[None]
+    state["decoder_pos_embed"] = positions.sincos_2d(64, (14, 14))[None]
+    return state
+
+
+def test_a_masked_autoencoder_comes_in_with_its_decoder_and_leaves_bit_for_bit(
+    whole, tmp_path, capsys
+):
+    theirs, ours = tmp_path / "mae_visualize.safetensors", tmp_path / "ours.safetensors"
+    safetensors.numpy.save_file(whole, theirs)
+    assert run("from-torch", kind="mae_whole", arch="96,3,3", input=theirs, output=ours) == 0
+    assert f"used    {len(whole)}" in capsys.readouterr().out
+    again, alone = tmp_path / "again.safetensors", tmp_path / "alone.safetensors"
+    assert run("to-torch", kind="mae_whole", input=ours, output=again) == 0
+    assert_same(safetensors.numpy.load_file(again), whole)
+    assert run("to-torch", kind="mae", input=ours, output=alone) == 0
+    assert_same(safetensors.numpy.load_file(alone), torch_names.encoder_part(whole))
+    for path in (theirs, ours):  # both are values of --config.mala.init
+        model = mae.MaskedAutoencoder((14, 14), 96, 3, 3, 64, 2, 4)
+        drawn = layouts.hollow(model.init, jnp.zeros((1, 224, 224, 3)))
+        got, facts = weights.init_autoencoder(drawn, str(path), "", (14, 14), "mala")
+        assert_same(mae_names.to_torch(got), whole)
+        assert facts["decoder"]
+        assert facts["mae"]
+
+
+def test_an_encoder_alone_is_no_masked_autoencoder(vit, tmp_path, capsys):
+    path, output = tmp_path / "vit.safetensors", tmp_path / "out.safetensors"
+    safetensors.numpy.save_file(vit, path)
+    assert run("from-torch", kind="mae_whole", arch=ARCH, input=path, output=output) == 1
+    assert "there is no decoder: decoder_embed.weight is missing" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_the_autoencoder_of_a_run_leaves_under_maes_names(tiny_config, tmp_path, capsys):
+    folder = tmp_path / "mala" / "parts" / "seed7"
+    folder.mkdir(parents=True)
+    config = tiny_config
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "data_digest": "0"}))
+    method = methods.create("mala", config)
+    shapes = layouts.hollow(lambda key: method.init(key, {})[0])
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: rng.normal(0, 1, x.shape).astype(np.float32), shapes)
+    stage = base.Stage(
+        "localise",
+        1,
+        epochs.Plan(2),
+        optax.sgd(0.1),
+        trained=lambda path: method.is_trained("localise", path),
+    )
+    with checkpoint.Checkpoints(folder / "checkpoints" / "localise") as checkpoints:
+        state = step_lib.create(jax.tree.map(jnp.asarray, variables), stage)
+        checkpoints.save(8, step_lib.to_tree(state))
+    output = tmp_path / "out.safetensors"
+    assert run("to-torch", kind="mae_whole", input=folder, output=output) == 0
+    assert "arch    24,2,3" in capsys.readouterr().out
+    state, facts = safetensors.numpy.load_file(output), source.header(output)
+    assert facts["decoder_heads"] == "2"
+    params = variables["params"]["autoencoder"]
+    np.testing.assert_array_equal(state["mask_token"], params["mask_token"])
+    kernel = params["decoder"]["pixels"]["kernel"]
+    np.testing.assert_array_equal(state["decoder_pred.weight"], kernel.T)
 
 
 def test_of_a_timm_checkpoint_the_encoder_is_taken(vit, tmp_path, capsys):

@@ -72,3 +72,16 @@ def focal(anomaly: jax.Array, target: jax.Array, gamma: float = 2.0) -> jax.Arra
 def binary_cross_entropy(logits: jax.Array, label: float) -> jax.Array:
     """-log of the probability that a sigmoid gives to a label of 0 or 1; ln 2 at logit 0."""
     return jax.nn.softplus(logits) - label * logits
+
+
+def of_map(anomaly: jax.Array, mask: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+    """{"l1", "focal"} between a map and the true defects: mean |difference| and focal loss.
+
+    Args:
+      anomaly: float32 [b, h, w], the probability of "defective".
+      mask: bool [b, h, w].
+      weight: float32 [b], 0 for padding rows.
+    """
+    each = {"l1": jnp.abs(mask - anomaly), "focal": focal(anomaly, mask)}
+    total = jnp.maximum(weight.sum(), 1e-9)
+    return {name: jnp.sum(x.mean(axis=(1, 2)) * weight) / total for name, x in each.items()}

@@ -17,9 +17,10 @@ from absl import logging
 
 from mmrjax import weights
 from mmrjax.data import epochs, tracks
-from mmrjax.data.defects import perlin, textures
+from mmrjax.data.defects import textures
 from mmrjax.methods import adversarial, anomaly_map, base, losses, mala_fields, mmr, optim
 from mmrjax.models import mae, mala, masking, resnet
+from mmrjax.weights import mae_names
 
 PATCH = 16
 RECONSTRUCT, LOCALISE = "reconstruct", "localise"
@@ -37,6 +38,7 @@ class MALA(base.Method):
     paper_weights: ClassVar = {"student": "mae_visualize_vit_large"}
     published: ClassVar = mala_fields.PUBLISHED
     stage_names = (RECONSTRUCT, LOCALISE)
+    official = "mae_whole"
     initial = ("mala.init",)
     portable: ClassVar = {"mala.attention": "xla"}
     free = ("mala.pool", "mala.attention")
@@ -133,24 +135,8 @@ class MALA(base.Method):
 
     def stages(self, records):
         """Up to two; optimiser state starts anew with the second."""
-        options = self.options
-        parts = tracks.part_of(records)
-        category = np.unique(parts, return_inverse=True)[1]
-        fills = np.array([mala_fields.is_surface(part, options.surfaces) for part in parts])
-        common = {"category": category, "batch_field": "mala.batch_sizes"}
-        plans = {
-            RECONSTRUCT: epochs.Plan(options.batch_sizes[0], "drop", options.images[0], **common),
-            LOCALISE: epochs.Plan(
-                options.batch_sizes[1],
-                per_category=options.images[1],
-                same=not options.redraw,
-                defects=perlin.Recipe(on_part=options.on_part),
-                defective=options.defective,
-                foreground=options.on_part > 0,
-                fills=fills,
-                **common,
-            ),
-        }
+        plans = mala_fields.plans(self.options, tracks.part_of(records))
+        plans = dict(zip(type(self).stage_names, plans, strict=True))
         return [self._stage(name, plans[name], len(records)) for name in self.stage_names]
 
     def _stage(self, name: str, plan: epochs.Plan, images: int) -> base.Stage:
@@ -207,40 +193,53 @@ class MALA(base.Method):
 
     def logits(self, variables: dict, images: jax.Array) -> jax.Array:
         """The map before the softmax, float32 [b, h, w, 2]; channel 0 is "defective"."""
-        params = variables["params"]
-        own = {"params": params["autoencoder"], "positions": variables["positions"]}
+        own = _autoencoder(variables)
         first, last = self.autoencoder.apply(own, images, method="encode")
         decoded = self.autoencoder.apply(own, last, method="decode")
         tokens = first[:, 1:], last[:, 1:], decoded
-        return self.tbm.apply({"params": params["tbm"]}, *tokens, self.grid)
+        return self.tbm.apply({"params": variables["params"]["tbm"]}, *tokens, self.grid)
 
     def loss(self, stage, variables, frozen, batch, key, progress):
         """Of "localise": L1 and focal loss between the map and the drawn defects."""
         anomaly = jax.nn.softmax(self.logits(variables, batch["image"]))[..., 0]
-        total = jnp.maximum(batch["weight"].sum(), 1e-9)
-
-        def mean(x):
-            return jnp.sum(x.mean(axis=(1, 2)) * batch["weight"]) / total
-
-        logs = {
-            "l1": mean(jnp.abs(batch["mask"] - anomaly)),
-            "focal": mean(losses.focal(anomaly, batch["mask"])),
-        }
-        b1, b2 = self.options.map_weights
-        seen = batch["mask"].any(axis=(1, 2)) * batch["weight"]
-        return b1 * logs["l1"] + b2 * logs["focal"], ({}, {**logs, "defects": seen.sum()})
+        logs = losses.of_map(anomaly, batch["mask"], batch["weight"])
+        total = sum(
+            w * part for w, part in zip(self.options.map_weights, logs.values(), strict=True)
+        )
+        defects = jnp.sum(batch["mask"].any(axis=(1, 2)) * batch["weight"])
+        return total, ({}, {**logs, "defects": defects})
 
     def predict(self, variables, frozen, images):
         """The softmax of the first channel; or what is painted otherwise than it is."""
         if self.tbm is not None:
             anomaly = jax.nn.softmax(self.logits(variables, images))[..., 0]
             return {"map": anomaly, "parts": {"anomaly": anomaly}}
-        own = {"params": variables["params"]["autoencoder"], "positions": variables["positions"]}
-        paint = functools.partial(self.autoencoder.apply, own, images)
+        paint = functools.partial(self.autoencoder.apply, _autoencoder(variables), images)
         error = mae.hidden_error(paint, images, self.grid)
         error = anomaly_map.upsample_and_smooth(error, images.shape[1:3], align_corners=False)
         return {"map": error, "parts": {"error": error}}
 
+    def torch_scorer(self, variables, frozen):
+        """The autoencoder under MAE's names, TBM and the score in PyTorch."""
+        from mmrjax.weights import torch_mae  # here: it needs the torch extra
+
+        variables = jax.device_get(variables)
+        return torch_mae.scorer(
+            mae_names.views(_autoencoder(variables)),
+            variables["params"].get("tbm"),
+            self.grid,
+            (self.autoencoder.heads, self.autoencoder.decoder_heads),
+            PIXELS[self.options.pixels],
+            self.options.pool,
+            tuple(anomaly_map.operator(s, s, False) for s in self.config.data.image_size),
+            variables.get("places"),
+        )
+
     def score(self, maps):
         """The largest mean of k x k px, k = mala.pool; zeros beyond the border count."""
         return anomaly_map.pooled(maps, self.options.pool).max(axis=(1, 2))
+
+
+def _autoencoder(variables: dict) -> dict:
+    """The part of a method's variables that `mae.MaskedAutoencoder` takes."""
+    return {"params": variables["params"]["autoencoder"], "positions": variables["positions"]}

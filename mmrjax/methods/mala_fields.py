@@ -3,6 +3,8 @@
 import numpy as np
 from ml_collections import ConfigDict
 
+from mmrjax.data import epochs
+from mmrjax.data.defects import perlin
 from mmrjax.runtime import config as config_lib
 
 BASE_RATE = 1e-3  # paper: times batch size / 256
@@ -165,6 +167,28 @@ def stages(options: ConfigDict, names: tuple[str, str]) -> tuple[str, ...]:
     """Those of the two stages that run."""
     runs = options.stage1, options.pipeline == "end2end"
     return tuple(name for name, does in zip(names, runs, strict=True) if does)
+
+
+def plans(options: ConfigDict, parts: np.ndarray) -> tuple[epochs.Plan, epochs.Plan]:
+    """How both stages fill their batches.
+
+    Args:
+      options: the group `mala`.
+      parts: "<dataset>/<category>" of each training image.
+    """
+    common = {"category": np.unique(parts, return_inverse=True)[1]}
+    common["batch_field"] = "mala.batch_sizes"
+    localise = epochs.Plan(
+        options.batch_sizes[1],
+        per_category=options.images[1],
+        same=not options.redraw,
+        defects=perlin.Recipe(on_part=options.on_part),
+        defective=options.defective,
+        foreground=options.on_part > 0,
+        fills=np.array([is_surface(part, options.surfaces) for part in parts]),
+        **common,
+    )
+    return epochs.Plan(options.batch_sizes[0], "drop", options.images[0], **common), localise
 
 
 def few(options: ConfigDict, parts: np.ndarray) -> str:

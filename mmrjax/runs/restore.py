@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mmrjax import methods, weights
 from mmrjax.methods import base, mmr
+from mmrjax.models import mae
 from mmrjax.runs import pretrained
 from mmrjax.runtime import checkpoint, devices, files
 from mmrjax.runtime import config as config_lib
@@ -20,6 +21,8 @@ from mmrjax.runtime import mesh as mesh_lib
 from mmrjax.train import begun
 from mmrjax.train import step as step_lib
 from mmrjax.weights import layouts, source
+
+WHOLE = "mae_whole"  # `official` of methods that train a whole masked autoencoder
 
 
 def find_run(workdir: pathlib.Path) -> pathlib.Path:
@@ -150,15 +153,50 @@ def student(
       FileNotFoundError: the run has no checkpoint of a student.
       ValueError, RuntimeError: the checkpoints are of another model, or damaged.
     """
-    kind = methods.METHODS.get(folder.resolve().parent.parent.name)
+    kind = _kind(folder)
+    kind = kind if kind and issubclass(kind, mmr.MMR) else mmr.MMR
+    variables, step, _ = _newest(kind, config, folder, store)
+    return variables, step
+
+
+def autoencoder(
+    config: ConfigDict, folder: pathlib.Path, store: checkpoint.Store | None = None
+) -> tuple[dict, int, mae.MaskedAutoencoder]:
+    """The masked autoencoder of a run's newest intact checkpoint, its step, and its module.
+
+    Raises:
+      FileNotFoundError: the run has no checkpoint.
+      ValueError, RuntimeError: no run with a masked autoencoder, or damaged checkpoints.
+    """
+    kind = _kind(folder)
+    if kind is None or kind.official != WHOLE:
+        raise ValueError(f"{folder} is no run whose method trains a masked autoencoder")
+    variables, step, method = _newest(kind, config, folder, store)
+    own = {"params": variables["params"]["autoencoder"], "positions": variables["positions"]}
+    return own, step, method.autoencoder
+
+
+def _kind(folder: pathlib.Path) -> type[base.Method] | None:
+    """The method of a run folder."""
+    return methods.METHODS.get(folder.resolve().parent.parent.name)
+
+
+def _newest(
+    kind: type[base.Method],
+    config: ConfigDict,
+    folder: pathlib.Path,
+    store: checkpoint.Store | None,
+) -> tuple[dict, int, base.Method]:
+    """The variables of a run's newest intact checkpoint on the host, its step, and its method."""
     config = config.copy_and_resolve_references()
-    config.student.init = "scratch"  # what it began with is no longer needed
-    method = (kind if kind and issubclass(kind, mmr.MMR) else mmr.MMR)(config)
+    for field in kind.initial:  # what it began with is no longer needed
+        config.update_from_flattened_dict({field: "scratch"})
+    method = kind(config)
     variables = layouts.hollow(lambda key: method.init(key, {})[0])
     variables, step = _last_state(
         method, variables, folder, store or checkpoint.Store(folder), mesh_lib.make_mesh(1)
     )
-    return jax.device_get(variables), step
+    return jax.device_get(variables), step, method
 
 
 def teacher(config: ConfigDict, folder: pathlib.Path) -> tuple[dict, dict]:

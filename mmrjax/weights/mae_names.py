@@ -8,9 +8,10 @@ decoder's is drawn for each image size.
 
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 import numpy as np
 
-from mmrjax.models import positions
+from mmrjax.models import mae, positions
 from mmrjax.weights import layouts, tables, torch_names
 from mmrjax.weights.layouts import Name, State
 
@@ -62,6 +63,29 @@ def to_torch(variables: dict, grid: tables.Grid | None = None) -> State:
     own = {"positions/encoder_table": encoder, "positions/decoder_table": decoder}
     whole = layouts.unflatten({**flat, **own})
     return layouts.contiguous(layouts.to_torch(whole, names(), "a masked autoencoder"))
+
+
+def views(variables: dict) -> State:
+    """The state dict with the position tables of a model's own image size; arrays are views."""
+    return layouts.to_torch(variables, names(), "a masked autoencoder")
+
+
+def hollow(state: State, size: tuple[int, int, int]) -> dict:
+    """Variables of a masked autoencoder as zeros that take no memory, with a file's decoder.
+
+    Args:
+      state: with MAE's names, from which width and depth of the decoder are read.
+      size: width, depth and heads of the encoder.
+
+    Raises:
+      ValueError: the file has no decoder.
+    """
+    if not has_decoder(state):
+        raise ValueError(f"there is no decoder: {DECODER} is missing")
+    width = len(state[DECODER])
+    depth = len({key.split(".")[1] for key in state if key.startswith("decoder_blocks.")})
+    model = mae.MaskedAutoencoder(tables.ENCODER_GRID, *size, width, depth, 1)
+    return layouts.hollow(model.init, jnp.zeros((1, 224, 224, 3)))
 
 
 def check(state: State, like: dict, what: str) -> None:

@@ -16,11 +16,11 @@ import safetensors.numpy
 
 from mmrjax.models import backbones
 from mmrjax.runtime import files
-from mmrjax.weights import layouts, source, teachers, torch_names
+from mmrjax.weights import layouts, mae_names, source, teachers, torch_names
 from mmrjax.weights.layouts import State
 
 FORMAT = "mmrjax"  # the header's "format"; PyTorch's files say "pt" there
-KINDS = ("student", "encoder", "teacher")
+KINDS = ("student", "encoder", "teacher", "autoencoder")
 
 
 def write(path: pathlib.Path, variables: dict, facts: dict[str, str]) -> None:
@@ -92,9 +92,12 @@ def read_any(path: pathlib.Path) -> tuple[State, dict[str, str]]:
     if facts["kind"] == "teacher":
         arch = backbones.architecture(facts["arch"])
         return teachers.to_torch(variables, arch), facts
-    is_student = facts["kind"] == "student"
-    convert = torch_names.student_to_torch if is_student else torch_names.encoder_to_torch
-    return convert(variables), facts
+    convert = {
+        "student": torch_names.student_to_torch,
+        "autoencoder": mae_names.to_torch,
+        "encoder": torch_names.encoder_to_torch,
+    }
+    return convert[facts["kind"]](variables), facts
 
 
 def write_torch(path: pathlib.Path, state: State, facts: dict[str, str], wrapper: str = "") -> None:

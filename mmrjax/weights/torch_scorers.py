@@ -58,7 +58,11 @@ class Scorer(nn.Module):
         total = sum(parts.values())
         if self.by_place or scored is None:
             scored = total
-        return total, scored.amax((1, 2))
+        return total, self.score(scored)
+
+    def score(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps [b, h, w] -> scores [b]: the maximum."""
+        return maps.amax((1, 2))
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [b, h, w, 3] -> float32 [b, 3, h, w] of the teacher's mean and deviation."""
