@@ -111,6 +111,8 @@ RUN_BY = {
     "test_the_example_needs_neither_jax_nor_torch",
     r"python -m mmrjax.data.defects --preview .*": "tests/data/defects/test_preview.py::"
     "test_a_sheet_has_a_row_for_each_kind_its_outlines_and_the_real_ones",
+    r"python scripts/foreign_textures.py .*": "tests/data/defects/test_perlin.py::"
+    "test_the_script_draws_a_defect_into_every_picture_and_nowhere_else",
     r"python scripts/pretrain_teacher.py .*": "tests/test_pretrain_teacher.py::"
     "test_script_writes_a_teacher_that_loads",
 }

@@ -162,7 +162,7 @@ class Recipe(rows.Recipe):
         part = rows_.get("foreground", anywhere) | ~confined[:, None, None]
         wanted = rows_.get("defective", anywhere[:, 0, 0])
         masks = jax.vmap(mask)(key_mask, part & wanted[:, None, None])
-        known = extras["textures"]
+        known = jnp.asarray(extras["textures"])
         which = jnp.floor(drawn[:, 1] * len(known)).astype(jnp.int32)
         # The barrier keeps XLA from looking each pixel up where it is read.
         textures = jax.vmap(retouch.retouch)(key_look, jax.lax.optimization_barrier(known[which]))

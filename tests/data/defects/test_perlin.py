@@ -1,5 +1,8 @@
 """Perlin masks and foreign textures: DRAEM's values, its blend, defects where they are wanted."""
 
+import pathlib
+import runpy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,3 +151,14 @@ def test_a_recipe_is_one_program_for_equal_settings():
 def test_the_share_of_transparency_is_that_of_draem():
     assert perlin.OPAQUE == pytest.approx(0.2)
     assert len(retouch.OPERATIONS) == 10
+
+
+def test_the_script_draws_a_defect_into_every_picture_and_nowhere_else():
+    path = pathlib.Path(__file__).parents[3] / "scripts" / "foreign_textures.py"
+    script = runpy.run_path(str(path))
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    spoilt, masks = script["draw"](images, 0)
+    assert masks.any((1, 2)).all()
+    np.testing.assert_array_equal(spoilt[~masks], images[~masks])
+    assert (spoilt[masks] != images[masks]).mean() > 0.5
+    assert script["area"](np.array([0.1, 0.9, 0.3]), np.array([False, True, False])) == 1
