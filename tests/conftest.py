@@ -138,6 +138,7 @@ TINY_MODEL = (
     "report.gallery=3",
     "patchcore.width=32",
     "patchcore.coreset=0.2",
+    "patchcore.coreset_of=all",
     "patchcore.projection=16",
     "aminet.width=24",
     "aminet.heads=3",
@@ -179,6 +180,7 @@ def finished(tiny_raw, tmp_path_factory, tiny_fields):
         f"--workdir={home / 'run'}",
         *tiny_fields(tiny_raw, home / "records"),
         "--config.train.seeds=1,2",
+        "--config.calibration.way=split",
         "--config.calibration.fraction=0.5",  # five of ten: rates from a sixth on
         "--config.calibration.target_fpr=0.2",
         *(

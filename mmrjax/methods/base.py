@@ -31,6 +31,9 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+FITTED_ON = "fitted_on"  # of variables: the training record of each image that `fit` saw, int32
+
+
 def everything(path: str) -> bool:
     """The default of `Stage.trained`: all parameters."""
     return True
@@ -95,12 +98,17 @@ class Method:
     #   to 64 training images before the first stage. `batches` yields (images, real rows).
     # fit(variables, frozen, batches, count, key) -> variables with new collections: follows the
     #   last stage. `batches` yields (images, real rows) of un-augmented training images, as often
-    #   as it is gone through; `count` is the number of images in all batches together.
+    #   as it is gone through, and `batches.parts` is the number of parts that they show; `count` is
+    #   the number of images in all batches together.
     prepare: Callable | None = None
     fit: Callable | None = None
     # torch_scorer(variables, frozen) -> the method in PyTorch, a `weights.torch_scorers.Scorer`,
     #   for ONNX and for the benchmark. Raises ValueError for options without a PyTorch form.
     torch_scorer: Callable | None = None
+    # leave_out(variables, frozen, images, away) -> as `predict`, but as if some of the images that
+    #   `fit` has seen had not been there. away: bool [b, count], for each image those to leave out,
+    #   in the order of the batches of `fit`. Lets every training image help to set the threshold.
+    leave_out: Callable | None = None
 
     def __init__(self, config: ConfigDict):
         """Builds modules; no arrays yet."""
@@ -125,6 +133,16 @@ class Method:
     @classmethod
     def check_run(cls, config: ConfigDict, images: int) -> None:
         """Raises ValueError if the method cannot train on so many images as configured."""
+
+    @classmethod
+    def leaves_out_exactly(cls, config: ConfigDict) -> bool:
+        """Whether `leave_out` keeps the two promises on which a proven threshold rests.
+
+        Its scores are those of a `fit` that never saw the images, however many images there are;
+        and a training image more can only lower the score of any image. See
+        evaluate/guarantees.py.
+        """
+        return False
 
     @classmethod
     def batch_sizes(cls, config: ConfigDict) -> set[int]:

@@ -38,11 +38,12 @@ class ByPlace:
 
     def predict(self, variables: dict, frozen: dict, images: jax.Array) -> dict:
         """The method's parts, each in standard deviations, and their sum."""
-        found = super().predict(variables, frozen, images)
-        places = variables["places"]
-        parts = {k: (x - places[k]["mean"]) / places[k]["std"] for k, x in found["parts"].items()}
-        total = sum(parts.values())
-        return {"map": total, "parts": parts}
+        return standardised(super().predict(variables, frozen, images), variables["places"])
+
+    def leave_out(self, variables: dict, frozen: dict, images: jax.Array, away: jax.Array) -> dict:
+        """As the method leaves images out; the statistics stay those of all training images."""
+        found = super().leave_out(variables, frozen, images, away)
+        return standardised(found, variables["places"])
 
     def score(self, maps: jax.Array) -> jax.Array:
         """The maximum, for every method."""
@@ -57,6 +58,12 @@ class ByPlace:
                 "--config.score.by_place compares training images with each other and needs two "
                 f"or more, not {images}; add images or give False"
             )
+
+
+def standardised(found: dict, places: dict) -> dict:
+    """A method's prediction with each part in standard deviations, and their sum as the map."""
+    parts = {k: (x - places[k]["mean"]) / places[k]["std"] for k, x in found["parts"].items()}
+    return {"map": sum(parts.values()), "parts": parts}
 
 
 def statistics(batches: Iterable[dict[str, np.ndarray]]) -> dict[str, dict[str, jax.Array]]:
@@ -89,4 +96,5 @@ def statistics(batches: Iterable[dict[str, np.ndarray]]) -> dict[str, dict[str, 
 
 def of(kind: type[base.Method]) -> type[base.Method]:
     """The method `kind` with maps by place, under the same names."""
-    return type(kind.__name__, (ByPlace, kind), {"__doc__": kind.__doc__})
+    own = {"__doc__": kind.__doc__} | ({"leave_out": None} if kind.leave_out is None else {})
+    return type(kind.__name__, (ByPlace, kind), own)

@@ -1,6 +1,10 @@
 """A memory bank of patches: nearest rows, a greedy coreset, and distances learnt from good parts.
 
-Used by patchcore.py. `whitening` and `expected_distances` are not in the paper (arXiv 2106.08265).
+Used by patchcore.py. `whitening`, `expected_distances` and `coreset_of_each` are not in the paper
+(arXiv 2106.08265).
+
+A memory is {"bank": float32 [rows, d], "image": int32 [rows], the training image of each row} and,
+from options, "whitening" float32 [d, d] and "expected" float32 [rows].
 """
 
 import functools
@@ -9,9 +13,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from mmrjax.runtime import logs
 
+SMALL_BANK = 1000  # rows below which `fit` asks for a larger coreset
 EXACT = jax.lax.Precision.HIGHEST  # TF32 would change which patches are nearest
 CANDIDATES = 1024  # farthest points among which the coreset chooses between two passes over all
 BLOCK = 128  # points that it chooses there at most
@@ -105,6 +111,36 @@ def expected_distances(patches: np.ndarray, bank: jax.Array, image: np.ndarray) 
         np.add.at(count, row, 1)
     mean = total.sum() / count.sum() or 1.0  # all images are equal
     return jnp.asarray(np.maximum(mean, total / np.maximum(count, 1)), jnp.float32)
+
+
+def distance(memory: dict, patches: jax.Array, away: jax.Array | None = None) -> jax.Array:
+    """Distance of patches to the nearest rows of a memory.
+
+    Args:
+      memory: see the top of this file.
+      patches: float32 [b, h, w, d].
+      away: bool [b, images]; the rows of these training images do not count for image b. None: all
+        rows count.
+
+    Returns:
+      float32 [b, h, w]: squared distances, or with "expected" over those; infinite without a row.
+    """
+    if "whitening" in memory:
+        patches = jnp.matmul(patches, memory["whitening"], precision=EXACT)
+    b, h, w, d = patches.shape
+    bank, row = memory["bank"], None
+    if away is not None:
+        far = jnp.where(away[:, memory["image"]], jnp.inf, 0.0)
+        search = jax.vmap(lambda own, far: nearest_row(own, bank, far))
+        found, row = search(patches.reshape(b, h * w, d), far)
+        found, row = found.reshape(-1), row.reshape(-1)
+    elif "expected" in memory:
+        found, row = nearest_row(patches.reshape(-1, d), bank)
+    else:
+        found = nearest_squared_distance(patches.reshape(-1, d), bank)
+    if "expected" in memory:
+        found = found / jnp.asarray(memory["expected"])[row]
+    return found.reshape(b, h, w)
 
 
 def nearest_row(queries, bank, away=0.0) -> tuple[jax.Array, jax.Array]:
@@ -216,6 +252,66 @@ def _farthest_in_turn(
         own = np.minimum(own, np.sqrt(np.maximum(squared, 0)))
         own[i] = -1  # never again, not even among duplicates at distance 0
     return np.array(block)
+
+
+def warn_of_small(rows: int, patches: int, scale: float = 0) -> None:
+    """Warns of a bank with fewer than SMALL_BANK of so many patches; `scale` is named unless 0."""
+    if rows >= min(SMALL_BANK, patches):
+        return
+    logging.warning(
+        "the memory bank%s keeps %d of %d patches; of so few images a larger share costs "
+        "little and finds more: --config.patchcore.coreset=%.2g in another --workdir",
+        f" of scale {scale:g}" if scale else "",
+        rows,
+        patches,
+        min(1.0, SMALL_BANK / patches),
+    )
+
+
+def coreset_of_each(
+    patches: jax.Array, images: int, rows: int, key: jax.Array, projection: int
+) -> jax.Array:
+    """Greedy k-centre selection within every image, which looks at no other image.
+
+    The bank then is a union over images: an image more adds rows and takes none away, and leaving
+    an image out is the same as never having had the image. The first row of an image is the patch
+    farthest from the image's mean patch.
+
+    Args:
+      patches: float32 [images * n, d], image by image.
+      images: their number.
+      rows: how many of each image, at most n.
+      key: PRNG key of the random projection, in which distances are taken.
+      projection: width of the projection; d or more means none.
+
+    Returns:
+      int32 [images * rows], unique, image by image.
+    """
+    n, d = len(patches) // images, patches.shape[1]
+    matrix = None
+    if projection < d:
+        key_project, _ = jax.random.split(key)
+        matrix = jax.random.uniform(key_project, (d, projection), minval=-1.0, maxval=1.0)
+    starts = logs.progress(range(0, len(patches), n), "coreset")
+    chosen = [_spread(patches[start : start + n], matrix, rows) + start for start in starts]
+    return jnp.concatenate(chosen).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _spread(patches: jax.Array, matrix: jax.Array | None, rows: int) -> jax.Array:
+    """`rows` of the patches [n, d] of one image, each the farthest from those before."""
+    if matrix is not None:
+        patches = jnp.matmul(patches, matrix, precision=EXACT)
+    patches = patches - patches.mean(axis=0)
+    squares = jnp.sum(patches**2, axis=1)
+
+    def body(distance, _):
+        farthest = jnp.argmax(distance)
+        products = jnp.matmul(patches, patches[farthest], precision=EXACT)
+        new = squares - 2 * products + squares[farthest]
+        return jnp.minimum(distance, new).at[farthest].set(-jnp.inf), farthest
+
+    return jax.lax.scan(body, squares, length=rows)[1]
 
 
 @jax.jit

@@ -1,8 +1,8 @@
 """PatchCore (arXiv 2106.08265): nearest neighbours in a memory bank of teacher patches.
 
 Follows the official code where it differs from the paper: squared distance to the nearest bank row,
-no re-weighting. No gradients: the bank is built by `fit` from a greedy coreset. Two options of our
-own, off by default: `whitening` and `expected_distances`.
+no re-weighting. No gradients: the bank is built by `fit` from a greedy coreset. Three options of
+our own, off by default: `whiten`, `relative` and `coreset_of`.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from mmrjax.methods import anomaly_map, base, memory_bank, patch_embedding
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import mesh
 
-SMALL_BANK = 1000  # rows below which `fit` asks for a larger coreset
+COVERED = ("all", "image")  # by a coreset: patchcore.coreset_of
 EXPECTING_PATCHES = 1 << 19  # that tell what distance to expect from a bank row
 LARGEST_BANK = 0.1  # share of the training patches up to which statistics by place mean something
 SMALLEST_SCALED = 32  # px of an image that patchcore.scales shrinks: two cells of layer 3
@@ -40,6 +40,9 @@ class PatchCore(base.Method):
         own.patch = 3  # neighbourhood that one feature sees
         own.width = 1024  # of an embedded patch; 0: the channels of all layers, not pooled
         own.coreset = 0.01  # share of all patches (of a scale) kept in its memory bank
+        # all (one choice among all patches) | image (each image chooses its rows by itself, 1000 or
+        # more in all; not in the paper: leaving an image out is then as if it had never been there)
+        own.coreset_of = "all"
         # Sides of what the teacher sees, relative to the image; several: a bank and a map for each
         own.scales = (1.0,)
         own.candidates = 0  # patches that the coreset is chosen from, drawn at random; 0: all
@@ -54,7 +57,8 @@ class PatchCore(base.Method):
     @classmethod
     def check(cls, config):
         """Refuses banks without rows and scales that are too small or in no order."""
-        config_lib.check_choices(config, {"patchcore.score": ("smoothed", "patch")})
+        choices = {"patchcore.score": ("smoothed", "patch"), "patchcore.coreset_of": COVERED}
+        config_lib.check_choices(config, choices)
         config_lib.check_ranges(
             config,
             ("patchcore.layers", 1, 3),
@@ -130,7 +134,7 @@ class PatchCore(base.Method):
         return {**variables, "memory": found["patches"] if len(found) == 1 else found}
 
     def _fit(self, frozen, batches, count, key, scale: float) -> dict[str, jax.Array]:
-        """The memory of one scale, from all patches or from a sample of them."""
+        """The memory of one scale."""
         options = self.config.patchcore
         patches, of_image, candidates = self._training_patches(frozen, batches, count, key, scale)
         memory = {}
@@ -141,22 +145,21 @@ class PatchCore(base.Method):
                 rows[:] = rows @ matrix
         everything = patches if options.relative else None
         patches = jnp.asarray(patches[:, :candidates].reshape(-1, self.width))
-        rows = min(max(1, int(options.coreset * count * of_image)), len(patches))
-        if rows < min(SMALL_BANK, len(patches)):
-            logging.warning(
-                "the memory bank%s keeps %d of %d patches; of so few images a larger share costs "
-                "little and finds more: --config.patchcore.coreset=%.2g in another --workdir",
-                f" of scale {scale:g}" if len(options.scales) > 1 else "",
-                rows,
-                len(patches),
-                min(1.0, SMALL_BANK / len(patches)),
+        if options.coreset_of == "image":
+            parts = getattr(batches, "parts", count)  # a list of batches: as many as images
+            least = -(-memory_bank.SMALL_BANK // parts)
+            each = min(candidates, max(int(options.coreset * of_image), least))
+            chosen = memory_bank.coreset_of_each(patches, count, each, key, options.projection)
+        else:
+            rows = min(max(1, int(options.coreset * count * of_image)), len(patches))
+            memory_bank.warn_of_small(rows, len(patches), scale if len(options.scales) > 1 else 0)
+            chosen = memory_bank.greedy_coreset(
+                patches, rows, key, options.projection, options.start_points
             )
-        chosen = memory_bank.greedy_coreset(
-            patches, rows, key, projection=options.projection, start_points=options.start_points
-        )
         memory["bank"] = patches[chosen]
+        memory["image"] = jnp.asarray(chosen // candidates, jnp.int32)
         if options.relative:
-            image = np.asarray(chosen) // candidates
+            image = np.asarray(memory["image"])
             memory["expected"] = memory_bank.expected_distances(everything, memory["bank"], image)
         return memory
 
@@ -183,23 +186,33 @@ class PatchCore(base.Method):
             done += real
         return patches, of_image, candidates
 
-    def predict(self, variables, frozen, images):
+    def predict(self, variables, frozen, images, away=None):
         """Squared distance to the nearest bank row, upsampled and smoothed.
 
         With patchcore.relative the distance is divided by the one to expect from that row. Several
         scales are the parts, and the map is their sum. With patchcore.score=patch the
-        score is the maximum of raw distances, as in the official code.
+        score is the maximum of raw distances, as in the official code. The rows of the training
+        images in `away` [b, count] do not count, see `leave_out`.
         """
         memory, scales = variables["memory"], by_part(self.config.patchcore.scales)
         parts, raw, size = {}, {}, images.shape[1:3]
         for part, scale in scales.items():
             own = memory if len(scales) == 1 else memory[part]
-            raw[part] = _distance(own, self.embed(frozen, images, scale))
+            raw[part] = memory_bank.distance(own, self.embed(frozen, images, scale), away)
             parts[part] = anomaly_map.upsample_and_smooth(raw[part], size, False, smoothing(scale))
         result = {"map": sum(parts.values()), "parts": parts}
         if self.config.patchcore.score == "patch":
             result["scored"] = sum(anomaly_map.nearest(x, size) for x in raw.values())
         return result
+
+    leave_out = predict  # with the other images' rows, whitening and expected distances as they are
+
+    @classmethod
+    def leaves_out_exactly(cls, config):
+        """If rows are chosen without a look at other images, and nothing else is learnt of them."""
+        own = config.patchcore
+        learns = own.whiten or own.relative or own.candidates or config.score.by_place
+        return not learns and (own.coreset_of == "image" or own.coreset == 1)
 
     def torch_scorer(self, variables, frozen):
         """Teacher, embeddings and memory banks in PyTorch."""
@@ -233,17 +246,3 @@ def by_part(scales: tuple[float, ...]) -> dict[str, float]:
 def smoothing(scale: float) -> float:
     """Sigma of a map's Gaussian, in px of the image or of what the teacher sees: the larger."""
     return anomaly_map.GAUSSIAN_SIGMA / min(1.0, scale)
-
-
-def _distance(memory: dict, patches: jax.Array) -> jax.Array:
-    """Distance of patches [b, h, w, d] to the nearest rows of a memory, float32 [b, h, w]."""
-    if "whitening" in memory:
-        patches = jnp.matmul(patches, memory["whitening"], precision=memory_bank.EXACT)
-    b, h, w, d = patches.shape
-    patches = patches.reshape(-1, d)
-    if "expected" in memory:
-        distance, row = memory_bank.nearest_row(patches, memory["bank"])
-        distance = distance / jnp.asarray(memory["expected"])[row]
-    else:
-        distance = memory_bank.nearest_squared_distance(patches, memory["bank"])
-    return distance.reshape(b, h, w)

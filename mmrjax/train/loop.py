@@ -73,10 +73,27 @@ class Views:
     records: Records
     label: str
 
+    @property
+    def rows(self) -> np.ndarray:
+        """The record of every window, int32 [windows], in the order of the batches."""
+        size, windows = self.training.config.eval.batch_size, len(self._view.corners())
+        starts, count = range(0, len(self.records), size), len(self.records)
+        batches = [np.arange(start, min(start + size, count), dtype=np.int32) for start in starts]
+        return np.concatenate([np.tile(batch, windows) for batch in batches])
+
+    @property
+    def parts(self) -> int:
+        """How many parts the images show; photographs of one part are a group."""
+        return len(np.unique(self.records.table["group"]))
+
+    @property
+    def _view(self) -> geometry.View:
+        return geometry.View.of(self.training.config)
+
     def __iter__(self) -> Iterator[tuple[jax.Array, int]]:
         """Begins with the first image; a tiled image comes window by window."""
         config, mesh = self.training.config, self.training.mesh
-        view, size = geometry.View.of(config), config.eval.batch_size
+        view, size = self._view, config.eval.batch_size
         own = mesh_lib.own_rows(size, mesh)
         batches = geometry.batches(self.records, view, size, own)
         (h, w), corners = view.size, view.corners()
@@ -300,16 +317,16 @@ def _of(training: Training, stage: base.Stage) -> str:
 
 def _fit(training: Training, variables: dict, key: jax.Array) -> tuple[dict, bool]:
     """Fits, or restores a finished fit; (variables, whether it was done now)."""
-    config, records = training.config, training.records
     with training.open(begun.FITTED) as checkpoints:
         restored = checkpoints.restore(mesh_lib.replicated(training.mesh))
         if restored is not None:
             return {**variables, **restored[1]}, False
         training.refuse_to_train("not fitted")
-        count = len(records) * len(geometry.View.of(config).corners())
-        views = Views(training, records, "fitting")
-        fitted = training.method.fit(variables, training.frozen, views, count, key)
+        views = Views(training, training.records, "fitting")
+        fitted = training.method.fit(variables, training.frozen, views, len(views.rows), key)
         new = {name: fitted[name] for name in fitted if name not in variables}
+        if training.method.leave_out is not None:
+            new[base.FITTED_ON] = views.rows
         new = mesh_lib.replicate(new, training.mesh)
         checkpoints.save(0, new)
     return {**variables, **new}, True
