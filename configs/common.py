@@ -76,7 +76,10 @@ def get_config() -> ConfigDict:
     config.score.by_place = False
 
     config.calibration = ConfigDict()
-    config.calibration.fraction = 0.0  # of the good training images, held out for the threshold
+    # split (good images are held out) | leave_out (a memory bank: every image trains, and is scored
+    # without its own part) | auto (the stronger promise of the two, see evaluate/guarantees.py)
+    config.calibration.way = "split"
+    config.calibration.fraction = 0.0  # of the good training images, held out by a split
     config.calibration.target_fpr = 0.05  # share of good parts that may be called defective
 
     config.train = train = ConfigDict()

@@ -4,9 +4,11 @@ python -m mmrjax.main --config=configs/folder.py --workdir=runs/mine --config.da
 
 Understood layouts: MVTec's (train/good, test/<type>, ground_truth/<type>); good/ beside folders of
 defects, masks in ground_truth/ or masks/ or beside the images; or one flat folder of good images.
-Without a split, every fifth good image is kept for testing. A tenth of the training images is held
-out for the threshold, if that is four or more (calibration.fraction). Expected score: yours to find
-out; the report says how sure it is.
+Without a split, every fifth good image is kept for testing. Every other one trains PatchCore, whose
+threshold comes from scoring each without its own part; two parts give a first threshold, 19 the one
+at 5 % (calibration.way). For other methods a tenth of the training images is held out, if that is
+four or more (calibration.fraction). Expected score: yours to find out; the report says how sure it
+is.
 
 Sized for a CPU: a ResNet-18 teacher and a small student from scratch. With a GPU, the paper's
 models are --config.teacher.name=wide_resnet50_2 --config.student.size=base --config.student.depth=0
@@ -24,7 +26,9 @@ def get_config():
     config.data.name = "folder"
     config.data.resize = (224, 224)  # the whole frame: a crop could cut a defect away
     config.data.max_side = 1024
+    config.calibration.way = "auto"
     config.calibration.fraction = 0.1
+    config.patchcore.coreset_of = "image"  # then the promise of leaving images out is proven
     config.teacher.name = "resnet18"
     config.student.size = "tiny"
     config.student.depth = 6

@@ -9,6 +9,7 @@ import csv
 import importlib.metadata
 import io
 import json
+import math
 import pathlib
 import shlex
 import sys
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 from mmrjax import metrics
 from mmrjax.data import geometry
 from mmrjax.data.records import ANOMALY, Records
-from mmrjax.evaluate import calibrate, scoring
+from mmrjax.evaluate import calibrate, guarantees, scoring
 from mmrjax.methods import base
 from mmrjax.metrics import misses
 from mmrjax.report import pictures, tables
@@ -54,6 +55,7 @@ def evaluate(
     config: ConfigDict,
     seed: int,
     folder: pathlib.Path,
+    left_out: Records | None = None,
 ) -> dict:
     """Evaluates a run and writes its files into `folder`.
 
@@ -63,10 +65,12 @@ def evaluate(
       trained: the run's model.
       records: the test images. A column "unseen" of their table tells whose combination of defect
         and condition was kept from training (data/tracks.py).
-      held_out: good images that were not trained on; the threshold comes from them.
+      held_out: good images that were not trained on; the threshold comes from them, unless from
+        `left_out`.
       config: the run's.
       seed: the run's.
       folder: the run's, or that of another view of the run.
+      left_out: the training images, if the threshold comes from leaving each out in turn.
 
     Returns:
       The content of results.json.
@@ -75,13 +79,16 @@ def evaluate(
     scorer = scoring.Scorer(trained, config)
     keep_maps = config.eval.save_maps and processes.is_first()
     maps_file = folder / "maps" / "maps.npy" if keep_maps else None
-    calibration = scorer.calibration(held_out)
+    if left_out is None:
+        calibration = scorer.calibration(held_out)
+    else:
+        calibration = scorer.left_out(left_out)
     streaming = scoring.streams(config, len(records))
     predicted = (scorer.histograms if streaming else scorer.everything)(records, maps_file)
     gallery = processes.first(lambda: _gallery_rows(predicted, config))
     shown = predicted.shown(gallery)  # the streaming form scores these images once more
     seconds = time.monotonic() - started
-    parts = (predicted, shown, calibration, seconds)
+    parts = (predicted, shown, calibration, left_out is not None, seconds)
     return processes.first(lambda: _write(trained, records, config, seed, folder, *parts))
 
 
@@ -103,6 +110,7 @@ def _write(
     predicted: scoring.Predictions | scoring.Histograms,
     shown: tuple,
     calibration: calibrate.Calibration | None,
+    leaves_out: bool,
     scoring_seconds: float,
 ) -> dict:
     """Measures the predictions and writes all files; `shown` holds the gallery's arrays."""
@@ -133,7 +141,9 @@ def _write(
         "seed": seed,
         "metrics": {key: domains},
         "combinations": _combinations(predicted, is_anomaly, config),
-        "calibration": _calibrated(calibration, config, predicted.scores, is_anomaly, rows_of),
+        "calibration": _calibrated(
+            calibration, leaves_out, config, predicted.scores, is_anomaly, rows_of
+        ),
         "facts": _facts(trained, seconds)
         | {
             "ground_truth": ground_truth,
@@ -201,6 +211,7 @@ def eval_fields(config: ConfigDict) -> dict:
     """The settings on which an evaluation's files depend, beside the trained model."""
     view = geometry.View.of(config, evaluation=True)
     tiny_side = config.eval.tiny_side
+    may_calibrate = config.calibration.fraction or config.calibration.way != "split"
     return {
         "view": [list(view.resize), list(view.size), view.interpolation, view.mask_mode]
         + ([] if view.overlap is None else [f"tiles overlap by {view.overlap}"])
@@ -211,11 +222,13 @@ def eval_fields(config: ConfigDict) -> dict:
         "bootstrap": config.eval.bootstrap,
         "gallery": config.report.gallery,
         "save_maps": config.eval.save_maps,
-    } | ({"target_fpr": config.calibration.target_fpr} if config.calibration.fraction else {})
+        **({"threshold": config.calibration.way} if config.calibration.way != "split" else {}),
+    } | ({"target_fpr": config.calibration.target_fpr} if may_calibrate else {})
 
 
 def _calibrated(
     calibration: calibrate.Calibration | None,
+    leaves_out: bool,
     config: ConfigDict,
     scores: np.ndarray,
     is_anomaly: np.ndarray,
@@ -223,21 +236,32 @@ def _calibrated(
 ) -> dict | None:
     """The threshold and its rates on the test images of each domain, or the reason for none."""
     target, fraction = config.calibration.target_fpr, config.calibration.fraction
-    if not fraction:
+    if not (fraction or leaves_out):
         return None
-    if calibration is None:
-        facts = {"target_fpr": target, "threshold": None}
-        facts["reason"] = (
-            f"too few good images to hold {100 * fraction:.3g} % of them out; "
-            f"all were trained on. {calibrate.groups_needed(target)} are needed"
-        )
-    else:
+    if calibration is not None:
         facts = calibration.report(target)
+    else:
+        facts = {"target_fpr": target, "threshold": None}
+        facts["reason"] = "one good part cannot be held against others: two or more are needed"
+    if facts["reason"] and not leaves_out:
+        facts["reason"] = _too_few(facts["reason"] if calibration else "", target, fraction)
     if facts["reason"]:
         logging.warning("no threshold: %s", facts["reason"])
         return facts
+    logging.info("threshold %.6g: %s", facts["threshold"], facts["promise"])
     domains = calibrate.rates_at(facts["threshold"], scores, is_anomaly, rows)
     return facts | {"domains": domains}
+
+
+def _too_few(reason: str, target: float, fraction: float) -> str:
+    """Why held-out images give no threshold, and how many images would."""
+    needed = guarantees.parts_needed(target)
+    reason = reason or (
+        f"too few good images to hold {100 * fraction:.3g} % of them out; "
+        f"all were trained on. {needed} are needed"
+    )
+    in_all = math.ceil(needed / fraction - guarantees.ROUNDING)
+    return f"{reason}, which takes {in_all} good parts at calibration.fraction={fraction:g}"
 
 
 def _labels(

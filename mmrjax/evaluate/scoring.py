@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from mmrjax import metrics
 from mmrjax.data import geometry
 from mmrjax.data.records import ANOMALY, Records
-from mmrjax.evaluate import calibrate
+from mmrjax.evaluate import calibrate, guarantees
 from mmrjax.methods import base
 from mmrjax.metrics import streaming
 from mmrjax.metrics.domain import Measured
@@ -137,14 +137,16 @@ def streams(config: ConfigDict, images: int) -> bool:
     return images * height * width > EXACT_PIXELS
 
 
-def make_predict(trained: base.Trained, view: geometry.View):
+def make_predict(trained: base.Trained, view: geometry.View, leaves_out: bool = False):
     """The compiled program: uint8 images [b, *frame, 3] -> (maps [b, *frame], scores [b]), float32.
+
+    With `leaves_out` it takes `away` of `Method.leave_out`, bool [b, count], as another argument.
 
     A tiled view runs window by window and needs the memory of one window. Overlapping windows give
     their mean. The score is the method's score of the map that is put together: a single
     window sees least at its border, and would be at its highest there.
     """
-    predict = _window_program(trained)
+    predict = _window_program(trained, leaves_out)
     replicated = mesh_lib.replicated(trained.mesh)
     score = jax.jit(trained.method.score, out_shardings=replicated)
 
@@ -152,7 +154,7 @@ def make_predict(trained: base.Trained, view: geometry.View):
         return maps["map"], score(maps.get("scored", maps["map"]))
 
     if view.overlap is None:
-        return lambda variables, frozen, images: result(predict(variables, frozen, images))
+        return lambda *arguments: result(predict(*arguments))
     corners, (h, w) = view.corners(), view.size
     windows = np.zeros(view.frame, np.float32)
     for top, left in corners:
@@ -170,10 +172,10 @@ def make_predict(trained: base.Trained, view: geometry.View):
         out_shardings=mesh_lib.batched(trained.mesh),
     )
 
-    def tiled(variables, frozen, images):
+    def tiled(variables, frozen, images, *away):
         totals: dict[str, jax.Array] = {}
         for top, left in corners:
-            parts = predict(variables, frozen, cut(images, top, left))
+            parts = predict(variables, frozen, cut(images, top, left), *away)
             for name, part in parts.items():
                 if name not in totals:
                     totals[name] = jnp.zeros(images.shape[:3], device=replicated)
@@ -183,13 +185,15 @@ def make_predict(trained: base.Trained, view: geometry.View):
     return tiled
 
 
-def _window_program(trained: base.Trained):
+def _window_program(trained: base.Trained, leaves_out: bool):
     """The jitted program at the size that the networks see: {"map"} and, of some, {"scored"}."""
+    method = trained.method
+    function = method.leave_out if leaves_out else method.predict
 
-    def predict(variables, frozen, images):
+    def predict(variables, frozen, images, *away):
         variables, frozen = placement.restore((variables, frozen))
-        with trained.method.precision():
-            result = trained.method.predict(variables, frozen, geometry.to_unit(images))
+        with method.precision():
+            result = function(variables, frozen, geometry.to_unit(images), *away)
         return {name: result[name] for name in ("map", "scored") if name in result}
 
     options = SCORED_BY if devices.on_nvidia() else None
@@ -200,12 +204,13 @@ def _window_program(trained: base.Trained):
 def one_behind(trained: base.Trained, predict: Callable, batches: Iterable) -> Iterator[tuple]:
     """Yields (batch, (maps, scores) on device) of batches whose first item is the images.
 
+    The first item may also be a tuple of the images and of what else `predict` takes.
     One batch behind: the device works while the next images are decoded.
     """
     before = None
     for batch in batches:
-        on_device = mesh_lib.put_batch(batch[0], trained.mesh)
-        result = predict(*trained.ready, on_device)
+        given = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
+        result = predict(*trained.ready, *mesh_lib.put_batch(given, trained.mesh))
         if before is not None:
             yield before
         before = batch, result
@@ -261,25 +266,69 @@ class Scorer:
         """Scores held-out good images; None without any."""
         if not len(records):
             return None
+        return self._calibration(records, guarantees.SPLIT)
+
+    def left_out(self, records: Records) -> calibrate.Calibration | None:
+        """Scores the training images, each as if its own group had not been trained on.
+
+        Args:
+          records: the training images, in the order of the training.
+
+        Returns:
+          None if there is one group: nothing is left without it.
+
+        Raises:
+          ValueError: the model was fitted on other images.
+        """
+        groups, fitted_on = records.table["group"], self._trained.variables.get(base.FITTED_ON)
+        if fitted_on is None or set(np.asarray(fitted_on).tolist()) != set(range(len(records))):
+            raise ValueError(
+                "the model was not fitted on the good images of this call, so none can be left "
+                "out; use another --workdir or --config.calibration.way=split"
+            )
+        if len(np.unique(groups)) < 2:
+            return None
+        fitted = groups[np.asarray(fitted_on)]
+        method = self._trained.method
+        exact = method.leaves_out_exactly(self._config)
+        guarantee = guarantees.FULL if exact else guarantees.LEFT_OUT
+        return self._calibration(records, guarantee, groups[:, None] == fitted)
+
+    def _calibration(
+        self, records: Records, guarantee: str, away: np.ndarray | None = None
+    ) -> calibrate.Calibration:
         scores, peaks, medians = (np.zeros(len(records)) for _ in range(3))
         view = dataclasses.replace(self._view, stress="none")  # as a threshold is made in practice
-        for rows, image, _, (maps, score) in self._batches(records, view):
+        for rows, image, _, (maps, score) in self._batches(records, view, away):
             maps, scores[rows] = np.asarray(maps)[: len(image)], np.asarray(score)[: len(image)]
             peaks[rows], medians[rows] = maps.max(axis=(1, 2)), np.median(maps, axis=(1, 2))
-        table = records.table
-        return calibrate.Calibration.of(table["id"], table["group"], scores, peaks, medians)
+        names = records.table["id"], records.table["group"]
+        return calibrate.Calibration.of(*names, scores, peaks, medians, guarantee=guarantee)
 
-    def _batches(self, records: Records, view: geometry.View | None = None) -> Iterator[tuple]:
+    def _batches(
+        self,
+        records: Records,
+        view: geometry.View | None = None,
+        away: np.ndarray | None = None,
+    ) -> Iterator[tuple]:
         """(rows, images, masks, result) per batch: only real rows, but of the result on device.
 
-        Every batch has one shape there, the last is filled up.
+        Every batch has one shape there, the last is filled up. `away`, bool [n, count], leaves
+        training images out, see `Method.leave_out`.
         """
-        size, trained = self._config.eval.batch_size, self._trained
-        own = mesh_lib.own_rows(size, trained.mesh)
-        batches = geometry.batches(records, view or self._view, size, own)
+        size, trained, view = self._config.eval.batch_size, self._trained, view or self._view
+        own, predict = mesh_lib.own_rows(size, trained.mesh), self._predict
+        batches = geometry.batches(records, view, size, own)
         batches = logs.progress(batches, "scoring", -(-len(records) // size))
-        for i, (batch, result) in enumerate(one_behind(trained, self._predict, batches)):
-            image, mask = mesh_lib.complete(batch[:2], trained.mesh)
+        if away is not None:
+            predict = make_predict(trained, view, leaves_out=True)
+            batches = (
+                ((image, np.resize(away[i * size : i * size + n], (size, away.shape[1]))), mask, n)
+                for i, (image, mask, n) in enumerate(batches)
+            )
+        for i, (batch, result) in enumerate(one_behind(trained, predict, batches)):
+            image, mask = batch[0] if away is None else batch[0][0], batch[1]
+            image, mask = mesh_lib.complete((image, mask), trained.mesh)
             n = batch[2]
             yield slice(i * size, i * size + n), image[:n], mask[:n], result
 

@@ -136,8 +136,8 @@ def choose_threshold(
         return detector
     if arguments.target_fpr is not None:
         return detector.with_target(arguments.target_fpr)
-    if arguments.calibration is not None:
-        return detector.with_target(detector.target_fpr)  # raises if the file has too few images
+    if arguments.calibration is not None and detector.thresholds[2]:
+        raise ValueError(f"--calibration={arguments.calibration}: {detector.thresholds[2]}")
     if detector.thresholds[2]:
         logging.warning("scores only, no verdicts: %s", detector.thresholds[2])
     return detector
@@ -274,9 +274,9 @@ def summary(detector: detector_lib.Detector, rows: Sequence[dict], output: pathl
     if detector.thresholds[0] is not None:
         flagged = sum(row["verdict"] == "anomaly" for row in rows)
         line += (
-            f", {flagged} anomalous (score above {detector.thresholds[0]:.6g}, which good parts "
-            f"like the {len(detector.calibration.ids)} held-out ones exceed at a rate of at most "
-            f"{100 * detector.target_fpr:.3g} %)"
+            f", {flagged} anomalous (score above {detector.thresholds[0]:.6g}; for parts like the "
+            f"{len(detector.calibration.ids)} {detector.calibration.source}: "
+            f"{detector.calibration.promise(detector.target_fpr)})"
         )
     return f"{line}\nwrote {output}"
 

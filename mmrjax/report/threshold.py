@@ -1,6 +1,8 @@
 """The threshold on the page: verdicts per domain at it, and the scores that the slider counts.
 
-The threshold is that of the run's held-out good images (mmrjax/evaluate/calibrate.py). A run
+The threshold is that of good images that the model has not seen (mmrjax/evaluate/calibrate.py). Its
+promise is for the threshold as it was set; beside the slider stands the bound that holds for every
+threshold at once (mmrjax/evaluate/guarantees.py). A run
 without a threshold starts the slider at the score at which the classes cross. That score uses the
 labels, and the page says so. The script of the page (templates/report.js) counts anew when the
 slider moves.
@@ -48,10 +50,14 @@ def panel(run: files.Run) -> dict | None:
     }
     levels = np.quantile(scores, np.linspace(0, 1, min(LEVELS, len(scores))))
     levels = sorted({*levels.tolist(), threshold})
+    bounds = _bounds(calibration.get("simultaneous"), levels)
+    data = {"threshold": threshold, "levels": levels, "bounds": bounds, "domains": by_domain}
     return {
         "title": run.title,
         "run": run.path,
-        "data": json.dumps({"threshold": threshold, "levels": levels, "domains": by_domain}),
+        "data": json.dumps(data),
+        "bound": bounds and bounds[levels.index(threshold)],
+        "bounded": _bounded(calibration.get("simultaneous")),
         "start": levels.index(threshold),
         "last": len(levels) - 1,
         "shown": f"{threshold:.5g}",
@@ -59,6 +65,26 @@ def panel(run: files.Run) -> dict | None:
         "calibrated": calibration.get("threshold") is not None,
         "sentence": _sentence(calibration),
     }
+
+
+def _bounds(steps: Mapping | None, levels: list[float]) -> list[str] | None:
+    """The simultaneous bound at each level, in percent; None for a run without."""
+    if not steps:
+        return None
+    bounds = np.array([1.0, *steps["bound"]])
+    rows = np.searchsorted(steps["at"], levels, side="right")
+    return [tables.percent(bound) for bound in bounds[rows]]
+
+
+def _bounded(steps: Mapping | None) -> str:
+    """The meaning of the bound, as the sentence before its number."""
+    if not steps:
+        return ""
+    doubt = "" if steps["proven"] else ", as far as scores of parts left out are independent"
+    return (
+        f"Wherever you slide it: with a confidence of {100 * steps['confidence']:.0f} %{doubt}, "
+        "the share of good parts above it, in %, is at most"
+    )
 
 
 def _finite(run: files.Run) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -93,6 +119,12 @@ def _sentence(calibration: Mapping) -> str:
     if calibration.get("threshold") is not None:
         count, groups = calibration["images"], calibration["groups"]
         of_groups = "" if groups == count else f" of {groups} groups"
+        if calibration.get("guarantee") not in (None, "split conformal"):
+            return (
+                f"Set by {count} {calibration['source']}{of_groups}: {calibration['promise']}. "
+                "This is for parts under the conditions of the training. Under other conditions "
+                "nothing is promised: read off below what they do to it."
+            )
         return (
             f"Set by {count} good images{of_groups} that were held out of training: a good part "
             "under the conditions of the training is flagged with a probability of at most "

@@ -120,9 +120,9 @@ class Detector:
     def thresholds(self) -> tuple[float | None, float | None, str]:
         """(threshold of scores, threshold of pixels, reason if there are none)."""
         if self.calibration is None:
-            return None, None, "the run held no good images out (calibration.fraction)"
+            return None, None, "the run has no good images for a threshold (calibration.*)"
         try:
-            target = self.target_fpr
+            target = self.calibration.reachable(self.target_fpr)
             score = self.calibration.threshold(target)
             return score, self.calibration.pixel_threshold(target), ""
         except calibrate.TooFew as e:

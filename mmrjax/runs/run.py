@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mmrjax import methods
 from mmrjax.data import judge, splits
 from mmrjax.data import records as records_lib
+from mmrjax.evaluate import guarantees
 from mmrjax.evaluate import results as results_lib
 from mmrjax.runs import pretrained
 from mmrjax.runs import workdir as workdir_lib
@@ -90,7 +91,10 @@ class Run:
         trained.facts["notes"] = [*filter(None, (note, judge.note(config)))]
         if self.results != self.folder:  # another view: the report there shows the same training
             processes.first(self._copy_training)
-        results = results_lib.evaluate(trained, test, held_out, config, self.seed, self.results)
+        left_out = train if self._leaves_out(train, held_out) else None
+        results = results_lib.evaluate(
+            trained, test, held_out, config, self.seed, self.results, left_out
+        )
         if self.results == self.folder:
             processes.first(lambda: trackers.tell_results(config, self.folder, results))
         self.store.send()
@@ -98,17 +102,24 @@ class Run:
     def split(self) -> tuple[records_lib.Records, ...]:
         """Views of the records: (train, held out, labelled, test).
 
-        Trained on are good images; those held out, good too, give the threshold; a method may learn
+        Trained on are good images; those held out, good too, give the threshold (none, if it comes
+        from leaving training images out, calibration.way); a method may learn
         from the labelled defective ones; the test has the column "unseen", whether the combination
         of defect and condition was kept from training.
         """
         records, track = judge.select(self.records, self.config, self.seed)
         is_good = records.table["label"][track.train] == records_lib.GOOD
         good, bad = (records.take(track.train[rows]) for rows in (is_good, ~is_good))
-        train, held_out = splits.hold_out(good, self.config.calibration.fraction, self.seed)
+        fraction = 0 if self._leaves_out(good) else self.config.calibration.fraction
+        train, held_out = splits.hold_out(good, fraction, self.seed)
         test = records.take(track.test)
         test.table["unseen"] = np.isin(track.test, track.unseen)
         return train, held_out, splits.apart(bad, held_out), test
+
+    def _leaves_out(self, *good: records_lib.Records) -> bool:
+        """Whether every good image trains, and the threshold comes from leaving each out."""
+        parts = sum(len(np.unique(part.table["group"])) for part in good)
+        return guarantees.leaves_out(self.config, methods.METHODS[self.method], parts)
 
     def _copy_training(self) -> None:
         for file in ("config.json", "metrics.jsonl"):

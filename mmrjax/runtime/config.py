@@ -37,6 +37,7 @@ CHOICES = {
     "teacher.positions": ("official", "offset", "antialias"),
     "train.augment": ("rrc_flip", "rrc", "none"),
     "train.compute_dtype": ("auto", "float32", "bfloat16"),
+    "calibration.way": ("split", "leave_out", "auto"),
     "eval.stress": ("none", "dark"),
     "eval.metrics_mode": ("standard", "mmr"),
     "eval.pixel_metrics": ("auto", "exact", "streaming"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmrjax.evaluate import calibrate
+from mmrjax.evaluate import calibrate, guarantees
 
 
 def calibration(scores, groups=None, peaks=None):
@@ -71,7 +71,7 @@ def test_too_few_images_are_refused_with_what_they_allow_and_what_is_needed():
     with pytest.raises(calibrate.TooFew, match=r"18 held-out .* from 5\.26 % on, not 5 %: .* 19$"):
         own.threshold(0.05)
     assert calibration(np.arange(19.0)).threshold(0.05) == 18
-    assert [calibrate.groups_needed(a) for a in (0.01, 0.05, 0.3, 0.5, 0.9)] == [99, 19, 3, 1, 1]
+    assert [guarantees.parts_needed(a) for a in (0.01, 0.05, 0.3, 0.5, 0.9)] == [99, 19, 3, 1, 1]
     grouped = calibration(np.arange(18.0), ["a", "b"] * 9)
     with pytest.raises(calibrate.TooFew, match=r"2 .*\(groups, of 18 images\) .* from 33\.3 %"):
         grouped.threshold(0.05)

@@ -82,10 +82,12 @@ def test_the_slider_counts_again_per_domain(page, panel, finished):
     before = counts(panel)
     slide(page, panel, 0)
     low = min(score for _, score in rows)
+    at_lowest = float(panel.find_element(By.CSS_SELECTOR, ".bound").text)
     assert counts(panel) == expected(rows, low)
     assert counts(panel) != before
     slider = panel.find_element(By.CSS_SELECTOR, "input")
     slider.send_keys(Keys.END)  # the keyboard moves it too
+    assert float(panel.find_element(By.CSS_SELECTOR, ".bound").text) < at_lowest
     assert counts(panel)[1:3] == [0, 0], "nothing exceeds the largest score or the threshold"
     panel.find_element(By.CSS_SELECTOR, "button").send_keys(Keys.ENTER)
     assert counts(panel) == before

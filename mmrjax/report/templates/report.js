@@ -51,7 +51,9 @@ for (const panel of document.querySelectorAll(".threshold")) {
   const slider = panel.querySelector("input");
   const shown = panel.querySelector("output");
   const figures = [...document.querySelectorAll(`figure[data-run="${CSS.escape(panel.dataset.run)}"]`)];
+  const bound = panel.querySelector(".bound");
   const update = (threshold) => {
+    if (bound) bound.textContent = data.bounds[data.levels.findIndex((level) => level >= threshold)];
     shown.textContent = threshold.toPrecision(5);
     slider.setAttribute("aria-valuetext", shown.textContent);
     for (const row of panel.querySelectorAll("tbody tr")) {
