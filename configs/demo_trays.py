@@ -18,10 +18,7 @@ def get_config():
     config.data.reference_domain = ""
     config.data.resize = (1024, 1024)  # as drawn
     config.data.tiling = True
-    config.patchcore.scales = (1.0,)  # the windows show the picture as drawn
     config.patchcore.candidates = 0
-    config.patchcore.whiten = 0.0  # four trays are too few to learn distances from
-    config.patchcore.relative = False
     config.calibration.fraction = 0.0  # four trays
     config.train.seeds = (0,)
     config.eval.batch_size = 4

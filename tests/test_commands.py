@@ -115,8 +115,6 @@ RUN_BY = {
     "test_the_script_draws_a_defect_into_every_picture_and_nowhere_else",
     r"python scripts/coverage.py .*": "tests/test_coverage.py::"
     "test_a_row_has_the_promise_and_the_false_alarms_of_other_parts",
-    r"python scripts/pretrain_teacher.py .*": "tests/test_pretrain_teacher.py::"
-    "test_script_writes_a_teacher_that_loads",
 }
 NOT_RUN = {
     r"scripts/demo\b.*": "a quarter of an hour; its program runs small in tests/test_notebook.py",

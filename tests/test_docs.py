@@ -89,6 +89,6 @@ def test_every_data_set_and_every_published_weight_has_its_licence():
     numbers = set(re.findall(r"\d+(?:-2)?", weights))
     for name in source.IMAGENET:
         assert re.search(r"\d+(_2)?$", name)[0].replace("_", "-") in numbers, name
-    for name in (*source.EMBEDDED, "MAE ViT-B", "ViT-L"):
+    for name in ("EfficientNet-lite0", "MAE ViT-B", "ViT-L"):
         assert name in weights
     assert set(source.MAE) == {"base", "large"}

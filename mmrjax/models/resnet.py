@@ -57,8 +57,6 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    # The embedded teacher (scripts/pretrain_teacher.py): a ResNet-18 of three quarters' width.
-    "fdsl18": Architecture((2, 2, 2), bottleneck=False, stem=48, widths=(48, 96, 192)),
     "resnet18": Architecture((2, 2, 2), bottleneck=False),
     "resnet34": Architecture((3, 4, 6), bottleneck=False),
     "resnet50": Architecture((3, 4, 6), bottleneck=True),

@@ -38,7 +38,7 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
     if weights == "random":
         return None
     words = {
-        "embedded": {**source.EMBEDDED, **source.PACKAGED},
+        "embedded": source.PACKAGED,
         "imagenet": {**source.IMAGENET, **source.PACKAGED},
         "published": vit_sources.PUBLISHED,
     }
@@ -54,7 +54,7 @@ def teacher_file(name: str, weights: str) -> pathlib.Path | None:
         return source.packaged_file(known)
     if weights == "published":
         return source.published_file(known, vit_sources.advice(name))
-    return known if weights == "embedded" else source.published_file(known, WITHOUT_DOWNLOAD)
+    return source.published_file(known, WITHOUT_DOWNLOAD)
 
 
 def student_file(init: str, size: str, group: str = "student") -> pathlib.Path | None:

@@ -129,9 +129,6 @@ PACKAGED = {
     ),
 }
 
-# Trained on procedural images alone (scripts/pretrain_teacher.py, docs/fdsl18.md), Apache-2.0.
-EMBEDDED = {"fdsl18": pathlib.Path(__file__).with_name("fdsl18.safetensors")}
-
 
 class NotCached(FileNotFoundError):
     """A published file is not in the cache: `url` is its address, `path` its place."""

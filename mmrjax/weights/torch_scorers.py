@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmrjax.models import backbones, vit_backbone
-from mmrjax.weights import torch_twin, torch_vit
+from mmrjax.models import backbones, efficientnet, vit_backbone
+from mmrjax.weights import torch_efficientnet, torch_twin, torch_vit
 
 Matrices = tuple[np.ndarray, np.ndarray]  # of rows [m, h] and of columns [n, w]
 
@@ -298,6 +298,9 @@ def teacher(
     if isinstance(arch, vit_backbone.Architecture):
         names: dict = dict(taps)
         network = torch_vit.ViT(state, arch, tuple(taps.values()), sizes)
+    elif isinstance(arch, efficientnet.Architecture):
+        names = {layer: f"layer{layer}" for layer in taps}
+        network = torch_efficientnet.EfficientNet(arch, dict(taps), state)
     elif name in torch_twin.ARCHITECTURES:
         names = {layer: f"layer{tap}" for layer, tap in taps.items()}
         network = torch_twin.teacher_of(tensors(state), name)

@@ -28,7 +28,6 @@ LAYERS = ("layer1", "layer2", "layer3")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # of pictures; Pillow opens no other
 # name: (bottleneck, blocks in layer1..4, width of a bottleneck relative to its planes)
 ARCHITECTURES = {
-    "fdsl18": (False, (2, 2, 2, 2), 1),
     "resnet18": (False, (2, 2, 2, 2), 1),
     "resnet34": (False, (3, 4, 6, 3), 1),
     "resnet50": (True, (3, 4, 6, 3), 1),
@@ -36,9 +35,6 @@ ARCHITECTURES = {
     "wide_resnet50_2": (True, (3, 4, 6, 3), 2),
     "wide_resnet101_2": (True, (3, 4, 23, 3), 2),
 }
-
-
-STEMS = {"fdsl18": 48}  # channels after the first convolution; 64 in all others
 
 
 class ResidualBlock(nn.Module):
@@ -81,7 +77,7 @@ class ResNetTeacher(nn.Module):
         if arch not in ARCHITECTURES:
             raise ValueError(f"unknown teacher {arch!r}; available: {sorted(ARCHITECTURES)}")
         bottleneck, depths, widen = ARCHITECTURES[arch]
-        stem = stem or STEMS.get(arch, 64)
+        stem = stem or 64
         planes = planes or tuple(stem * 2**i for i in range(4))
         self.stages = stages
         self.channels = tuple(p * (4 if bottleneck else 1) for p in planes[:3])

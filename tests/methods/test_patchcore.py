@@ -72,7 +72,7 @@ def test_two_scales_that_are_one_in_whole_cells_are_refused(tiny_config):
 def test_a_defect_raises_the_map_where_it_is(tiny_config, scale, corner):
     config = tiny_config.copy_and_resolve_references()
     config.patchcore.scales = (scale,)
-    config.teacher.name, config.teacher.weights = "fdsl18", "embedded"
+    config.teacher.name, config.teacher.weights = "efficientnet_lite0", "embedded"
     method = patchcore.PatchCore(config)
     frozen, _ = method.load_frozen()
     noise = np.random.default_rng(0).integers(0, 16, (4, 208, 208, 3), dtype=np.uint8)

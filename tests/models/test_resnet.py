@@ -90,9 +90,9 @@ def test_the_stem_on_blocks_of_pixels_is_the_seven_by_seven_convolution(size):
 
 
 def test_in_bfloat16_the_stem_runs_on_blocks_and_takes_odd_sizes_as_before():
-    network = resnet.ResNet(backbones.architecture("fdsl18"), (1,), jnp.bfloat16)
-    plain = resnet.ResNet(backbones.architecture("fdsl18"), (1,))
-    for side, kernel in ((32, "4x4x16x48"), (33, "7x7x3x48")):
+    network = resnet.ResNet(backbones.architecture("resnet18"), (1,), jnp.bfloat16)
+    plain = resnet.ResNet(backbones.architecture("resnet18"), (1,))
+    for side, kernel in ((32, "4x4x16x64"), (33, "7x7x3x64")):
         images = jnp.full((1, side, side, 3), 0.5)
         variables = plain.init(jax.random.key(0), images)
         lowered = jax.jit(network.apply).lower(variables, images).as_text()

@@ -1,1 +1,0 @@
-"""Procedural images for the pretraining of the embedded teacher: no photograph, no outside data."""
