@@ -24,6 +24,10 @@ def get_config() -> ConfigDict:
     data.name = ""  # a builder of data_builders
     data.categories = ()  # () = all of them, in turn
     data.raw_dir = ""  # the data set as its publisher ships it
+    # Patterns of paths below raw_dir, as ok*/**, of name = "folder"; () = by the words of folders
+    data.good = ()
+    data.bad = ()
+    data.masks = ()
     data.data_dir = "~/.cache/mmrjax/records"  # where records are built
     # Data sets, or single categories as aebad/s, that train one model together; () = data.name
     # alone. Each lies where the group raw_dirs says; one that is given nowhere is left out.

@@ -11,12 +11,14 @@ import argparse
 import importlib
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import tqdm
 from absl import logging
 
 from data_builders import buckets, common, download, files, remote, store
+
+SOME_LEFT_OUT = 3  # exit status
 
 # Data set -> module with its class `Builder`, imported when asked for.
 BUILDERS: dict[str, str] = {
@@ -42,6 +44,7 @@ def build(
     data_dir: str | pathlib.Path,
     categories: Sequence[str] | None = None,
     log: Callable[[str], None] = logging.info,
+    choice: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, pathlib.Path]:
     """Makes sure that the records of a data set exist and are up to date.
 
@@ -53,6 +56,7 @@ def build(
         (see `remote`).
       categories: which ones; None takes all that the raw folder holds or that are built.
       log: receives what is done, line by line.
+      choice: patterns of the paths of "good", "bad" and "masks" of a user's folder.
 
     Returns:
       Category -> directory of its records, for `tfds.builder_from_directory`.
@@ -63,6 +67,8 @@ def build(
       FileNotFoundError: neither raw data nor records; the message says how to get the data.
     """
     builder_cls = load_builder(name)
+    if choice and any(choice.values()):
+        builder_cls = builder_cls.chosen(**choice)
     address = f"{buckets.check(str(data_dir))}/{name}" if buckets.is_remote(data_dir) else ""
     data_dir = remote.local_dir(str(data_dir)) if address else pathlib.Path(data_dir).expanduser()
     if address:
@@ -207,6 +213,12 @@ def _wanted(
     if categories is None:
         at_hand = builder_cls.select_categories(raw_dir, in_raw, built)
         if not at_hand:
+            if built and raw_dir is None:
+                raise FileNotFoundError(
+                    f"{builder_cls.name}: {home} holds the records of several: "
+                    f"{', '.join(sorted(built))}; choose, as with --config.data.categories="
+                    f"{min(built)} (build: --category={min(built)}), or name the raw folder"
+                )
             raise FileNotFoundError(_no_records(builder_cls, raw_dir, home, ""))
         return at_hand
     for category in dict.fromkeys(categories):
@@ -261,11 +273,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.download:
             fetch_raw(args.name, args.raw_dir, log=_print_line)
-        build(args.name, args.raw_dir, args.data_dir, args.category, log=_print_line)
+        made = build(args.name, args.raw_dir, args.data_dir, args.category, log=_print_line)
     except (ValueError, OSError, RuntimeError) as e:  # the last: ArrayRecord on a full disk
         print(f"error: {e}", file=sys.stderr)
         return 1
-    return 0
+    left_out = [(store.read_fingerprint(path) or {}).get("left_out") for path in made.values()]
+    return SOME_LEFT_OUT if any(left_out) else 0
 
 
 def _print_line(line: str) -> None:

@@ -31,6 +31,7 @@ from data_builders import download, files, images
 
 SCHEMA_VERSION = 1  # raise it when the features or their meaning change: records are then rebuilt
 LABELS = ("good", "anomaly")
+UNREADABLE = "a picture that cannot be read"
 SOURCES = ("real", "synthetic")
 
 _REQUIRED_KEYS = {"id", "image", "label"}
@@ -69,9 +70,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     An example is a dict with `id`, `image` and `label`, and optionally the other features:
       image: pathlib.Path, encoded bytes, or RGB pixels uint8 [h, w, 3]
-      mask: pathlib.Path, pixels [h, w] (not 0 = defect), or None. A file goes through `binarise`;
-        an absent file counts as None. Good images need no mask: their record's mask is all zero. A
-        defective image whose mask is None or empty gets has_mask False.
+      mask: pathlib.Path, a tuple of them, pixels [h, w] (not 0 = defect), or None. A file goes
+        through `read_mask`; an absent file counts as None. Good images need no mask: their record's
+        mask is all zero. A defective image whose mask is None or empty gets has_mask False.
       defect ("good", or "anomaly" for defective ones), domain (""), group (the id), frame (-1),
         source ("real"), twin (""): the default in brackets applies when the key is absent.
     """
@@ -82,6 +83,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     EXPECTED: ClassVar[Mapping[str, Mapping[str, int]]] = {}
     HOW_TO_GET: ClassVar[str] = ""
     DOWNLOAD: ClassVar[download.Archive | None] = None  # the archive, if a program may fetch it
+    # Whether unreadable pictures are left out. A published data set stops: its scores are compared.
+    LEAVES_OUT: ClassVar[bool] = False
     PROCEDURAL: ClassVar[bool] = False  # drawn by a program: no raw folder, `raw_dir` is None
 
     def __init_subclass__(cls, **kwargs):
@@ -97,6 +100,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self.on_record: Callable[[int, int], None] = lambda done, total: None  # progress
         self.full_scale = 65535  # value of a 16-bit image that becomes 255
         self.counts: collections.Counter[str] = collections.Counter()
+        self.findings: list[tuple[str, str]] = []  # kind as in `check`, and a line with the name
         self._planned: dict[str, list[Example | Callable[[], Example]]] = {}
         self._ids: set[str] = set()
         self._twins: dict[str, str] = {}
@@ -142,6 +146,18 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def count_key(self, split: str, record: Example) -> str:
         """The line of the found-vs-expected table that a record counts for."""
         return f"{split} {record['label']}"
+
+    @classmethod
+    def chosen(cls, **choice: tuple[str, ...]) -> type["RecordBuilder"]:
+        """Returns the builder with patterns of paths that a user gives.
+
+        Raises:
+          ValueError: the layout of this data set is fixed.
+        """
+        raise ValueError(
+            f"{cls.name}: its layout is published; data.good, data.bad and data.masks are of "
+            "--config.data.name=folder"
+        )
 
     @classmethod
     def fingerprint(cls, root: pathlib.Path | None, category: str) -> str:
@@ -213,10 +229,21 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, Example]]:
         total = sum(len(examples) for examples in self._planned.values())
+        written, reason = 0, ""
         for example in self._planned[split]:
-            record = self.make_record(split, example() if callable(example) else example)
+            try:
+                record = self.make_record(split, example() if callable(example) else example)
+            except (images.Damaged, FileNotFoundError) as e:
+                if not self.LEAVES_OUT:
+                    raise
+                reason = reason or str(e)
+                self.findings.append((UNREADABLE, str(e)))
+                continue
             yield record["id"], record
+            written += 1
             self.on_record(len(self._ids), total)
+        if reason and not written:  # TFDS cannot write an empty split
+            raise ValueError(f"no picture of {split} can be read; the first: {reason}")
 
     def make_record(self, split: str, example: Example) -> Example:
         """Checks an example, fills in the defaults, encodes its pixels and counts it.
@@ -224,16 +251,15 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         Raises:
           ValueError: the example or one of its files is wrong; the message begins with its name.
         """
-        name = str(example.get("id"))
+        name = files.printable(str(example.get("id")))
         if missing := _REQUIRED_KEYS - example.keys():
             raise ValueError(f"{name}: the example lacks {sorted(missing)}")
         if unknown := example.keys() - _KNOWN_KEYS:
             raise ValueError(f"{name}: unknown {sorted(unknown)}; known: {sorted(_KNOWN_KEYS)}")
-        if not _is_text(name):
-            raise ValueError(f"{name!r}: the name is no UTF-8 text; rename the file")
         if name in self._ids:
             raise ValueError(f"{name}: two records have this id")
         self._ids.add(name)
+        example = {**example, "id": name}
         label = example["label"]
         if label not in LABELS:
             raise ValueError(f"{name}: label {label!r} is none of {LABELS}")
@@ -276,6 +302,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _mask(self, source: Any, image: Any, size_hw: tuple[int, int], name: str) -> np.ndarray:
         """Returns the mask [h, w] as bool; all false if the example has no mask."""
+        if isinstance(source, tuple):
+            parts = [self._mask(path, image, size_hw, name) for path in source]
+            return np.any([np.zeros(size_hw, bool), *parts], axis=0)
         if isinstance(source, os.PathLike):
             path = pathlib.Path(source)
             source = self.read_mask(path, image, size_hw, name) if path.is_file() else None
@@ -294,7 +323,11 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def file_example(
-    path: pathlib.Path, raw_dir: pathlib.Path, defect: str, mask: pathlib.Path | None, **other: Any
+    path: pathlib.Path,
+    raw_dir: pathlib.Path,
+    defect: str,
+    mask: pathlib.Path | tuple[pathlib.Path, ...] | None,
+    **other: Any,
 ) -> Example:
     """Returns the example of an image file, named after its place.
 
@@ -302,12 +335,12 @@ def file_example(
       path: the image.
       raw_dir: folder that the name begins below.
       defect: type of defect, or "good"; the label follows from it.
-      mask: its file; None for good images.
+      mask: its file, or several; None for good images.
       **other: features that are not the defaults.
     """
     label = "good" if defect == "good" else "anomaly"
-    own = {"id": path.relative_to(raw_dir).as_posix(), "image": path, "mask": mask}
-    return {**own, "label": label, "defect": defect, **other}
+    own = {"id": files.printable(path.relative_to(raw_dir).as_posix()), "image": path, "mask": mask}
+    return {**own, "label": label, "defect": files.printable(defect), **other}
 
 
 def published_counts(
@@ -336,15 +369,6 @@ def check_mask_size(mask: np.ndarray, size_hw: tuple[int, int], name: str) -> No
             f"{name}: the mask is {_size(mask.shape)}, its image {_size(size_hw)}; "
             "they must be of one size"
         )
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name is text: file systems allow any bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _size(shape: tuple[int, ...]) -> str:

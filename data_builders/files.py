@@ -7,26 +7,50 @@ import pathlib
 from data_builders import images
 
 _IGNORED_NAMES = ("__MACOSX", "Thumbs.db")
+# Names that tell a folder that this project wrote: a run, its gallery, results of predictions.
+OWN_OUTPUTS = (
+    {"config.json", "results.json"}, {"gallery.json"}, {"scores.csv", "scores.jsonl"},
+)  # fmt: skip
+UNREAD_SUFFIXES = frozenset(
+    ".gif .heic .heif .avif .jp2 .j2k .jxl .jfif .jpe .dng .raw .cr2 .nef .arw .pgm .ppm .pnm .exr "
+    ".hdr .tga .ico .psd .svg .pdf .eps .ps .dcm .npy .npz .dib .pcx .fits .czi".split()
+)
 
 
 def list_images(folder: os.PathLike, recursive: bool = True) -> list[pathlib.Path]:
     """Returns the image files of a folder, sorted by path; links to folders are followed.
 
-    Names that start with "." (macOS writes `._x.png`), `__MACOSX` and `Thumbs.db` do not count.
-
-    Raises:
-      ValueError: a link to nothing, or a pipe, whose reading would never end.
+    Names that start with "." (macOS writes `._x.png`), `__MACOSX` and `Thumbs.db` do not count, nor
+    does what a program of this project wrote: runs, and the results of predictions.
     """
+    return [p for p in _walk(folder, recursive) if is_image(p.name) and p.is_file()]
+
+
+def list_others(folder: os.PathLike) -> list[str]:
+    """A line for each file that looks like a picture but is not read, with the reason."""
+    found = []
+    for path in _walk(folder, recursive=True):
+        name = path.relative_to(folder).as_posix()
+        if not path.exists():
+            found += [f"{name}: a link to nothing"] if is_image(name) else []
+        elif not path.is_file():
+            found += [f"{name}: no ordinary file"] if is_image(name) else []
+        elif path.suffix.lower() in UNREAD_SUFFIXES:
+            found.append(f"{name}: {path.suffix} is not read; save it as PNG or TIFF")
+    return found
+
+
+def _walk(folder: os.PathLike, recursive: bool) -> list[pathlib.Path]:
     found, visited = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         is_new = real not in visited  # a link may lead back up
         visited.add(real)
+        own = any(marks <= {*names, *folders} for marks in OWN_OUTPUTS)
+        is_new = is_new and not own
         folders[:] = [name for name in folders if is_new and recursive and is_visible(name)]
         if is_new:
-            found += [pathlib.Path(parent, n) for n in names if is_visible(n) and is_image(n)]
-    if odd := [path for path in found if not path.is_file()]:
-        raise ValueError(f"{odd[0]}: a link to nothing, or no ordinary file; delete it")
+            found += [pathlib.Path(parent, n) for n in names if is_visible(n)]
     return sorted(found, key=pathlib.Path.as_posix)
 
 
@@ -46,6 +70,12 @@ def is_visible(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Whether a file name ends as an image's does."""
     return name.lower().endswith(images.SUFFIXES)
+
+
+def printable(name: str) -> str:
+    """A name as UTF-8 text on one line; other bytes and control characters become escapes."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def sha256(path: pathlib.Path) -> str:

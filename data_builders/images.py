@@ -49,11 +49,12 @@ _TURNS = {  # EXIF orientation -> the pixels as they are shown; 1 is upright
     7: lambda pixels: np.fliplr(np.rot90(pixels)),
     8: np.rot90,
 }
-# A mask with more grey levels than this is anti-aliased or was a JPEG, not a set of labels.
-_MOST_LABELS = 8
-
 # Pillow's own limit cannot be raised from outside; `_check_size` comes before every decoding.
 Image.MAX_IMAGE_PIXELS = None
+
+
+class Damaged(ValueError):
+    """A file that is no readable picture."""
 
 
 def encode_image(
@@ -175,16 +176,6 @@ def above_127(grey: np.ndarray) -> np.ndarray:
     return grey > 127
 
 
-def labels_or_soft(grey: np.ndarray) -> np.ndarray:
-    """The rule for masks of unknown making [h, w], as in a user's own folder.
-
-    A few distinct levels are labels (0 and 255, 0 and 1, class numbers): all but 0 is defect.
-    Many levels are an anti-aliased or JPEG mask: above half of its maximum is defect.
-    """
-    levels = np.unique(grey)
-    return grey > 0 if levels.size <= _MOST_LABELS else grey > int(levels[-1]) // 2
-
-
 def decode(data: bytes, flags: int, where: str) -> np.ndarray:
     """Returns the pixels of an encoded image, as OpenCV decodes them with `flags`.
 
@@ -195,13 +186,13 @@ def decode(data: bytes, flags: int, where: str) -> np.ndarray:
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as e:  # more than its own limit, or than there is memory
-        raise ValueError(f"{where}: OpenCV refuses the image ({e.err or e})") from e
+        raise Damaged(f"{where}: OpenCV refuses the image ({e.err or e})") from e
     # OpenCV before 5 fills the missing part of a cut-off JPEG with grey and says nothing.
     if pixels is None or data.startswith(_JPEG):
         reason = _damage(data)
         if pixels is None or reason:
             reason = reason or "OpenCV does not read this format"
-            raise ValueError(f"{where}: the image is damaged ({reason}); replace or delete it")
+            raise Damaged(f"{where}: the image is damaged ({reason}); replace or delete it")
     return pixels
 
 
@@ -253,14 +244,14 @@ def _check_pixels(pixels: np.ndarray, where: str) -> None:
 def _check_size(data: bytes, where: str) -> None:
     """Refuses by the header what would take more memory than any camera's picture."""
     if not data:
-        raise ValueError(f"{where}: the file is empty; replace or delete it")
+        raise Damaged(f"{where}: the file is empty; replace or delete it")
     width, height = _size_in_header(data)
     if not width:  # OpenCV reads formats that Pillow does not, and nothing would bound their size
         reason = _damage(data) or "no size in its header"
-        raise ValueError(f"{where}: the image is damaged ({reason}); replace or delete it")
+        raise Damaged(f"{where}: the image is damaged ({reason}); replace or delete it")
     megapixels, limit = width * height / 1e6, limits.max_megapixels()
     if megapixels > limit:
-        raise ValueError(
+        raise Damaged(
             f"{where}: {width}x{height} are {megapixels:.0f} million pixels, from "
             f"{len(data)} bytes; the limit is {limit:g}. Delete it, or if it is meant to be so "
             f"large, set MMRJAX_MAX_MEGAPIXELS={megapixels + 1:.0f}"
@@ -316,7 +307,7 @@ def decode_upright(data: bytes, where: str) -> np.ndarray:
     _check_size(data, where)
     pages = _pages(data)
     if pages > 1:
-        raise ValueError(
+        raise Damaged(
             f"{where}: the file holds {pages} pages or frames, and nothing tells which is meant; "
             "save the one that is meant as a file of its own"
         )
@@ -366,7 +357,7 @@ def _by_pillow(data: bytes, where: str) -> np.ndarray | None:
     except UnidentifiedImageError:
         return None
     except Exception as e:  # of Pillow's parsers
-        raise ValueError(f"{where}: the image is damaged ({e}); replace or delete it") from e
+        raise Damaged(f"{where}: the image is damaged ({e}); replace or delete it") from e
     if pixels is None or pixels.ndim == 2:
         return pixels
     return pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
@@ -390,7 +381,7 @@ def _to_uint8(pixels: np.ndarray, full_scale: int, where: str) -> np.ndarray:
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype != np.uint16:
-        raise ValueError(
+        raise Damaged(
             f"{where}: expected 8 or 16 bits a pixel, found {pixels.dtype}; save it as PNG"
         )
     return np.clip(np.rint(pixels * (255.0 / full_scale)), 0, 255).astype(np.uint8)

@@ -20,6 +20,8 @@ import tqdm
 from data_builders import common
 
 FINGERPRINT = "fingerprint.json"
+LEFT_OUT = (common.UNREADABLE, "a good image whose mask marks a defect")  # kinds of findings
+SHOWN = 20  # of these
 
 
 def read_fingerprint(record_dir: pathlib.Path) -> dict | None:
@@ -91,6 +93,15 @@ class CategoryRecords:
                 # A build was killed after the records had moved: only its empty folder is left.
                 shutil.rmtree(self.workplace, ignore_errors=True)
         self.log(f"{self.title}: up to date in {self.path}")
+        self._tell_left_out(read_fingerprint(self.path))
+
+    def _tell_left_out(self, stored: Mapping) -> None:
+        """Names the pictures that could not be used, at every call."""
+        lines = stored.get("left_out") or []
+        if lines:
+            self.log(f"{self.title}: {len(lines)} pictures LEFT OUT; python -m data_builders.check")
+        for line in lines[:SHOWN]:
+            self.log(f"{self.title}: left out: {line}")
 
     def _reason_to_build(self, fingerprint: str) -> str:
         """Why records must be built; an empty text if they are fresh."""
@@ -118,12 +129,15 @@ class CategoryRecords:
                 "fingerprint": fingerprint,
                 "built": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "counts": counts,
+                "full_scale": builder.full_scale,
+                "left_out": [line for kind, line in builder.findings if kind in LEFT_OUT],
             }
             made = pathlib.Path(builder.data_path)
             (made / FINGERPRINT).write_text(json.dumps(stored, indent=1))
             self.replace(made)
         finally:
             shutil.rmtree(self.workplace, ignore_errors=True)
+        self._tell_left_out(stored)
         expected = self.builder_cls.EXPECTED.get(self.category, {})
         self.log(f"{self.title}: {describe_counts(counts, expected)}")
         self.log(f"{self.title}: built in {time.monotonic() - start:.1f} s: {self.path}")

@@ -94,7 +94,11 @@ def build_records(config: ConfigDict) -> dict[str, str]:
         return _build_joined(config)
     try:
         directories = build.build(
-            data.name, data.raw_dir or None, data.data_dir, list(data.categories) or None
+            data.name,
+            data.raw_dir or None,
+            data.data_dir,
+            list(data.categories) or None,
+            choice={kind: data[kind] for kind in ("good", "bad", "masks")},
         )
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{e} (here: --config.data.raw_dir=…)") from e

@@ -24,6 +24,9 @@ PACKAGED = pathlib.Path(__file__).resolve().parents[2] / "configs"
 # Types of the entries of tuples that are empty by default; a name may look like a number.
 TUPLES = {
     "data.categories": str,
+    "data.good": str,
+    "data.bad": str,
+    "data.masks": str,
     "data.join": str,
     "data.held_out": str,
     "eval.resize": int,

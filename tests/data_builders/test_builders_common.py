@@ -169,14 +169,32 @@ def test_masks_are_read_by_the_usual_rule_above_127(toy, tmp_path):
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("/nowhere.png"), os.mkfifo])
 def test_a_link_to_nothing_or_a_pipe_is_named_and_never_read(tmp_path, make):
     make(tmp_path / "odd.png")
-    with pytest.raises(ValueError, match=r"odd\.png: a link to nothing, or no ordinary file"):
-        files.list_images(tmp_path)
+    assert files.list_images(tmp_path) == []
+    [line] = files.list_others(tmp_path)
+    assert line in ("odd.png: a link to nothing", "odd.png: no ordinary file")
 
 
-def test_a_name_that_is_no_text_is_named(toy):
-    name = os.fsdecode(b"\xff.png")
-    with pytest.raises(ValueError, match=r"'\\udcff\.png': the name is no UTF-8 text; rename"):
-        toy(good(name))
+def test_formats_that_are_not_read_are_named(tmp_path):
+    for name in ("a.gif", "b.HEIC", "notes.txt", ".hidden.gif"):
+        (tmp_path / name).write_bytes(b"?")
+    assert [line.split(":")[0] for line in files.list_others(tmp_path)] == ["a.gif", "b.HEIC"]
+
+
+@pytest.mark.parametrize("marks", files.OWN_OUTPUTS)
+def test_what_this_project_wrote_is_no_data(tmp_path, marks):
+    for name in marks:
+        (tmp_path / "out/deep").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("{}")
+    (tmp_path / "out/deep/a.png").write_bytes(b"?")
+    (tmp_path / "b.png").write_bytes(b"?")
+    assert files.list_images(tmp_path) == [tmp_path / "b.png"]
+
+
+@pytest.mark.parametrize("raw", [b"\xff.png", b"a\rb.png", b"a\nb.png", b"\x1b[31m.png"])
+def test_a_name_that_is_no_text_is_written_as_escapes(toy, raw):
+    (record,) = toy(good(os.fsdecode(raw)))["train"].values()
+    assert record["id"].isprintable()
+    assert record["id"].endswith(".png")
 
 
 def test_a_file_in_place_of_the_records_folder_is_named(tmp_path):

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from data_builders import build
 from data_builders.folder import folder_dataset_builder, layout
 
 
@@ -87,9 +88,18 @@ def test_train_folder_alone_is_shared_out(make, read):
     assert "readme/scan.png" not in found
 
 
-def test_sub_folders_of_train_without_a_good_one_are_good(make, read):
-    found, _ = read(make("train/day/1.png", "train/night/1.png", "test/good/1.png"))
-    assert found["train/day/1.png"] == found["train/night/1.png"] == ("train", "good", True)
+def test_a_single_folder_in_train_is_good_and_several_must_be_settled(make, read, tmp_path):
+    root = make("train/day/1.png", "test/good/1.png")
+    assert read(root)[0]["train/day/1.png"] == ("train", "good", True)
+    root = make("train/night/1.png")
+    with pytest.raises(ValueError, match=r"'train/day', 'train/night'.*data\.good="):
+        read(root)
+    given = {"good": ("train/**",), "bad": ("test/x*/**",)}
+    make("test/xy/1.png")
+    log = []
+    build.build("folder", root, tmp_path / "given", log=log.append, choice=given)
+    assert "3 good to train on" not in log
+    assert any("understood as" in line and "(xy 1)" in line for line in log)
 
 
 def test_wrapping_folders_are_passed_through(make, read):
@@ -130,7 +140,7 @@ def test_held_out_images_depend_on_names_only_and_are_a_fifth(tmp_path):
         (["dent/1.png", "scratch/1.png"], r"cannot tell which images are good .*'dent', 'scratch'"),
         (["test/good/1.png", "test/bad/1.png"], "cannot tell which images are good"),
         (["train/good/1.png", "test/1.png"], r"test/1\.png: a test image in no sub-folder"),
-        (["1.png", "parts/train/good/1.png"], r"parts/train/good/1\.png: cannot tell what it"),
+        (["1.png", "day/2.png", "night/3.png"], r"cannot tell .*'day', 'night'.*data\.good="),
         (["good/1.png", "a/2.png", "b/2.png", "masks/2.png"], r"2\.png: is it the mask of .*a/2"),
         (["good/1.png", "a/2.png", "masks/a/2.png", "masks/a/2_mask.png"], "which is its mask"),
     ],

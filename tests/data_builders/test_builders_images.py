@@ -276,21 +276,6 @@ def test_colour_masks_count_with_their_brightest_channel(tmp_path):
     assert images.read_grey(tmp_path / "m.png")[2, 3] == 200
 
 
-@pytest.mark.parametrize(
-    ("grey", "expected"),
-    [
-        ([0, 255], [False, True]),
-        ([0, 1], [False, True]),
-        ([0, 1, 2, 7], [False, True, True, True]),
-        ([0, 0], [False, False]),
-        (range(0, 250, 10), [v > 120 for v in range(0, 250, 10)]),
-    ],
-)
-def test_unknown_masks_are_labels_or_soft(grey, expected):
-    mask = images.labels_or_soft(np.array([list(grey)], np.uint8))
-    assert mask.tolist() == [list(expected)]
-
-
 def png_header(width: int, height: int) -> bytes:
     """A PNG of some hundred bytes that claims a size."""
 

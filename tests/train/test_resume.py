@@ -34,7 +34,7 @@ FIELDS = (
 Start = Callable[[pathlib.Path], subprocess.Popen]
 RUN = pathlib.Path("run/mmr/parts/seed54")
 CHECKPOINTS = RUN / "checkpoints" / "train"
-RECORDS = pathlib.Path("records/folder/parts/1.0.0")
+RECORDS = pathlib.Path("records/folder/parts/1.1.0")
 REMAINS = ("*.part", "*.building", "*orbax-checkpoint-tmp*")
 
 
