@@ -88,6 +88,18 @@ def test_prediction_and_score_have_the_promised_shapes_types_and_names(fitted, i
     assert score.dtype == jnp.float32
 
 
+def test_leaving_no_image_out_is_the_prediction(fitted, images):
+    method, variables, frozen, _ = fitted
+    if method.leave_out is None:
+        assert not method.leaves_out_exactly(method.config)
+        return
+    away = jnp.zeros((8, 13), bool)  # of the thirteen that `fit` has seen
+    found = jax.jit(method.leave_out)(variables, frozen, images, away)
+    want = jax.jit(method.predict)(variables, frozen, images)
+    assert set(found) == set(want)
+    np.testing.assert_allclose(found["map"], want["map"], rtol=1e-4, atol=1e-4)
+
+
 def test_a_score_does_not_depend_on_the_rest_of_the_batch(fitted, images):
     method, variables, frozen, _ = fitted
     predict = jax.jit(method.predict)
