@@ -178,7 +178,7 @@ class MaskedAutoencoder(nn.Module):
         table = self.tables["encoder_table"]
         images = (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         pixels = patches.patchify(images, self.patch)  # [b, n, p * p * 3]
-        b = len(pixels)
+        b = pixels.shape[0]  # a symbol in an exported program
         places = jnp.broadcast_to(table[None, 1:], (b, pixels.shape[1], self.width))
         if shuffle is not None:  # before the embedding: hidden patches cost nothing
             shown = jnp.broadcast_to(shuffle[:, :visible], (b, visible))

@@ -1,6 +1,7 @@
 """MALA: which parameter which stage trains, its losses in closed form, its score, bad input."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -323,3 +324,16 @@ def test_every_row_of_the_ablation_is_a_configuration_that_can_run(table):
     kinds = [methods.create("mala", row.config) for row in rows]
     settings = [(kind.stage_names, kind.plpm, kind.tbm, kind.options.freeze) for kind in kinds]
     assert len(set(settings)) == len(settings)  # every row changes something
+
+
+@pytest.mark.parametrize("pipeline", ["end2end", "reconstruct"])
+def test_a_scorer_can_be_exported_for_a_batch_of_any_size(tiny_config, pipeline):
+    own = methods.create("mala", configured(tiny_config, pipeline=pipeline))
+    shapes = jax.eval_shape(lambda key: own.init(key, {})[0], jax.random.key(0))
+    (b,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((b, 64, 64, 3), jnp.float32)
+
+    def score(variables, images):
+        return own.score(own.predict(variables, {}, images)["map"])
+
+    assert str(jax.eval_shape(score, shapes, images).shape) == "(b,)"
