@@ -292,7 +292,7 @@ def teacher(
       sizes: (height, width) of all images that the teacher sees, px.
 
     Raises:
-      ValueError: a family that has no PyTorch form.
+      ValueError: a teacher that has no PyTorch form.
     """
     arch, taps = backbone.arch, backbone.taps
     if isinstance(arch, vit_backbone.Architecture):

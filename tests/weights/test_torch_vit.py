@@ -11,9 +11,9 @@ torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 pytestmark = pytest.mark.torch
 
 from mmrjax import methods  # noqa: E402
-from mmrjax.models import vit_backbone  # noqa: E402
+from mmrjax.models import backbones, vit_backbone  # noqa: E402
 from mmrjax.runtime import config as config_lib  # noqa: E402
-from mmrjax.weights import torch_vit, vit_names  # noqa: E402
+from mmrjax.weights import torch_scorers, torch_vit, vit_names  # noqa: E402
 
 PLAIN = vit_backbone.Architecture(32, 3, 2, 4, (1, 2, 3), 3)
 KINDS = {
@@ -68,12 +68,6 @@ def test_a_whole_scorer_on_a_vit_equals_the_method(tiny_config, teacher):
     np.testing.assert_allclose(score.numpy(), method.score(want), rtol=1e-3)
 
 
-def test_a_family_without_a_pytorch_form_is_named(tiny_config):
-    config = tiny_config.copy_and_resolve_references()
-    config.teacher.name = "efficientnet_lite0"
-    method = methods.create("patchcore", config)
-    frozen, _ = method.load_frozen()
-    images = jnp.zeros((2, 64, 64, 3)).at[1].set(1)
-    variables = method.fit({"params": {}}, frozen, [(images, 2)], 2, jax.random.key(0))
-    with pytest.raises(ValueError, match="efficientnet_lite0 has no PyTorch form; use --output="):
-        method.torch_scorer(variables, frozen)
+def test_a_teacher_without_a_pytorch_form_is_named():
+    with pytest.raises(ValueError, match="resnet50_caffe has no PyTorch form; use --output="):
+        torch_scorers.teacher({}, "resnet50_caffe", backbones.build("resnet50_caffe"), [(64, 64)])
