@@ -59,7 +59,7 @@ class MaskedAutoencoder(nn.Module):
         """
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
         x = x if visible is None else x[:, visible]
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = first = self.blocks[0](torch.cat([first, x], dim=1))
         for block in self.blocks[1:]:
             x = block(x)
@@ -74,7 +74,7 @@ class MaskedAutoencoder(nn.Module):
         """
         x = self.decoder_embed(latent)
         if restore is not None:
-            hidden = self.mask_token.expand(len(x), len(restore) + 1 - x.shape[1], -1)
+            hidden = self.mask_token.expand(x.shape[0], len(restore) + 1 - x.shape[1], -1)
             x = torch.cat([x[:, :1], torch.cat([x[:, 1:], hidden], dim=1)[:, restore]], dim=1)
         x = x + self.decoder_pos_embed
         for block in self.decoder_blocks:
