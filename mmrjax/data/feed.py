@@ -21,13 +21,15 @@ from mmrjax.data.records import Records
 from mmrjax.runtime import devices, logs, mesh
 
 STREAM_CHUNK_BYTES = 2**28
+# px; another draw of the images that train seldom has another canvas, and compiles nothing anew
+CANVAS_STEP = 32
 
 
 class Feed:
     """Chunks of training batches.
 
     Attributes:
-      canvas: (height, width) that every training image is padded to.
+      canvas: (height, width) that every training image is padded to, multiples of CANVAS_STEP.
       resident: {"image": uint8 [n, h, w, 3], "size": int32 [n, 2]} on device, or {} when streamed.
         If the plan knows the examples' domains, also "domain": int32 [n]; if the plan wants the
         foreground, it is the fourth channel of the images, 0 or 255.
@@ -63,7 +65,7 @@ class Feed:
         for position in own:
             sizes[position] = records.size(position, max_side)
         sizes = mesh.complete(sizes, device_mesh)[:count]
-        self.canvas = tuple(int(n) for n in sizes.max(axis=0))
+        self.canvas = tuple(-(-int(n) // CANVAS_STEP) * CANVAS_STEP for n in sizes.max(axis=0))
         self._channels = 3 + plan.foreground
         gib = count * self.canvas[0] * self.canvas[1] * self._channels / 2**30
         if mode == "auto":  # each device holds them; those of a CPU share its memory

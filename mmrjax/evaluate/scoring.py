@@ -210,7 +210,9 @@ def one_behind(trained: base.Trained, predict: Callable, batches: Iterable) -> I
     before = None
     for batch in batches:
         given = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
-        result = predict(*trained.ready, *mesh_lib.put_batch(given, trained.mesh))
+        wait = logs.waiting("compiling the scores") if before is None else contextlib.nullcontext()
+        with wait:
+            result = predict(*trained.ready, *mesh_lib.put_batch(given, trained.mesh))
         if before is not None:
             yield before
         before = batch, result

@@ -1,10 +1,12 @@
 """Log lines and progress for a person, on a terminal or as plain lines; and metrics.jsonl."""
 
+import contextlib
 import json
 import logging as std_logging
 import os
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 
@@ -16,6 +18,7 @@ from mmrjax.runtime import files, processes
 from mmrjax.runtime import trackers as trackers_lib
 
 LINE_SECONDS = 15.0  # between plain lines when there is no terminal
+WAIT_SECONDS = 2.0  # of silence, after which a wait says what it is
 FLUSH_SECONDS = 1.0  # between fetches of the losses from the device
 # Our packages: an environment may lie in a clone that is called mmrjax.
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -79,6 +82,36 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
         yield item
 
 
+@contextlib.contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """Tells of a wait over WAIT_SECONDS: on a terminal by the second, and a line in the log.
+
+    Args:
+      label: what is waited for, such as "compiling the training step".
+    """
+    started, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        if done.wait(WAIT_SECONDS):
+            return
+        if not on_terminal():
+            logging.info("%s …", label)
+            return
+        while not done.wait(0.5):
+            print(f"\r{label}, {time.monotonic() - started:.0f} s ", end="", file=sys.stderr)
+        print("\r" + " " * (len(label) + 12), end="\r", file=sys.stderr)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+        if (took := time.monotonic() - started) >= WAIT_SECONDS:
+            logging.info("%s took %.0f s", label, took)
+
+
 def remedy(rate_field: str) -> str:
     """The advice for a loss or a parameter that is not finite."""
     return f"lower {rate_field} or use train.compute_dtype=float32, in another --workdir"
@@ -129,6 +162,10 @@ class TrainLog:
             # Dispatch is asynchronous: without this the loop would run hundreds of steps ahead,
             # deaf to SIGTERM and to the clock of checkpoints.
             jax.block_until_ready(self._pending[-2])
+
+    def restart(self) -> None:
+        """Starts the clock anew, so that rates leave out the time of compiling."""
+        self._last_flush = self._last_line = time.monotonic()
 
     def is_due(self) -> bool:
         """Whether it is time to `flush`."""

@@ -4,6 +4,7 @@ Order per run: frozen weights and data, initial variables, `prepare`, each gradi
 checkpoint holds everything that training changes; the position in the data is the step.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -97,11 +98,15 @@ class Views:
         own = mesh_lib.own_rows(size, mesh)
         batches = geometry.batches(self.records, view, size, own)
         (h, w), corners = view.size, view.corners()
-        to_unit = jax.jit(geometry.to_unit)
+        to_unit, is_first = jax.jit(geometry.to_unit), True
         for image, _, real in logs.progress(batches, self.label, -(-len(self.records) // size)):
             for top, left in corners:
                 window = image[:, top : top + h, left : left + w]
-                yield to_unit(mesh_lib.put_batch(window, mesh)), real
+                # The caller compiles its program on the first batch.
+                wait = logs.waiting(f"compiling: {self.label}")
+                with wait if is_first else contextlib.nullcontext():
+                    yield to_unit(mesh_lib.put_batch(window, mesh)), real
+                is_first = False
 
 
 def train(
@@ -284,7 +289,12 @@ def _loop(training, stage, step_fn, state, start, total, key, checkpoints, first
     ):
         frozen = placement.place(training.frozen, training.method.dtype)
         for chunk in data.chunks(start, total):
-            state, values = step_fn(state, frozen, data.resident, chunk, key)
+            if step == start:
+                with logs.waiting(f"compiling the training step{_of(training, stage)}"):
+                    state, values = step_fn(state, frozen, data.resident, chunk, key)
+                log.restart()
+            else:
+                state, values = step_fn(state, frozen, data.resident, chunk, key)
             count = len(chunk["index"])  # of one epoch
             rate = np.full(count, rates[step // data.steps_per_epoch])
             log.add(step, {**values, "lr": rate})
