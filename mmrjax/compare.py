@@ -2,18 +2,20 @@
 
     python -m mmrjax.compare runs/embedded/patchcore/tile runs/random/patchcore/tile
 
-Each argument is the folder of one method and category, with one folder per seed in it. The runs may
-come from different work directories, teachers or settings, as long as their test images are the
-same. The program prints the image metrics of the first, of the second, and the difference with its
-paired 95 % interval over groups of images. Metrics are averaged over seeds; each resample of groups
-serves both runs.
+Each argument is the folder of one method and category, with one folder per seed in it. It may also
+be a work directory: all methods and categories that both work directories have are compared. The
+runs may come from different teachers or settings, as long as their test images are the same. The
+program prints the image metrics of the first, of the second, and the difference with its paired
+95 % interval over groups of images. Metrics are averaged over seeds; each resample of groups serves
+both runs.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from mmrjax.runs import paired, staging
+from mmrjax.runs import arguments as arguments_lib
+from mmrjax.runs import paired, places, staging
 from mmrjax.runtime import command_line, files
 
 
@@ -43,21 +45,33 @@ def table(a: paired.Scores, b: paired.Scores) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the comparison; 1 and one line on standard error if there is none."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmrjax.compare",
-        description="Compare two finished runs on the same test images, paired.",
-    )
-    for name in ("first", "second"):
-        parser.add_argument(name, type=staging.place, help="<workdir>/<method>/<category>")
-    arguments = parser.parse_args(argv)
+    arguments = arguments_lib.parse_compare(argv)
     return command_line.run(lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    first, second = (_scores(place) for place in (arguments.first, arguments.second))
-    print(table(first, second))
-    print(f"seeds: {len(first.values)} and {len(second.values)}; images: {len(first.images)}")
+    for title, *pair in _pairs(arguments.first, arguments.second):
+        first, second = (_scores(place) for place in pair)
+        print(f"{title}{table(first, second)}")
+        print(f"seeds: {len(first.values)} and {len(second.values)}; images: {len(first.images)}")
     return 0
+
+
+def _pairs(first: str, second: str) -> list[tuple[str, str, str]]:
+    """(title, place, place) of what is compared: all that two work directories share.
+
+    Raises:
+      FileNotFoundError, ValueError: no runs, or none that belong together.
+    """
+    if files.is_remote(first) or files.is_remote(second):
+        return [("", first, second)]
+    a, b = places.groups(first), places.groups(second)
+    if len(a) == len(b) == 1:
+        return [("", *(str(next(iter(found.values()))) for found in (a, b)))]
+    if not (shared := sorted(a.keys() & b.keys())):
+        listed = " and ".join(", ".join("/".join(key) for key in sorted(found)) for found in (a, b))
+        raise ValueError(f"no method and category is in both: {listed}; name <method>/<category>")
+    return [(f"{'/'.join(key)}\n", str(a[key]), str(b[key])) for key in shared]
 
 
 def _scores(place: str) -> paired.Scores:

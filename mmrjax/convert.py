@@ -24,6 +24,7 @@ from mmrjax.data import geometry
 from mmrjax.methods import mmr
 from mmrjax.models import backbones
 from mmrjax.models import student as student_lib
+from mmrjax.runs import arguments as arguments_lib
 from mmrjax.runs import restore, staging
 from mmrjax.runtime import checkpoint, command_line, files
 from mmrjax.weights import layouts, mae_names, source, storage, teachers, torch_names
@@ -43,30 +44,11 @@ LICENCES = {
 INSIDE = {"student": "encoder", "autoencoder": "encoder"}  # the content that others have in them
 # Facts beside the weights that go with them wherever they go.
 CARRIED = ("random", "step", "teacher", "image_size", "resize", "interpolation", "decoder_heads")
-EXAMPLES = """
-kinds
-  teacher  a ResNet with torchvision's names (stem and layers 1-3; layer4 and fc are not used),
-           or a frozen ViT with its authors' or timm's names (heads are not used)
-  mae      a MAE checkpoint, {"model": state}: the encoder; the decoder is dropped
-  mae_whole  the same with its decoder (mae_visualize_vit_*.pth), or the autoencoder of a MALA run
-  timm     a timm ViT-*/16: the encoder; the classifier's head is dropped; MAE's is refused
-  mmr      a whole MMR student with the official names
-
-examples
-  python -m mmrjax.convert from-torch --kind=mae --arch=base \\
-      --input=mae_visualize_vit_base.pth --output=mae_base.safetensors
-  python -m mmrjax.convert to-torch --kind=mmr \\
-      --input=runs/mine/mmr/parts/seed54 --output=student.safetensors
-  python -m mmrjax.convert to-torch --kind=teacher \\
-      --input=runs/mine/mmr/parts/seed54 --output=teacher.safetensors
-
-An existing output is refused, never replaced; a new one appears whole or not at all.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    arguments = parse(argv)
+    arguments = arguments_lib.parse_convert(argv)
     # Nothing is computed, and a training may hold the accelerator.
     jax.config.update("jax_platforms", "cpu")
     return command_line.run(lambda: _run(arguments), "; nothing was written")
@@ -82,40 +64,11 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the command line; argparse ends the program when it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmrjax.convert",
-        description="Weights between PyTorch and mmrjax.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("verb", choices=("from-torch", "to-torch"))
-    parser.add_argument("--kind", required=True, choices=sorted(CONTENT))
-    sizes = f"{', '.join(backbones.names())}; {', '.join(mmr.SIZES)} or WIDTH,DEPTH,HEADS"
-    parser.add_argument(
-        "--arch",
-        default="",
-        help=f"{sizes}. Optional if a file or run states it, as all of mmrjax do",
-    )
-    parser.add_argument(
-        "--input", required=True, type=staging.place, help="a file or a run folder, or gs://…"
-    )
-    parser.add_argument("--output", required=True, type=_path, help="a file, not yet there")
-    return parser.parse_args(argv)
-
-
-def _path(text: str) -> pathlib.Path:
-    """With ~ as the home folder: shells leave it alone behind an equals sign."""
-    return files.local_path(text).expanduser()
-
-
 @contextlib.contextmanager
 def _opened(place: str) -> Iterator[tuple[pathlib.Path, checkpoint.Store | None]]:
     """The file or run folder of --input, a copy if it is in a bucket; and the run's checkpoints."""
     if not files.is_remote(place):
-        yield _path(place), None
+        yield pathlib.Path(place).expanduser(), None
     elif pathlib.PurePath(place).suffix in source.SUFFIXES:
         yield source.remote_file(place), None
     else:

@@ -29,7 +29,8 @@ from mmrjax import methods
 from mmrjax.data import tracks
 from mmrjax.report import page, tables
 from mmrjax.report import sweep as report_sweep
-from mmrjax.runs import aggregate, staging, sweep
+from mmrjax.runs import aggregate, places, staging, sweep
+from mmrjax.runs import arguments as arguments_lib
 from mmrjax.runs import records as records_lib
 from mmrjax.runs import run as run_lib
 from mmrjax.runs import workdir as workdir_lib
@@ -48,6 +49,7 @@ def _run(argv: Sequence[str]) -> int:
     devices.keep_freed()
     try:
         config, arguments = parse(argv)
+        records_lib.choose(config, arguments.fields)
         config_lib.validate(config, methods.METHODS)
         trackers.check(config.log.trackers)
         command_line.keep_compiled()
@@ -82,6 +84,8 @@ def _run(argv: Sequence[str]) -> int:
     if processes.is_first():
         print(table)
         print(f"\nreport: {stage.named(str(report_path))} ({time.monotonic() - started:.0f} s)")
+        if line := predict_command(arguments.workdir):
+            print(line)
     return 0
 
 
@@ -106,23 +110,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
       ValueError: an unknown flag, a stray argument or a bad override, with what to type instead.
       FileNotFoundError: no such configuration.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m mmrjax.main",
-        description="Train, evaluate and report. Fields: --config.<group>.<field>=<value>.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", required=True, help="configs/<name>.py[:argument]")
-    parser.add_argument(
-        "--workdir",
-        type=staging.place,
-        help="holds all of a run; may be gs://…; by default runs/<name of the configuration>",
-    )
-    parser.add_argument("--mode", default="train", choices=("train", "evaluate"))
-    parser.add_argument("--distributed", action="store_true", help="one of several processes")
-    parser.add_argument("--coordinator", help="host:port of the first process, where not detected")
-    parser.add_argument("--num_processes", type=int, help="where not detected")
-    parser.add_argument("--process_id", type=int, help="of this one, from 0; where not detected")
+    parser = arguments_lib.train("python -m mmrjax.main", exit_on_error=False)
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     rest = [a for a in argv if not a.startswith("--config.")]
     is_given = any(a == "--config" or a.startswith("--config=") for a in rest)
@@ -138,6 +126,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
             "--coordinator, --num_processes, --process_id and --config.<group>.<field>=<value>"
         )
     given = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    arguments.fields = {text.partition("=")[0] for text in overrides}
     arguments.distributed |= any(value is not None for value in given)
     config = config_lib.load(arguments.config, overrides)
     if arguments.workdir is None:
@@ -196,6 +185,17 @@ def run_sweep(config: ConfigDict, stage: staging.Stage, mode: str) -> tuple[str,
         config, stage.folder, lambda own, folder: run_all(own, stage, folder, mode)
     )
     return report_sweep.text_table(content, methods.METHODS), path
+
+
+def predict_command(workdir: str) -> str:
+    """The command that scores pictures with a run of a work directory; "" if there is no run."""
+    if files.is_remote(workdir):
+        return f"predict: mmrjax predict <images> --workdir={workdir}/<method>/<category>/seed<k>"
+    found = places.runs(pathlib.Path(workdir))
+    if not found:
+        return ""
+    others = f" (or another of {len(found)} runs)" if len(found) > 1 else ""
+    return f"predict: mmrjax predict <images> --workdir={found[-1]}{others}"
 
 
 def results_table(results: dict) -> str:

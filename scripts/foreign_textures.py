@@ -18,7 +18,7 @@ import numpy as np
 from mmrjax.data import geometry, tracks
 from mmrjax.data.defects import perlin, textures
 from mmrjax.metrics import ranking
-from mmrjax.runs import detector, records, restore, staging
+from mmrjax.runs import detector, places, records, restore
 
 UNSEEN = 1  # seed of the textures; training draws with 0
 
@@ -26,7 +26,7 @@ UNSEEN = 1  # seed of the textures; training draws with 0
 def main() -> None:
     """Runs the command line; prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, type=staging.place)
+    parser.add_argument("--workdir", required=True, type=places.address)
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -22,7 +22,9 @@ import tomllib
 import pytest
 
 from data_builders import build
+from mmrjax import __main__ as cli
 from mmrjax import main, methods
+from mmrjax.runs import arguments
 from mmrjax.runtime import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -38,7 +40,9 @@ FIELD_SOURCES = [
     *sorted((ROOT / "scripts").glob("*.sh")),
     ROOT / "scripts" / "colab.ipynb",
 ]
-FIRST_WORDS = re.compile(r"(python|pip|export|sbatch|tensorboard|scripts/\w+(\.sh)?)(\s|$)|\w+=\"")
+FIRST_WORDS = re.compile(
+    r"(python|mmrjax|pip|export|sbatch|tensorboard|scripts/\w+(\.sh)?)(\s|$)|\w+=\""
+)
 # Not what code builds, f"--config.{field}", and not --config.<group>.<field>.
 FIELD = re.compile(r"--config\.(\w+\.\w+)(?:=([^\s`\"'\\);]*[^\s`\"'\\);.,]))?")
 PLACEHOLDER = "placeholder"
@@ -94,6 +98,11 @@ RUN_BY = {
     r"python -m mmrjax.main .*configs/mala_ablation.py(:\w+)? .*": "tests/methods/test_mala.py::"
     "test_every_row_of_the_ablation_is_a_configuration_that_can_run",
     r"python -m mmrjax.(predict|export|report|compare) .*": HERE,
+    r"mmrjax (train|predict) .*": "tests/test_cli.py::test_two_commands_give_verdicts",
+    r"mmrjax (report|compare)( .*)?": "tests/test_cli.py::test_the_other_verbs_find_the_run",
+    r"mmrjax configs.*": "tests/test_cli.py::"
+    "test_the_fields_of_a_configuration_have_value_comment_and_source",
+    r"mmrjax export .*": "tests/export/test_export.py::test_another_calibration_sets_the_threshold",
     r"python -m mmrjax.convert to-torch .*": HERE,
     r"python -m mmrjax.convert from-torch .*": "tests/test_convert.py::"
     "test_of_a_mae_checkpoint_the_encoder_is_taken",
@@ -304,6 +313,15 @@ def check_python(words: list[str]) -> None:
             assert parsed.name in build.BUILDERS
 
 
+def check_verb(words: list[str]) -> None:
+    """Checks `mmrjax <verb> …`; a folder stands for a placeholder."""
+    verb, *rest = (str(ROOT) if word == PLACEHOLDER else word for word in words[1:])
+    if verb in ("configs", "check"):
+        assert cli.VERBS[verb][0](rest)
+    else:
+        getattr(arguments, f"parse_{verb}")(rest)
+
+
 def check_cluster(words: list[str]) -> None:
     """Checks that the script's own dry run takes the command, and the program its arguments."""
     if words[0] == "sbatch":
@@ -345,6 +363,8 @@ def test_it_parses(shown):
             assert importlib.util.find_spec(words[2])
         elif words[0] == "python":
             check_python(words)
+        elif words[0] == "mmrjax":
+            check_verb(words)
         elif words[0] == "sbatch" or words[0].endswith(("tpu_vm.sh", "slurm.sh")):
             check_cluster(words)
         else:
@@ -410,6 +430,8 @@ MISTAKES = {
     "python -m mmrjax.predict --workdir=a --inptu=b --output=c": "refuses",
     "python -m mmrjax.convert to-torch --kind=student --input=a --output=b": "refuses",
     "python -m mmrjax.compare one": "refuses",
+    "mmrjax train <folder> --config.train.epoch=3": "epochs",
+    "mmrjax predict --inptu=b": "refuses",
     "python -m data_builders.build mvtek --raw_dir=a --data_dir=b": "mvtek",
     "python scripts/campain.py": "campain",
     "pip install '.[cuda99]'": "cuda99",

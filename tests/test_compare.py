@@ -65,7 +65,7 @@ def test_what_cannot_be_compared_is_said_in_one_line(runs, tmp_path, capsys):
     cases = (
         ("c", "nothing to pair: 60 and 2 test images, 0 in common"),
         ("d", "all good"),
-        ("absent", "no runs in"),
+        ("absent", "no such folder"),
     )
     for name, message in cases:
         first = runs / "a" if name != "d" else tmp_path / "d"

@@ -19,10 +19,10 @@ import jax
 import numpy as np
 
 from mmrjax import methods
+from mmrjax.runs import arguments as arguments_lib
 from mmrjax.runtime import command_line, devices, files
 from mmrjax.runtime import config as config_lib
 
-PARTS = ("train", "evaluate", "latency")
 RANDOM = (
     "teacher.weights=random",
     "data.feed=resident",
@@ -30,14 +30,12 @@ RANDOM = (
 )
 # Largest differences from PyTorch in float32, by the compute dtype of JAX.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.01}
-NUMBERS = {"windows": 5, "window_seconds": 2.0, "requests": 200, "images": 64}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    arguments = _parse(argv)
     devices.keep_freed()
-    return command_line.run(lambda: _run(arguments))
+    return command_line.run(lambda: _run(_parse(argv)))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -52,55 +50,22 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m mmrjax.bench", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument("--config", default="configs/magnetic_tile.py")
-    parser.add_argument("--train_batches", type=_numbers, default=(16,), help="as 16,32")
-    parser.add_argument("--eval_batches", type=_numbers, default=(1, 32))
-    for name, default in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    parser.add_argument("--parts", type=_words, default=PARTS, help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--vs", choices=("torch",), help="compare with PyTorch (torch extra)")
-    parser.add_argument("--variants", type=_words, default=(), help="ways to run PyTorch")
-    parser.add_argument("--json", type=files.local_path, help="file for all numbers")
-    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
-    arguments, overrides = parser.parse_known_args(argv)
-    arguments.overrides = [o.removeprefix("--config.") for o in overrides]
-    if unknown := [o for o in overrides if not o.startswith("--config.")]:
-        parser.error(f"unknown argument {unknown[0]!r}")
-    if min(getattr(arguments, name) for name in NUMBERS) <= 0:
-        parser.error(f"--{', --'.join(NUMBERS)} must be positive")
-    if wrong := [part for part in arguments.parts if part not in PARTS]:
-        parser.error(f"--parts={wrong[0]}: known are {', '.join(PARTS)}")
+    arguments = arguments_lib.parse_bench(argv)
     if arguments.vs and not arguments.worker:
-        arguments.variants = _variants(arguments.variants, parser)
+        arguments.variants = _variants(arguments.variants)
     several = [size for size in arguments.eval_batches if size > 1]  # an image is on one device
     devices.show_cores([*arguments.train_batches, *several])
     return arguments
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(n) for n in text.split(",") if n)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers, as 16,32") from e
+def _variants(given: tuple[str, ...]) -> tuple[str, ...]:
+    import torch
 
+    from mmrjax.bench import torch_side
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
-
-
-def _variants(given: tuple[str, ...], parser: argparse.ArgumentParser) -> tuple[str, ...]:
-    try:
-        import torch
-
-        from mmrjax.bench import torch_side
-    except ModuleNotFoundError as e:
-        parser.error(f"--vs=torch needs {e.name}: pip install 'mmrjax[torch]'")
     known = tuple(torch_side.VARIANTS)
     if wrong := [name for name in given if name not in known]:
-        parser.error(f"--variants={wrong[0]}: known are {', '.join(known)}")
+        raise ValueError(f"--variants={wrong[0]}: known are {', '.join(known)}")
     return given or (known if torch.cuda.is_available() else torch_side.ON_CPU)
 
 
@@ -109,7 +74,7 @@ def _programs(arguments: argparse.Namespace):
 
     config = config_lib.load(arguments.config, [*RANDOM, *arguments.overrides])
     config_lib.validate(config, methods.METHODS)
-    plan = programs.Plan(**{name: getattr(arguments, name) for name in NUMBERS})
+    plan = programs.Plan(**{name: getattr(arguments, name) for name in arguments_lib.BENCH_NUMBERS})
     return programs.Programs(config, config.method.names[0], plan)
 
 
@@ -219,7 +184,9 @@ def _compare(arguments: argparse.Namespace) -> dict:
 
 def _ours(task: str, arguments: argparse.Namespace) -> dict:
     """The result of a task of `_work` in a process of its own."""
-    flags = [f"--{name}={getattr(arguments, name)}" for name in (*NUMBERS, "config")]
+    flags = [
+        f"--{name}={getattr(arguments, name)}" for name in (*arguments_lib.BENCH_NUMBERS, "config")
+    ]
     for name in ("train_batches", "eval_batches"):
         flags.append(f"--{name}={','.join(map(str, getattr(arguments, name)))}")
     overrides = [f"--config.{field}" for field in arguments.overrides]

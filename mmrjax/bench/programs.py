@@ -26,6 +26,7 @@ from mmrjax.data.records import Records
 from mmrjax.evaluate import scoring
 from mmrjax.methods import base
 from mmrjax.runs import pretrained
+from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import mesh as mesh_lib
 from mmrjax.runtime import placement
 from mmrjax.train import loop

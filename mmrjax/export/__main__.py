@@ -16,7 +16,7 @@ The file is loaded again and compared with the model before the command succeeds
 
 import argparse
 import functools
-import importlib.util
+import importlib
 import json
 import pathlib
 import sys
@@ -30,8 +30,9 @@ from jax import export
 from data_builders import files as image_folders
 from mmrjax import methods
 from mmrjax.data import geometry
+from mmrjax.runs import arguments as arguments_lib
 from mmrjax.runs import detector as detector_lib
-from mmrjax.runs import staging
+from mmrjax.runs import places
 from mmrjax.runtime import command_line, files
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -40,40 +41,47 @@ TOLERANCE = 1e-5  # of scores and maps; relative if the map exceeds 1
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    arguments = parse(argv)
+    arguments = arguments_lib.parse_export(argv)
     return command_line.run(lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    detector = detector_lib.load(arguments.workdir, arguments.target_fpr)
-    images = inputs(detector, arguments.images)
-    is_onnx = arguments.output.suffix == ".onnx"
-    form = _onnx() if is_onnx else sys.modules[__name__]
-    files.write_bytes(arguments.output, form.serialise(detector))
-    found = form.run(arguments.output, images)
-    difference = compare(detector, arguments.output, found, images, is_onnx)
-    text = json.dumps(description(detector, found, is_onnx), indent=1)
-    files.write_text(arguments.output.with_name(f"{arguments.output.name}.json"), text)
-    size = arguments.output.stat().st_size / 2**20
-    print(f"loaded again: differs by {difference:.1e} on {len(images)} images")
-    print(f"wrote {arguments.output} ({size:.1f} MiB)")
+    detector = detector_lib.load(places.run(arguments.workdir))
+    if arguments.calibration is not None:
+        detector = detector.with_file(arguments.calibration)
+    if arguments.target_fpr is not None:
+        detector = detector.with_target(arguments.target_fpr)
+    write(detector, arguments.output, arguments.images)
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the command line; argparse ends the program when it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmrjax.export",
-        description="Writes the scorer of a run as a serialised JAX program or as ONNX.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--workdir", required=True, type=staging.place, help="of a run")
-    parser.add_argument(
-        "--output", required=True, type=files.local_path, help="scorer.jax or scorer.onnx"
-    )
-    parser.add_argument("--images", help="folder of images to compare on; otherwise noise")
-    parser.add_argument("--target_fpr", type=float, help="false-positive rate of the threshold")
-    return parser.parse_args(argv)
+def write(
+    detector: detector_lib.Detector, path: pathlib.Path, folder: str | None = None
+) -> pathlib.Path:
+    """Writes the file and its .json, and compares the file with the model; returns the path.
+
+    Args:
+      detector: a trained run.
+      path: the file; its suffix says its kind.
+      folder: images to compare on; noise if None.
+
+    Raises:
+      ValueError: an unknown suffix, absent extras, or a method without this form.
+      RuntimeError: the file differs from the model.
+    """
+    arguments_lib.check_kind(path)
+    images = inputs(detector, folder)
+    is_onnx = path.suffix == ".onnx"
+    form = importlib.import_module("mmrjax.export.onnx") if is_onnx else sys.modules[__name__]
+    files.write_bytes(path, form.serialise(detector))
+    found = form.run(path, images)
+    difference = compare(detector, path, found, images, is_onnx)
+    text = json.dumps(description(detector, found, is_onnx), indent=1)
+    files.write_text(path.with_name(f"{path.name}.json"), text)
+    size = path.stat().st_size / 2**20
+    print(f"loaded again: differs by {difference:.1e} on {len(images)} images")
+    print(f"wrote {path} ({size:.1f} MiB)")
+    return path
 
 
 def serialise(detector: detector_lib.Detector) -> bytes:
@@ -85,9 +93,7 @@ def serialise(detector: detector_lib.Detector) -> bytes:
 
     def score(images):
         out = _map_and_score(method, variables, frozen, images)
-        return (
-            out if threshold is None else out | {"is_anomaly": ~(out["score"] <= threshold)}
-        )  # NaN too
+        return out if threshold is None else out | {"is_anomaly": out["score"] > threshold}
 
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *detector.view.size, 3), np.uint8)
@@ -208,14 +214,6 @@ def description(
         "scale": detector.scale,
         "platforms": ["onnxruntime"] if is_onnx else list(PLATFORMS),
     }
-
-
-def _onnx():
-    """The module that writes ONNX; ValueError without the packages that it needs."""
-    packages = ("torch", "onnx", "onnxscript", "onnxruntime")
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"ONNX needs {', '.join(missing)}: pip install 'mmrjax[onnx]'")
-    return importlib.import_module("mmrjax.export.onnx")
 
 
 if __name__ == "__main__":

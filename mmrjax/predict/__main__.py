@@ -1,7 +1,8 @@
 """Scores images or a video: python -m mmrjax.predict --workdir=<run> --input=… --output=<dir>.
 
-The input is an image, a folder (with all its sub-folders), a quoted glob or a video. The program
-writes into --output
+Images, folders (with all their sub-folders) and quoted globs may also stand without --input. A
+video stands alone. Without --workdir the latest run in runs/ scores. The program writes into
+--output
 
     scores.csv, scores.jsonl   path, score, threshold, verdict, p-value, boxes (x y w h in px)
     overlays/, heat/           pictures on one fixed colour scale, the same for every image
@@ -17,7 +18,6 @@ false-positive rate. Unreadable files are listed and skipped; the exit status is
 import argparse
 import csv
 import glob
-import hashlib
 import io
 import json
 import os
@@ -31,73 +31,57 @@ from absl import logging
 from PIL import Image
 
 from data_builders import files as image_folders
-from data_builders.files import printable
 from data_builders.folder import layout
-from mmrjax.evaluate import calibrate
 from mmrjax.predict import video
 from mmrjax.report import pictures
+from mmrjax.runs import arguments as arguments_lib
 from mmrjax.runs import detector as detector_lib
-from mmrjax.runs import staging
+from mmrjax.runs import places
 from mmrjax.runtime import command_line, files, logs
 
 SOME_UNREADABLE = 3  # exit status
-LONGEST_NAME = 240  # bytes of a file's name; 255, less .part
+SHOWN = 20  # verdicts that are printed, image by image
+MANY = 5  # images of which most are flagged, before the threshold is doubted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     logs.setup()
-    arguments = parse(argv)
+    arguments = arguments_lib.parse_predict(argv)
     return command_line.run(lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
     check_output(arguments.output)
+    given, films = arguments.images, [*filter(video.is_video, arguments.images)]
+    if films and len(given) > 1:
+        raise ValueError(f"{films[0]}: a video is scored alone; give it a call of its own")
+    paths, root = ([], pathlib.Path()) if films or not given else find_all(given)
+    place = places.run(arguments.workdir)
+    if arguments.workdir is None:
+        print(f"run: {place}")
     command_line.keep_compiled()
-    detector = detector_lib.load(arguments.workdir, show_cores=True)
+    # A single picture cannot be shared among cores.
+    several = bool(films) or len(paths) > 1 or arguments.recalibrate is not None
+    detector = detector_lib.load(place, show_cores=several)
     detector.full_scale = arguments.full_scale
     detector = choose_threshold(detector, arguments)
-    if arguments.input is None:
+    if not given:
         return 0
-    score = score_video if video.is_video(arguments.input) else score_images
     rows = []
     try:
-        unreadable = score(detector, arguments, rows)
+        if films:
+            unreadable = score_video(detector, arguments, rows)
+        else:
+            unreadable = score_images(detector, arguments, rows, paths, root)
     finally:  # an interrupted call writes the rows that it has
         if rows:
             write_scores(arguments.output, rows)
-    print(summary(detector, rows, arguments.output))
+    print("\n".join([*verdicts(rows), summary(detector, rows, arguments.output)]))
+    print(next_step(detector, rows, place))
     for line in unreadable:
-        print(f"skipped: {printable(line)}", file=sys.stderr)
-    unjudged = any(row["score"] is None for row in rows)
-    return SOME_UNREADABLE if unreadable or unjudged else 0
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the command line; argparse ends the program when it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmrjax.predict",
-        description="Scores images or a video with a trained run.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--workdir", required=True, type=staging.place, help="of a run")
-    parser.add_argument("--input", help="an image, a folder, a quoted glob or a video")
-    parser.add_argument(
-        "--output", required=True, type=files.local_path, help="folder to write into"
-    )
-    parser.add_argument("--raw_maps", choices=("npy", "tiff"), help="also write float32 maps")
-    parser.add_argument("--no_pictures", action="store_true", help="only scores")
-    parser.add_argument("--target_fpr", type=float, help="false-positive rate of the threshold")
-    other = parser.add_mutually_exclusive_group()
-    other.add_argument("--recalibrate", help="good images that the threshold is taken from")
-    other.add_argument("--calibration", type=files.local_path, help="a calibration.json to use")
-    parser.add_argument("--full_scale", type=int, default=0, help="white of 16-bit images")
-    arguments = parser.parse_args(argv)
-    if arguments.input is None and arguments.recalibrate is None:
-        parser.error("--input is missing")
-    if arguments.full_scale < 0:
-        parser.error(f"--full_scale={arguments.full_scale}: a grey level such as 4095 or 65535")
-    return arguments
+        print(f"skipped: {line}", file=sys.stderr)
+    return SOME_UNREADABLE if unreadable else 0
 
 
 def check_output(output: pathlib.Path) -> None:
@@ -123,19 +107,15 @@ def choose_threshold(
       ValueError: the threshold is impossible, with the reason.
     """
     if arguments.calibration is not None:
-        calibration = calibrate.read(arguments.calibration)
-        if calibration is None:
-            raise FileNotFoundError(f"--calibration={arguments.calibration}: no such file")
-        detector = detector.with_calibration(calibration)
+        detector = detector.with_file(arguments.calibration)
     if arguments.recalibrate is not None:
-        paths = good_images(arguments.recalibrate, detector.full_scale)
-        source, groups = f"good images of {arguments.recalibrate}", list(paths.values())
-        detector = detector.recalibrated(list(paths), source, groups)
+        paths, _ = find_images(arguments.recalibrate, "--recalibrate")
+        detector = detector.recalibrated(paths, f"good images of {arguments.recalibrate}")
         target = detector.target_fpr if arguments.target_fpr is None else arguments.target_fpr
         detector = detector.with_target(target)  # refused before an older file is replaced
         detector.calibration.write(arguments.output / "calibration.json")
         print(
-            f"threshold {detector.thresholds[0]:.6g} from {len(set(groups))} good images\n"
+            f"threshold {detector.thresholds[0]:.6g} from {len(paths)} good images\n"
             f"wrote {arguments.output / 'calibration.json'}"
         )
         return detector
@@ -154,7 +134,7 @@ def find_images(given: str, flag: str = "--input") -> tuple[list[pathlib.Path], 
     Raises:
       FileNotFoundError: there is no image.
     """
-    path = pathlib.Path(given).expanduser()
+    path = pathlib.Path(given)
     if path.is_dir():
         images, masks = layout.tell_masks_apart(path)
         paths, root = list(images), path
@@ -163,7 +143,7 @@ def find_images(given: str, flag: str = "--input") -> tuple[list[pathlib.Path], 
     elif path.is_file():
         paths, root = [path], path.parent
     else:
-        paths = sorted(pathlib.Path(p) for p in glob.glob(str(path), recursive=True))
+        paths = sorted(pathlib.Path(p) for p in glob.glob(given, recursive=True))
         paths = [p for p in paths if p.is_file() and image_folders.is_image(p.name)]
         root = pathlib.Path(os.path.commonpath([p.parent for p in paths])) if paths else path
     if not paths:
@@ -174,34 +154,14 @@ def find_images(given: str, flag: str = "--input") -> tuple[list[pathlib.Path], 
     return paths, root
 
 
-def good_images(given: str, full_scale: int) -> dict[pathlib.Path, str]:
-    """The images of --recalibrate that may be good, each with a hash of its pixels.
-
-    Equal pixels are one part. Left out are, with a warning, images that the names of their folders
-    or their masks call defective, and files that cannot be read.
-
-    Raises:
-      FileNotFoundError, ValueError: no image is left.
-    """
-    paths, root = find_images(given, "--recalibrate")
-    if root.is_dir() and len(paths) > 1:
-        try:
-            bad = {i.path for i in layout.read_layout(root).items if i.defect != "good"}
-        except ValueError:
-            bad = set()  # its folders say nothing of good and defective
-        if bad:
-            logging.warning("%d images in %s are left out as defective", len(bad), given)
-        paths = [path for path in paths if path not in bad]
-    unreadable: list[str] = []
-    hashes = {
-        path: hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
-        for path, image in readable(paths, full_scale, unreadable)
-    }
-    for line in unreadable:
-        logging.warning("left out: %s", line)
-    if not hashes:
-        raise ValueError(f"--recalibrate={given}: no good image there that can be read")
-    return hashes
+def find_all(given: Sequence[str]) -> tuple[list[pathlib.Path], pathlib.Path]:
+    """As `find_images`, of several arguments; an image that is named twice counts once."""
+    found = [find_images(one) for one in given]
+    if len(found) == 1:
+        return found[0]
+    paths = {path.absolute(): path for some, _ in found for path in some}
+    root = pathlib.Path(os.path.commonpath([root.absolute() for _, root in found]))
+    return [*paths], root
 
 
 def readable(
@@ -223,23 +183,24 @@ def readable(
 
 
 def score_images(
-    detector: detector_lib.Detector, arguments: argparse.Namespace, rows: list[dict]
+    detector: detector_lib.Detector,
+    arguments: argparse.Namespace,
+    rows: list[dict],
+    paths: Sequence[pathlib.Path],
+    root: pathlib.Path,
 ) -> list[str]:
-    """Adds a row per image to `rows` and writes its pictures.
+    """Adds a row per image to `rows` and writes its pictures, named after their places below root.
 
     Returns:
       A line per unreadable file.
     """
-    paths, root = find_images(arguments.input)
     unreadable = []
     if detector.scale is None:
         logging.warning("no pictures: the run was never evaluated, so it has no colour scale")
-    if root.is_dir() and len(paths) > 1:
-        unreadable += [line for line in image_folders.list_others(root) if ": " in line]
     items = readable(logs.progress(paths, "scoring"), detector.full_scale, unreadable)
     for path, image, prediction in detector.stream(items):
-        name = path.relative_to(root)
-        rows.append({"path": printable(name.as_posix()), **prediction.row()})
+        name = path.absolute().relative_to(root.absolute())
+        rows.append({"path": name.as_posix(), **prediction.row()})
         if detector.scale and not arguments.no_pictures:
             write_pictures(arguments.output, name, image, prediction, detector.scale)
         if arguments.raw_maps:
@@ -257,7 +218,7 @@ def score_video(
     Returns:
       A line if the video ends early.
     """
-    path = pathlib.Path(arguments.input)
+    path = pathlib.Path(arguments.images[0])
 
     def write_raw(number: int, prediction: detector_lib.Prediction) -> None:
         write_map(arguments.output / "maps" / path.name / f"{number:06d}", prediction.map, kind)
@@ -274,22 +235,10 @@ def write_pictures(
     scale: tuple[float, float],
 ) -> None:
     """Writes the overlay with its boxes, and the bare heat map."""
-    heat = np.nan_to_num(prediction.map, nan=-np.inf)
-    overlay = pictures.heat_overlay(image, heat, scale)
-    overlay = pictures.draw_boxes(overlay, prediction.boxes or ())
+    heat, overlay = np.nan_to_num(prediction.map, nan=-np.inf), prediction.overlay(image)
     colour, _ = pictures.colour_and_opacity(pictures.scale_position(heat, scale))
     for folder, picture in (("overlays", overlay), ("heat", colour)):
-        pictures.write_png(output / folder / short_name(name, ".png"), picture)
-
-
-def short_name(name: pathlib.PurePath, ending: str) -> pathlib.PurePath:
-    """A name with another ending; a name too long for a file system is cut, with its hash."""
-    whole = os.fsencode(name.name)
-    if len(whole) + len(ending) > LONGEST_NAME:
-        digest = hashlib.sha256(whole).hexdigest()[:12]
-        cut = whole[: LONGEST_NAME - len(ending) - len(digest) - 1]
-        return name.with_name(f"{cut.decode(errors='ignore')}_{digest}{ending}")
-    return name.with_name(name.name + ending)
+        pictures.write_png((output / folder / name).with_name(f"{name.name}.png"), picture)
 
 
 def write_map(path: pathlib.Path, anomaly_map: np.ndarray, kind: str) -> None:
@@ -299,7 +248,7 @@ def write_map(path: pathlib.Path, anomaly_map: np.ndarray, kind: str) -> None:
         np.save(buffer, anomaly_map)
     else:
         Image.fromarray(anomaly_map).save(buffer, "TIFF")
-    files.write_bytes(short_name(path, f".{kind}"), buffer.getvalue())
+    files.write_bytes(path.with_name(f"{path.name}.{kind}"), buffer.getvalue())
 
 
 def write_scores(output: pathlib.Path, rows: Sequence[dict]) -> None:
@@ -310,22 +259,14 @@ def write_scores(output: pathlib.Path, rows: Sequence[dict]) -> None:
     for row in rows:
         cells = dict(row)
         cells["boxes"] = "; ".join(" ".join(map(str, box)) for box in row["boxes"] or ())
-        writer.writerow(["" if cell is None else harmless(cell) for cell in cells.values()])
+        writer.writerow(["" if cell is None else cell for cell in cells.values()])
     files.write_text(output / "scores.csv", out.getvalue())
     files.write_text(output / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def harmless(cell: object) -> object:
-    """A cell that no spreadsheet takes for a formula."""
-    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@"))
-    return f"'{cell}" if is_formula else cell
 
 
 def summary(detector: detector_lib.Detector, rows: Sequence[dict], output: pathlib.Path) -> str:
     """The result in a line or two."""
     line = f"{len(rows)} scored"
-    if unjudged := sum(row["score"] is None for row in rows):
-        line += f", {unjudged} CANNOT BE JUDGED (the score is no finite number)"
     if detector.thresholds[0] is not None:
         flagged = sum(row["verdict"] == "anomaly" for row in rows)
         line += (
@@ -334,6 +275,32 @@ def summary(detector: detector_lib.Detector, rows: Sequence[dict], output: pathl
             f"{detector.calibration.promise(detector.target_fpr)})"
         )
     return f"{line}\nwrote {output}"
+
+
+def verdicts(rows: Sequence[dict]) -> list[str]:
+    """A line for each of up to SHOWN images: verdict, score, p-value, name; nothing of a video."""
+    if "frame" in rows[0] or len(rows) > SHOWN:
+        return []
+    lines = []
+    for row in rows:
+        p_value = "" if row["p_value"] is None else f"  p {row['p_value']:.3f}"
+        verdict = row["verdict"] or "no verdict"
+        lines.append(f"{verdict:11} score {row['score']:.6g}{p_value}  {row['path']}")
+    return lines
+
+
+def next_step(detector: detector_lib.Detector, rows: Sequence[dict], place: str) -> str:
+    """The command that helps most from here."""
+    again = f"mmrjax predict <images> --workdir={place} --recalibrate=<folder of good pictures>"
+    if detector.thresholds[0] is None:
+        return f"next, for verdicts: {again}"
+    flagged = sum(row["verdict"] == "anomaly" for row in rows)
+    if len(rows) >= MANY and flagged > len(rows) / 2:
+        return (
+            "next: more than half are called defective; if they are good, light, background or "
+            f"view is not that of the training: {again}"
+        )
+    return f"next, a file for the line: mmrjax export {place} --output=scorer.onnx"
 
 
 if __name__ == "__main__":

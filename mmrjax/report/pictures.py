@@ -308,7 +308,11 @@ def write_gallery(
     files.write_text(folder / "gallery.json", text + "\n")
 
 
+def png(image: np.ndarray) -> bytes:
+    """RGB uint8 [h, w, 3] as a PNG file."""
+    return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+
 def write_png(path: pathlib.Path, image: np.ndarray) -> None:
     """Writes RGB uint8 [h, w, 3]; cv2.imwrite would report a bad path only by False."""
-    encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
-    files.write_bytes(path, encoded.tobytes())
+    files.write_bytes(path, png(image))

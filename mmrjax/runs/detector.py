@@ -8,10 +8,12 @@ The images pass through the functions of an evaluation (geometry.view_image, sco
 so the scores are the same. A detector writes no file; mmrjax.predict does.
 """
 
+import base64
 import collections
 import concurrent.futures
 import dataclasses
 import functools
+import html
 import itertools
 import os
 import pathlib
@@ -22,15 +24,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_builders import images as image_files
+from mmrjax import methods
 from mmrjax.data import geometry
 from mmrjax.evaluate import calibrate, scoring
 from mmrjax.methods import base
-from mmrjax.runs import restore, staging
-from mmrjax.runtime import devices, files
+from mmrjax.report import page, pictures
+from mmrjax.runs import places, restore, staging
+from mmrjax.runtime import devices, files, logs
 
 FULL_SCALE = 65535  # white of 16-bit images by default
-CANNOT_JUDGE = "cannot judge"  # the verdict of a score that is no finite number
 THREADS = 4  # that decode images
+GALLERY = 3  # pictures of the test that a detector shows of itself
+SMALL_BATCHES = (1, 8)  # images; one picture costs one, not a whole batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +61,24 @@ class Prediction:
       view_map: float32 [h, w], the map at the size of the view.
       view: resize and crop of the image before the model.
       size: (height, width) of the image in px.
+      source: the path or the pixels that `predict` was given; None from `stream`.
+      scale: the colour scale of the run's pictures; None if the run has none.
     """
 
     score: float
     threshold: float | None
     p_value: float | None
     boxes: list[Box] | None
-    view_map: np.ndarray
-    view: geometry.View
+    view_map: np.ndarray = dataclasses.field(repr=False)
+    view: geometry.View = dataclasses.field(repr=False)
     size: tuple[int, int]
+    source: object = dataclasses.field(default=None, repr=False)
+    scale: tuple[float, float] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def is_anomaly(self) -> bool | None:
-        """The verdict; None without threshold, and for a score that is no finite number."""
-        if self.threshold is None or not np.isfinite(self.score):
-            return None
-        return self.score > self.threshold
+        """The verdict; None without threshold."""
+        return None if self.threshold is None else self.score > self.threshold
 
     @functools.cached_property
     def map(self) -> np.ndarray:
@@ -81,18 +88,41 @@ class Prediction:
     def row(self) -> dict:
         """Score, threshold, verdict, p-value and boxes as plain values, for a table."""
         return {
-            "score": self.score if np.isfinite(self.score) else None,
+            "score": self.score,
             "threshold": self.threshold,
-            "verdict": {None: "", False: "good", True: "anomaly"}[self.is_anomaly]
-            if np.isfinite(self.score)
-            else CANNOT_JUDGE,
+            "verdict": {None: "", False: "good", True: "anomaly"}[self.is_anomaly],
             "p_value": self.p_value,
             "boxes": self.boxes and [[box.x, box.y, box.width, box.height] for box in self.boxes],
         }
 
+    def overlay(self, image: np.ndarray) -> np.ndarray:
+        """The image, RGB uint8 [h, w, 3], with heat and boxes on the run's colour scale."""
+        heat = np.nan_to_num(self.map, nan=-np.inf)
+        return pictures.draw_boxes(pictures.heat_overlay(image, heat, self.scale), self.boxes or ())
+
+    def _repr_png_(self) -> bytes | None:
+        """The image beside its overlay, for a notebook."""
+        if self.source is None or self.scale is None:
+            return None
+        image = self.source
+        image = read_image(image, FULL_SCALE) if isinstance(image, str | os.PathLike) else image
+        return pictures.png(np.hstack([image, self.overlay(image)]))
+
+    def _repr_html_(self) -> str:
+        """Verdict, score and name above the picture, for a notebook."""
+        verdict = self.row()["verdict"] or "no verdict"
+        name = self.source if isinstance(self.source, str | os.PathLike) else ""
+        text = f"<b>{verdict}</b>, score {self.score:.4g} {html.escape(str(name))}"
+        return f"<p>{text}</p>{_picture(self._repr_png_())}"
+
 
 class Detector:
-    """A trained run with its threshold; see `load`."""
+    """A trained run with its threshold; see `load`.
+
+    Attributes:
+      run: folder or address of the run; "" if there is none.
+      exporter: writes the scorer as a file; `mmrjax.load` sets it, since programs stand above.
+    """
 
     def __init__(
         self,
@@ -114,6 +144,7 @@ class Detector:
         self.target_fpr = config.calibration.target_fpr
         self.full_scale = 0  # white of 16-bit images; 0 refuses such images
         self._scale = scale
+        self.run, self.exporter = "", None
         self._predict = scoring.make_predict(trained, self.view)
 
     @property
@@ -148,6 +179,17 @@ class Detector:
         """A detector with the threshold of another calibration."""
         return self._replaced(calibration, self.target_fpr)
 
+    def with_file(self, path: pathlib.Path) -> "Detector":
+        """A detector with the threshold of a calibration.json.
+
+        Raises:
+          FileNotFoundError, ValueError: the file is absent or damaged.
+        """
+        calibration = calibrate.read(path)
+        if calibration is None:
+            raise FileNotFoundError(f"--calibration={path}: no such file")
+        return self.with_calibration(calibration)
+
     def recalibrated(
         self, images: Iterable, source: str = "given good images", groups: Sequence[str] = ()
     ) -> "Detector":
@@ -179,6 +221,7 @@ class Detector:
         config.calibration.target_fpr = target_fpr
         other = Detector(self.trained, config, calibration, self._scale)
         other.full_scale, other._predict = self.full_scale, self._predict  # compiled already
+        other.run, other.exporter = self.run, self.exporter
         return other
 
     def predict(self, images: Iterable) -> list[Prediction]:
@@ -192,20 +235,54 @@ class Detector:
         """
         if isinstance(images, str | os.PathLike):  # a str would pass as a list of its letters
             raise ValueError(f"expected a list of images, found one path; give [{str(images)!r}]")
-        loaded = ahead(self._loaded, images)
-        return [prediction for _, _, prediction in self.stream(enumerate(loaded))]
+        items = ahead(lambda given: (given, self._loaded(given)), images)
+        return [
+            dataclasses.replace(prediction, source=given)
+            for given, _, prediction in self.stream(items)
+        ]
+
+    def export(self, path: str | os.PathLike) -> pathlib.Path:
+        """Writes the scorer with its threshold as one file, .jax or .onnx (see mmrjax.export).
+
+        Raises:
+          ValueError: an unknown suffix, missing extras, or a detector that is of no run.
+        """
+        if self.exporter is None:
+            raise ValueError("a detector of mmrjax.load or mmrjax.train can be exported")
+        return self.exporter(self, pathlib.Path(path))
+
+    def report(self) -> pathlib.Path:
+        """Writes the report of the run's work directory anew; its path, a file to open."""
+        if not self.run or files.is_remote(self.run):
+            raise ValueError("no folder to write into: python -m mmrjax.report --workdir=…")
+        return pathlib.Path(page.write_report(places.home(self.run), methods.METHODS))
+
+    def _repr_html_(self) -> str:
+        """Method, run and threshold above pictures of the run's gallery, for a notebook."""
+        threshold, _, reason = self.thresholds
+        line = f"no threshold: {reason}" if threshold is None else f"threshold {threshold:.4g}"
+        title = f"{self.trained.method.title}, {self.run}: {line}"
+        return f"<p>{html.escape(title)}</p>{''.join(map(_picture, self._gallery()))}"
+
+    def _gallery(self) -> Iterator[bytes]:
+        """Up to GALLERY pictures of the run's test, each beside its heat, as PNG."""
+        maps = pathlib.Path(self.run, "maps")
+        items = (files.read_json(maps / "gallery.json") or {}).get("items", [])
+        for item in items[:GALLERY]:
+            yield pictures.png(np.hstack([read_image(maps / item[x]) for x in ("image", "heat")]))
 
     def stream(self, items: Iterable[tuple]) -> Iterator[tuple[object, np.ndarray, Prediction]]:
         """Yields (key, image, prediction) for each (key, RGB uint8 [h, w, 3]); memory is constant.
 
-        All batches have the shape of the evaluation's; the last batch is filled up. A score depends
-        on its image alone.
+        A few images make a small batch (see `_batch_size`), others batches of eval.batch_size, of
+        which the last is filled up. A score depends on its image alone.
         """
-        size, view = self.config.eval.batch_size, self.view
+        view, most = self.view, self.config.eval.batch_size
 
         def batches() -> Iterator[tuple]:
-            rest = iter(items)
-            while chunk := list(itertools.islice(rest, size)):
+            rest, size = iter(items), 0
+            while chunk := list(itertools.islice(rest, most)):
+                size = max(size, self._batch_size(len(chunk)))  # no shape more after a full one
                 frames = np.zeros((size, *view.frame, 3), np.uint8)
                 for row, (_, image) in enumerate(chunk):
                     frames[row] = geometry.view_image(
@@ -219,6 +296,13 @@ class Detector:
             maps, scores = np.asarray(maps), np.asarray(scores)
             for row, (key, image) in enumerate(chunk):
                 yield key, image, self._prediction(scores[row], maps[row], image.shape[:2])
+
+    def _batch_size(self, count: int) -> int:
+        """The smallest batch that holds `count` images: 1, 8 or eval.batch_size, on all devices."""
+        shared = self.trained.mesh.size
+        sizes = [-(-size // shared) * shared for size in SMALL_BATCHES]
+        most = self.config.eval.batch_size
+        return min(size for size in (*sizes, most) if count <= size <= most)
 
     def _loaded(self, image) -> np.ndarray:
         """Pixels of a path or an array."""
@@ -244,32 +328,45 @@ class Detector:
             view_map=view_map,
             view=self.view,
             size=size,
+            scale=self.scale,
         )
 
 
+def _picture(png: bytes | None) -> str:
+    """An image of a page; "" without one."""
+    if png is None:
+        return ""
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
 def load(
-    workdir: str | os.PathLike, target_fpr: float | None = None, show_cores: bool = False
+    workdir: str | os.PathLike | None = None,
+    target_fpr: float | None = None,
+    show_cores: bool = False,
 ) -> Detector:
     """A trained run, ready to predict.
 
     Args:
-      workdir: <workdir>/<method>/<category>/seed<k>, or a work directory with one run; a folder or
-        an address in a bucket, gs://….
+      workdir: <workdir>/<method>/<category>/seed<k>, a folder with one run in it, an address in a
+        bucket, gs://…, or the name of a data set; None for the latest run (see places.py).
       target_fpr: false-positive rate of the threshold; None = the run's calibration.target_fpr.
       show_cores: makes each core of a CPU a device, for the whole process, unless JAX has started.
 
     Raises:
       FileNotFoundError, ValueError: no run, several runs, or a damaged run, with what to do.
     """
-    with staging.opened(workdir, ".json") as stage:
+    place = places.run(workdir)
+    with staging.opened(place, ".json") as stage:
         run = restore.find_run(stage.folder)
         if show_cores:
             devices.show_cores([restore.read_config(run).eval.batch_size])
-        trained, config = restore.trained(run, stage.store(run))
+        with logs.waiting(f"loading {stage.named(str(run))}"):
+            trained, config = restore.trained(run, stage.store(run))
         calibration = calibrate.read(run / "calibration.json")
         gallery = files.read_json(run / "maps" / "gallery.json") or {}
     scale = tuple(gallery["scale"]) if "scale" in gallery else None
     detector = Detector(trained, config, calibration, scale)
+    detector.run = place
     return detector if target_fpr is None else detector.with_target(target_fpr)
 
 

@@ -1,17 +1,22 @@
 """The records and weights that a configuration needs: found, missed, built, loaded."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from absl import logging
 from ml_collections import ConfigDict
+from PIL import Image
 
 from data_builders import build
+from data_builders.folder import folder_dataset_builder, layout
 from mmrjax import methods
 from mmrjax.data import records as records_lib
 from mmrjax.data import splits, tracks
+from mmrjax.methods import auto
 from mmrjax.runs import pretrained
 from mmrjax.runtime import files, processes
 
+AUTO = "auto"  # method.names that leave the choice to the program
+SEEN = 50  # pictures whose size is looked at
 DEMO = "to see the program without them: python -m mmrjax.main --config=configs/demo.py"
 
 
@@ -24,6 +29,51 @@ class Missing(FileNotFoundError):
         numbered = [f"  {i}. {' '.join(text.split())}" for i, text in enumerate(things, 1)]
         head = f"error: {len(things)} things are missing, nothing was begun:"
         self.lines = [head, *numbered, f"  {DEMO}"]
+
+
+def choose(config: ConfigDict, given: Collection[str]) -> None:
+    """Replaces method.names=auto, in place, by what the raw pictures suggest (methods/auto.py).
+
+    Args:
+      config: the configuration of a call; unchanged if it names its methods.
+      given: fields of the command line, which stay as they are.
+
+    Raises:
+      FileNotFoundError, ValueError: no raw pictures to choose by.
+    """
+    if tuple(config.method.names) != (AUTO,):
+        return
+    count, sizes = _pictures(config)
+    choice = auto.choose(count, sizes)
+    config.method.names = choice.names
+    changed = {name: value for name, value in choice.fields.items() if name not in given}
+    config.update_from_flattened_dict(changed)
+    logging.info("chosen: %s", choice.reason)
+
+
+def _pictures(config: ConfigDict) -> tuple[int, list[tuple[int, int]]]:
+    """(good training pictures of the smallest category, (height, width) of up to SEEN of each)."""
+    data = config.data
+    root, in_raw, wanted = build.at_hand(
+        data.name, data.raw_dir or None, data.data_dir, list(data.categories) or None
+    )
+    builder = build.load_builder(data.name)
+    if root is None or not in_raw or not issubclass(builder, folder_dataset_builder.Builder):
+        raise ValueError(
+            f"--config.method.names={AUTO}: chooses by the pictures of a folder of your own "
+            "(--config.data.raw_dir=…); name a method for other data"
+        )
+    counts, sizes = [], []
+    for category in wanted:
+        found = layout.read_layout(builder.category_folders(root)[category], builder.CHOICE)
+        paths = [
+            item.path for item in found.items if item.split == "train" and item.defect == "good"
+        ]
+        counts.append(len(paths))
+        for path in paths[:SEEN]:
+            with Image.open(path) as picture:
+                sizes.append(picture.size[::-1])
+    return min(counts), sizes
 
 
 def check_needs(configs: Iterable[ConfigDict], weights: bool = True) -> None:

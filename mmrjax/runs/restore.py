@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mmrjax import methods, weights
 from mmrjax.methods import base, mmr
 from mmrjax.models import mae
-from mmrjax.runs import pretrained
+from mmrjax.runs import places, pretrained
 from mmrjax.runtime import checkpoint, devices, files
 from mmrjax.runtime import config as config_lib
 from mmrjax.runtime import mesh as mesh_lib
@@ -26,21 +26,8 @@ WHOLE = "mae_whole"  # `official` of methods that train a whole masked autoencod
 
 
 def find_run(workdir: pathlib.Path) -> pathlib.Path:
-    """The run folder that is meant: `workdir` itself, or the only run in it.
-
-    Raises:
-      FileNotFoundError: there is none.
-      ValueError: there are several, naming them.
-    """
-    if (workdir / "config.json").is_file():
-        return workdir
-    runs = files.runs(workdir, "config.json")
-    if not runs:
-        raise FileNotFoundError(f"{workdir} holds no run; give the --workdir of mmrjax.main")
-    if len(runs) > 1:
-        names = ", ".join(str(run) for run in runs[:6])
-        raise ValueError(f"{workdir} holds {len(runs)} runs; name one of them: {names}")
-    return runs[0]
+    """The run folder that is meant: `workdir` itself, or the only run in it (see places.run)."""
+    return pathlib.Path(places.run(workdir))
 
 
 def trained(

@@ -10,7 +10,6 @@ for several hosts to save a checkpoint together. Only the first of several proce
 all of them open the work directory and so know its address. A plain folder is used as it is.
 """
 
-import argparse
 import contextlib
 import logging as std_logging
 import os
@@ -110,20 +109,6 @@ class Stage:
         error.args = tuple(self.named(a) if isinstance(a, str) else a for a in error.args)
         if isinstance(error, OSError) and isinstance(error.filename, str):
             error.filename = self.named(error.filename)
-
-
-def place(text: str) -> str:
-    """A work directory of a command line, as argparse's `type`: a folder, or an address.
-
-    Raises:
-      argparse.ArgumentTypeError: nothing, or an address of another kind than gs://.
-    """
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty; give a folder")
-    try:
-        return files.check_address(text) if files.is_remote(text) else text
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from e
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Configuration files and command-line overrides, with errors that say what to type instead.
 
-`configs/<name>.py[:argument]` is looked up in the working directory, then in the installed package.
+`configs/<name>.py[:argument]` is looked up in the working directory, then in the installed package,
+where `<name>` alone is enough.
 `--config.group.field=value` overrides a field; values are parsed by the type of the default.
 """
 
@@ -86,7 +87,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
       ValueError: a rejected argument, unknown field (with the nearest names) or a wrong type.
     """
     path, _, argument = spec.partition(":")
-    get_config = _import(_find(path)).get_config
+    get_config = _import(find(path)).get_config
     if argument and not inspect.signature(get_config).parameters:
         raise ValueError(f"--config={spec}: {path} takes no argument after the colon")
     with _naming_errors(path):
@@ -105,14 +106,21 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> None:
         _set(config, name, value)
 
 
-def _find(path: str) -> pathlib.Path:
-    given, packaged = pathlib.Path(path), PACKAGED
+def packaged() -> list[pathlib.Path]:
+    """The configurations that come with mmrjax, sorted by name."""
+    others = ("__init__", "common")
+    return sorted(path for path in PACKAGED.glob("*.py") if path.stem not in others)
+
+
+def find(path: str) -> pathlib.Path:
+    """The file of a configuration: a path, or a name such as folder; FileNotFoundError if none."""
+    given = pathlib.Path(path)
     if given.is_file():
         return given
-    if str(given.parent) in (".", "configs") and (packaged / given.name).is_file():
-        return packaged / given.name
-    known = sorted(f"configs/{p.name}" for p in packaged.glob("*.py") if p.stem != "__init__")
-    known.remove("configs/common.py")
+    name = given.name if given.suffix else f"{given.name}.py"
+    if str(given.parent) in (".", "configs") and (PACKAGED / name).is_file():
+        return PACKAGED / name
+    known = [f"configs/{p.name}" for p in packaged()]
     raise FileNotFoundError(f"no configuration file {path!r}; available: {', '.join(known)}")
 
 
@@ -160,7 +168,7 @@ def _check_fields(config: ConfigDict, spec: str) -> None:
     free = ("raw_dirs.", "sweep.")
     for name in sorted(given.keys() - wanted.keys()):
         if not name.startswith(free):
-            hint = _nearest(name, list(wanted))
+            hint = nearest(name, list(wanted))
             raise ValueError(f"--config={spec}: get_config() sets {name}, no such field; {hint}")
 
 
@@ -189,17 +197,18 @@ def flatten(config: ConfigDict) -> dict[str, object]:
 def _set(config: ConfigDict, name: str, text: str) -> None:
     flat = flatten(config)
     if name not in flat:
-        raise ValueError(f"--config.{name}: no such field; {_nearest(name, list(flat))}")
+        raise ValueError(f"--config.{name}: no such field; {nearest(name, list(flat))}")
     if name == "sweep.rows":
         raise ValueError(f"--config.{name}: only a file declares it, see configs/aebad_ablation.py")
-    value = _parse(name, text, flat[name])
+    value = parse(name, text, flat[name])
     *groups, field = name.split(".")
     for group in groups:
         config = config[group]
     config[field] = value
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """What to type in place of a field that does not exist."""
     by_leaf = [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
     near = by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
@@ -209,7 +218,7 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"known: {', '.join(inside or sorted({k.split('.')[0] for k in known}))}"
 
 
-def _parse(name: str, text: str, default: object) -> object:
+def parse(name: str, text: str, default: object) -> object:
     """Parses `text` as the type of `default`."""
     kind = type(default).__name__
     wrong = ValueError(f"--config.{name}={text}: expected {kind}, such as {default!r}")

@@ -49,7 +49,7 @@ def local_path(text: str) -> pathlib.Path:
     """
     if is_remote(text):
         raise argparse.ArgumentTypeError(f"{text}: {LOCAL_ONLY}")
-    return pathlib.Path(text).expanduser()
+    return pathlib.Path(text)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -64,8 +64,7 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
       OSError: naming `path`, which is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Three seeds that run at once write one results.json; each has a file of its own until then.
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
             file.write(data)
@@ -106,7 +105,7 @@ def read_json(path: pathlib.Path) -> dict | None:
     """The object in a JSON file; None if the file is absent or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
 

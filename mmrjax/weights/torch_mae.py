@@ -116,15 +116,6 @@ class TokenBalance(nn.Module):
         return self.map(decoded)
 
 
-class Pixels(nn.Module):
-    """Mean and deviation of the images, in the place of a teacher."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        for name, value in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
-
-
 class MALAScorer(torch_scorers.Scorer):
     """The softmax of MALA's first channel, or the error of what is painted while it is hidden.
 
@@ -148,8 +139,9 @@ class MALAScorer(torch_scorers.Scorer):
         smooth: torch_scorers.Matrices | None = None,
         places: Mapping | None = None,
     ):
-        super().__init__(Pixels(*pixels), places)
+        super().__init__(nn.Identity(), places)
         self.autoencoder, self.balance, self.pool = autoencoder, balance, pool
+        self.mean, self.std = (torch.tensor(x, dtype=torch.float32) for x in pixels)
         self.groups = [(np.asarray(order)[0], visible) for order, visible in groups]
         self.smooth = None if smooth is None else torch_scorers.Resample(smooth)
 
@@ -168,7 +160,7 @@ class MALAScorer(torch_scorers.Scorer):
             hidden = np.ones(len(order), np.float32)
             hidden[order[:visible]] = 0
             hidden = hidden.reshape(own.grid).repeat(own.patch, axis=0).repeat(own.patch, axis=1)
-            error = ((shown - painted) * self.teacher.std).abs().mean(dim=-1)
+            error = ((shown - painted) * self.std).abs().mean(dim=-1)
             total = total + error * torch.tensor(hidden, device=images.device)
         return total / (len(self.groups) - 1)
 

@@ -12,6 +12,7 @@ from jax import export as jax_export
 
 from mmrjax import methods
 from mmrjax.data import geometry
+from mmrjax.evaluate import calibrate
 from mmrjax.export import __main__ as export
 from mmrjax.runs import detector as detector_lib
 from mmrjax.runtime import mesh as mesh_lib
@@ -69,11 +70,29 @@ def test_onnx_without_its_packages_names_what_to_install(finished, tmp_path, mon
         importlib.util, "find_spec", lambda n, *a: None if n == "onnxruntime" else find(n, *a)
     )
     run, path = finished[0] / "patchcore" / "parts" / "seed1", tmp_path / "scorer.onnx"
-    assert export.main([f"--workdir={run}", f"--output={path}"]) == 1
+    with pytest.raises(SystemExit) as ended:
+        export.main([f"--workdir={run}", f"--output={path}"])
+    assert ended.value.code == 2
     message = capsys.readouterr().err
     assert "onnxruntime" in message
     assert "pip install 'mmrjax[onnx]'" in message
     assert not path.exists()
+
+
+def test_a_file_of_unknown_kind_is_refused_before_work(finished, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export.main([f"--workdir={finished[0]}", f"--output={tmp_path / 'scorer.pt'}"])
+    assert "ends in .jax or .onnx" in capsys.readouterr().err
+
+
+def test_another_calibration_sets_the_threshold(finished, tmp_path):
+    run = finished[0] / "patchcore" / "parts" / "seed1"
+    other = finished[0] / "patchcore" / "parts" / "seed2" / "calibration.json"
+    output = tmp_path / "scorer.jax"
+    assert export.main([str(run), f"--output={output}", f"--calibration={other}"]) == 0
+    found = json.loads((tmp_path / "scorer.jax.json").read_text())["threshold"]
+    assert found == calibrate.read(other).threshold(0.2)
+    assert found != calibrate.read(run / "calibration.json").threshold(0.2)
 
 
 def serialised(config, name):

@@ -43,6 +43,26 @@ def test_scores_equal_those_of_the_evaluation_in_any_order_and_batch(loaded, tin
     np.testing.assert_allclose([a.score for a in again], [f.score for f in found], atol=1e-6)
 
 
+def test_a_picture_costs_a_picture_and_many_compile_nothing_more(loaded, tiny_raw):
+    detector, _ = loaded
+    other = detector.with_calibration(detector.calibration)
+    other.config.eval.batch_size, shared = 32, detector.trained.mesh.size
+    sizes, real = [], other._predict
+
+    def watched(variables, frozen, images):
+        sizes.append(len(images))
+        return real(variables, frozen, images)
+
+    other._predict = watched
+    paths = sorted(tiny_raw.glob("good/*.png"))
+    for count, expected in ((1, shared), (shared, shared), (shared + 1, 32), (33, 32)):
+        sizes.clear()
+        found = other.predict((paths * 4)[:count])
+        assert len(found) == count
+        assert {*sizes} == {expected}
+    assert [other._batch_size(n) for n in (1, 8, 9, 32)] == [shared, 8, 32, 32]
+
+
 @pytest.fixture(scope="module")
 def by_place(tiny_raw, tiny_fields, tmp_path_factory):
     """A run of both methods with maps by place; (work directory, arguments)."""
