@@ -1,6 +1,6 @@
 """KolektorSDD2 and the magnetic tiles together: one model, 100 good tiles, as MALA's paper has it.
 
-python -m mmrjax.main --config=configs/kolektor_tiles.py:mala --workdir=runs/kolektor_tiles \
+python -m mmrjax.main --config=configs/kolektor_tiles.py --workdir=runs/kolektor_tiles \
     --config.raw_dirs.kolektor_sdd2=<KolektorSDD2> --config.raw_dirs.magnetic_tile=<tiles>
 
 The 100 good tiles are drawn from the training side of our split by tile, and the test is that of

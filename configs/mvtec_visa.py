@@ -1,6 +1,6 @@
 """MVTec AD and VisA together: one model for all 27 categories, as MALA's paper trains it.
 
-python -m mmrjax.main --config=configs/mvtec_visa.py:mala --workdir=runs/mvtec_visa \
+python -m mmrjax.main --config=configs/mvtec_visa.py --workdir=runs/mvtec_visa \
     --config.raw_dirs.mvtec_ad=<MVTec AD> --config.raw_dirs.visa=<VisA>
 
 Expected (IEEE Access 2023, tables 1 and 3), image AUROC / pixel AUROC: MVTec AD 98.6 / 97.1, VisA

@@ -91,9 +91,9 @@ RUN_BY = {
     "test_results_are_told_by_data_set_and_by_combination",
     r"python -m mmrjax.main .*configs/cross_domain.py .*": f"{CROSS}::"
     "test_the_split_follows_the_seed_or_its_own",
-    r"python -m mmrjax.main .*configs/mvtec_visa.py:mala .*": f"{SETS}::"
+    r"python -m mmrjax.main .*configs/mvtec_visa.py .*": f"{SETS}::"
     "test_two_data_sets_train_one_model_and_have_a_mean_each",
-    r"python -m mmrjax.main .*configs/kolektor_tiles.py:mala .*": f"{SETS}::"
+    r"python -m mmrjax.main .*configs/kolektor_tiles.py .*": f"{SETS}::"
     "test_kolektor_and_tiles_take_few_images_of_one_data_set",
     r"python -m mmrjax.main .*configs/mala_ablation.py(:\w+)? .*": "tests/methods/test_mala.py::"
     "test_every_row_of_the_ablation_is_a_configuration_that_can_run",

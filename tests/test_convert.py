@@ -473,7 +473,7 @@ REFUSED = {
     "other teacher": (
         "from-torch", "teacher", "resnet50", "teacher.safetensors", "layer1.0.conv3.weight",
     ),
-    "unknown teacher": ("from-torch", "teacher", "vgg", "teacher.safetensors", "available: fdsl"),
+    "unknown teacher": ("from-torch", "teacher", "vgg", "teacher.safetensors", "available: deit"),
     "unknown size": ("from-torch", "mae", "huge", "vit.safetensors", "tiny, small, base, large or"),
     "bad size": ("from-torch", "mae", "48,0,3", "vit.safetensors", "or WIDTH,DEPTH,HEADS"),
     "no size": ("from-torch", "mae", "", "vit.safetensors", "or WIDTH,DEPTH,HEADS"),

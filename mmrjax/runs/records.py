@@ -1,12 +1,13 @@
 """The records and weights that a configuration needs: found, missed, built, loaded."""
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from data_builders import build
+from data_builders import build, images
 from data_builders.folder import folder_dataset_builder, layout
 from mmrjax import methods
 from mmrjax.data import records as records_lib
@@ -71,7 +72,10 @@ def _pictures(config: ConfigDict) -> tuple[int, list[tuple[int, int]]]:
         ]
         counts.append(len(paths))
         for path in paths[:SEEN]:
-            with Image.open(path) as picture:
+            with (
+                contextlib.suppress(OSError, SyntaxError, ValueError),  # the build names the file
+                Image.open(path, formats=images.FORMATS) as picture,
+            ):
                 sizes.append(picture.size[::-1])
     return min(counts), sizes
 

@@ -96,7 +96,7 @@ def test_unknown_category_lists_the_known(mvtec_ad, tmp_path, capsys):
 def test_two_data_sets_train_one_model_and_have_a_mean_each(mvtec_ad, visa, tiny_fields, tmp_path):
     """MALA, two stages, and the images of an epoch as MALA counts them."""
     args = [
-        "--config=configs/mvtec_visa.py:mala",
+        "--config=configs/mvtec_visa.py",
         f"--workdir={tmp_path / 'run'}",
         *tiny_fields("", tmp_path / "records"),
         f"--config.raw_dirs.mvtec_ad={mvtec_ad}",
@@ -128,7 +128,7 @@ def test_kolektor_and_tiles_take_few_images_of_one_data_set(kolektor_sdd2, mvtec
         f"raw_dirs.kolektor_sdd2={kolektor_sdd2}",
         f"raw_dirs.mvtec_ad={mvtec_ad}",
     ]
-    config = config_lib.load("configs/kolektor_tiles.py:mala", fields)
+    config = config_lib.load("configs/kolektor_tiles.py", fields)
     (joined,) = records.load_records(config)
     chosen, whole = tracks.select(joined, config.data, 0), tracks.part_of(joined)
     counts = dict(zip(*np.unique(whole[chosen.train], return_counts=True), strict=True))
