@@ -96,8 +96,8 @@ def test_an_epoch_shows_every_training_image_once_at_its_native_size(built, resi
 
 
 def test_canvas_holds_the_tallest_and_the_widest_image(resident, stream):
-    assert resident.canvas == stream.canvas == (64, 55)  # from different images
-    assert resident.resident["image"].shape == (7, 64, 55, 3)
+    assert resident.canvas == stream.canvas == (64, 64)  # of 64 and 55 px, from different images
+    assert resident.resident["image"].shape == (7, 64, 64, 3)
     assert resident.resident["image"].dtype == np.uint8
     assert stream.resident == {}
 
@@ -220,7 +220,7 @@ def test_rows_of_other_processes_are_not_decoded(make, stream, monkeypatch):
 
 def test_auto_is_resident_up_to_the_byte_budget(make):
     """Of a CPU's devices, which share its memory, all copies count."""
-    gib = 7 * 64 * 55 * 3 / 2**30
+    gib = 7 * 64 * 64 * 3 / 2**30
     for devices in (1, 2):
         made = functools.partial(make, "auto", device_mesh=mesh_lib.make_mesh(devices))
         assert made(resident_gib=devices * gib * 1.01).resident
@@ -231,7 +231,7 @@ def test_auto_is_resident_up_to_the_byte_budget(make):
 def test_fewer_images_than_a_batch_are_padded_with_weight_zero(make, train_rows, mode):
     source = make(mode, rows=train_rows[2:3], plan=epochs.Plan(4))
     assert source.steps_per_epoch == 1
-    assert source.canvas == (33, 47)
+    assert source.canvas == (64, 64)
     (batch,) = batches(source, 0, 1)
     assert batch["weight"].tolist() == [1, 0, 0, 0]
     assert batch["size"].tolist() == [[33, 47]] * 4
