@@ -36,7 +36,7 @@ def abstract(config, devices=1, augment=whole, canvas=None, k=1, conv="auto"):
     """(step, predict, their abstract arguments) without a single parameter in memory."""
     mesh = mesh_lib.make_mesh(devices)
     method = methods.create("mmr", config)
-    method.student, method.teacher = (x.clone(conv=conv) for x in (method.student, method.teacher))
+    method.student, method.teacher = method.student.clone(conv=conv), method.teacher.with_conv(conv)
     plan = epochs.Plan(BATCH)
     stage = base.Stage(
         "train", config.train.epochs, plan, optim.optimiser(config.optim, config.train.epochs, 4)
@@ -45,7 +45,9 @@ def abstract(config, devices=1, augment=whole, canvas=None, k=1, conv="auto"):
 
     images = jnp.zeros((1, *config.data.image_size, 3))
     variables = jax.eval_shape(lambda: method.student.init(jax.random.key(0), images))
-    frozen = {"teacher": jax.eval_shape(lambda: method.teacher.init(jax.random.key(0), images))}
+    frozen = {
+        "teacher": jax.eval_shape(lambda: method.teacher.module.init(jax.random.key(0), images))
+    }
     initial = jax.eval_shape(lambda v: state.create(v, stage), variables)
     on_all, split = mesh_lib.replicated(mesh), mesh_lib.batched(mesh, 1)
 
@@ -63,7 +65,7 @@ def abstract(config, devices=1, augment=whole, canvas=None, k=1, conv="auto"):
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = state.make_train_step(method, stage, augment, 4, mesh)
     arguments = (*place((initial, frozen, resident), on_all), place(chunk, split), key)
-    predict = scoring._window_program(base.Trained(method, None, None, {}, mesh))
+    predict = scoring._window_program(base.Trained(method, None, None, {}, mesh), False)
     pixels = struct((BATCH, *config.data.image_size, 3), np.uint8)
     return step, arguments, predict, (variables, frozen, pixels)
 
@@ -266,7 +268,9 @@ def test_an_evaluation_compiles_once_also_with_a_part_of_a_batch(tiny_config, mo
     variables = mesh_lib.replicate(method.init(jax.random.key(0), frozen)[0], mesh)
     programs, made = [], scoring._window_program
     monkeypatch.setattr(
-        scoring, "_window_program", lambda trained: programs.append(made(trained)) or programs[0]
+        scoring,
+        "_window_program",
+        lambda *arguments: programs.append(made(*arguments)) or programs[0],
     )
     scorer = scoring.Scorer(base.Trained(method, variables, frozen, {}, mesh), tiny_config)
     found = scorer.everything(Pictures())  # one whole batch of 8 and a part

@@ -30,6 +30,7 @@ from jax import export
 from data_builders import files as image_folders
 from mmrjax import methods
 from mmrjax.data import geometry
+from mmrjax.models import backbones
 from mmrjax.runs import arguments as arguments_lib
 from mmrjax.runs import detector as detector_lib
 from mmrjax.runs import places
@@ -121,6 +122,8 @@ def _portable(method: methods.base.Method, dtype: str = "") -> methods.base.Meth
     config.train.compute_dtype = dtype or config.train.compute_dtype
     portable = methods.create(method.name, config)
     for name, network in vars(portable).items():
+        if isinstance(network, backbones.Backbone):
+            setattr(portable, name, network.with_conv("direct"))
         if isinstance(network, nn.Module) and hasattr(network, "conv"):
             setattr(portable, name, network.clone(conv="direct"))
     return portable

@@ -81,6 +81,12 @@ class Backbone:
         """The layers, from shallow to deep."""
         return tuple(sorted(self.taps))
 
+    def with_conv(self, conv: str) -> "Backbone":
+        """The same backbone with convolutions computed in another way, if the family has ways."""
+        if not hasattr(self.module, "conv"):
+            return self
+        return dataclasses.replace(self, module=self.module.clone(conv=conv))
+
     def check_size(self, size_hw: tuple[int, int]) -> None:
         """Raises ValueError unless the network takes images of so many px."""
         multiple = self.arch.multiple

@@ -169,7 +169,7 @@ def loss_terms(config) -> set[int]:
     batch = {"image": image, "weight": jnp.ones(2), "keys": jax.random.split(key)}
     method = methods.create("mmr", config)
     variables = jax.eval_shape(method.student.init, key, image)
-    frozen = {"teacher": jax.eval_shape(method.teacher.init, key, image)}
+    frozen = {"teacher": jax.eval_shape(method.teacher.module.init, key, image)}
     value, (_, logs) = jax.eval_shape(
         lambda v, f: method.loss("train", v, f, batch, key, {}), variables, frozen
     )
