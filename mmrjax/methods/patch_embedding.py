@@ -12,10 +12,12 @@ import numpy as np
 
 from mmrjax.methods import anomaly_map
 
+STEADY = 1e-3  # of the mean variance of all channels, added to that of each
+TINY = 1e-12  # an image of one colour has no variance
 EXACT = jax.lax.Precision.HIGHEST  # TF32 would change which patches are nearest
 
 
-def embed(features: dict, patch: int, width: int) -> jax.Array:
+def embed(features: dict, patch: int, width: int, per_image: bool = False) -> jax.Array:
     """One embedding per cell of the shallowest layer, float32 [b, h, w, d].
 
     Args:
@@ -23,10 +25,12 @@ def embed(features: dict, patch: int, width: int) -> jax.Array:
       patch: side of the neighbourhood, in cells, that an embedding sees.
       width: length d of an embedding, to which the official code pools channels and
         neighbourhoods; 0: the channels of all layers, each the mean of its neighbourhood.
+      per_image: standardise the features of each image first, see `standardise`.
     """
     grid, pooled = None, []
     for layer in sorted(features):
         x = features[layer].astype(jnp.float32)
+        x = standardise(x) if per_image else x
         grid = grid or x.shape[1:3]
         if not width:
             pooled.append(resize(_mean(x, patch), grid))
@@ -40,6 +44,18 @@ def embed(features: dict, patch: int, width: int) -> jax.Array:
     x = jnp.stack(pooled, axis=-2)  # [b, h, w, layers, width]
     # Adaptive pooling of the concatenation to `width`: the mean over runs of `layers` entries.
     return x.reshape(*x.shape[:3], width, len(pooled)).mean(axis=-1)
+
+
+def standardise(x: jax.Array) -> jax.Array:
+    """Each channel of each image less its mean over the places, over its deviation.
+
+    What light, colour cast or another background add to all places alike goes; so does what a
+    defect changes everywhere. Float32 [b, h, w, c]; not in the paper of PatchCore.
+    """
+    x = x - x.mean(axis=(1, 2), keepdims=True)
+    variance = (x**2).mean(axis=(1, 2), keepdims=True)
+    # A channel that hardly varies in this image must not outweigh the others.
+    return x * jax.lax.rsqrt(variance + STEADY * variance.mean(axis=3, keepdims=True) + TINY)
 
 
 def in_torch(teacher, options, size_hw: tuple[int, int], scale: float):
@@ -59,7 +75,8 @@ def in_torch(teacher, options, size_hw: tuple[int, int], scale: float):
     maps = {layer: (teacher.channels[layer], teacher.strides[layer]) for layer in teacher.layers}
     seen = scaled(size_hw, scale, teacher)
     matrices = anomaly_map.resize_matrix, adaptive_pool_matrix
-    return torch_scorers.Embedding(maps, size_hw, seen, options.patch, options.width, *matrices)
+    sizes = options.patch, options.width, options.per_image and (STEADY, TINY)
+    return torch_scorers.Embedding(maps, size_hw, seen, *sizes, *matrices)
 
 
 def scaled(size_hw: tuple[int, int], scale: float, teacher) -> tuple[int, int]:

@@ -39,6 +39,7 @@ class PatchCore(base.Method):
         own.layers = (2, 3)
         own.patch = 3  # neighbourhood that one feature sees
         own.width = 1024  # of an embedded patch; 0: the channels of all layers, not pooled
+        own.per_image = False  # standardise features per image: light and background weigh less
         own.coreset = 0.01  # share of all patches (of a scale) kept in its memory bank
         # all (one choice among all patches) | image (each image chooses its rows by itself, 1000 or
         # more in all; not in the paper: leaving an image out is then as if it had never been there)
@@ -114,7 +115,8 @@ class PatchCore(base.Method):
         size = patch_embedding.scaled(images.shape[1:3], scale, self.teacher)
         images = self.teacher.normalise(patch_embedding.resize(images, size))
         features = self.teacher.apply(frozen["teacher"], images)
-        return patch_embedding.embed(features, options.patch, options.width)
+        sizes = options.patch, options.width, options.per_image
+        return patch_embedding.embed(features, *sizes)
 
     def fit(self, variables, frozen, batches, count, key):
         """Fills the bank of every scale with a greedy coreset of the training patches there.

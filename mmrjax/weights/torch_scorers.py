@@ -172,6 +172,8 @@ class Embedding(nn.Module):
       seen_size: (height, width) of what the teacher sees, px.
       patch: side of a neighbourhood, in cells.
       width: length of an embedding; 0: the channels of all layers.
+      standardised: False, or the share of the mean variance and the number that are added to the
+        variance of a channel when maps are standardised per image.
       resize_matrix: (n_in, n_out) -> an interpolation [n_out, n_in].
       pool_matrix: (n_in, n_out) -> adaptive pooling [n_in, n_out].
     """
@@ -183,11 +185,13 @@ class Embedding(nn.Module):
         seen_size: tuple[int, int],
         patch: int,
         width: int,
+        standardised: tuple[float, float] | bool,
         resize_matrix: Callable[[int, int], np.ndarray],
         pool_matrix: Callable[[int, int], np.ndarray],
     ):
         super().__init__()
         self.layers, self.patch, self.width = sorted(maps), patch, width
+        self.standardised = standardised
         grids = {n: tuple(-(-side // maps[n][1]) for side in seen_size) for n in self.layers}
         self.grid = grids[self.layers[0]]  # rows and columns of embeddings
 
@@ -208,7 +212,10 @@ class Embedding(nn.Module):
         images = self.shrink(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         maps, pooled = teacher(images), []
         for layer in self.layers:
-            x = _neighbourhoods(maps[f"layer{layer}"], self.patch)
+            x = maps[f"layer{layer}"].float()
+            if self.standardised:
+                x = _standardise(x, *self.standardised)
+            x = _neighbourhoods(x, self.patch)
             x = x @ getattr(self, f"pool{layer}")
             pooled.append(getattr(self, f"align{layer}")(x))
         if not self.width:
@@ -321,6 +328,13 @@ def nearest(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         for n_in, n_out in zip(x.shape[1:], size, strict=True)
     )
     return x[:, rows][:, :, columns]
+
+
+def _standardise(x: torch.Tensor, steady: float, tiny: float) -> torch.Tensor:
+    """`patch_embedding.standardise` of [b, c, h, w]."""
+    x = x - x.mean(dim=(2, 3), keepdim=True)
+    variance = x.square().mean(dim=(2, 3), keepdim=True)
+    return x / (variance + steady * variance.mean(dim=1, keepdim=True) + tiny).sqrt()
 
 
 def _neighbourhoods(x: torch.Tensor, size: int) -> torch.Tensor:

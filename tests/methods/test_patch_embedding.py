@@ -26,6 +26,21 @@ def test_neighbourhoods_equal_torch_unfold():
     np.testing.assert_array_equal(patch_embedding._neighbourhoods(jnp.asarray(x), 3), want)
 
 
+def test_standardised_features_forget_what_all_places_share():
+    """An offset and a gain per channel of the whole image, as light and background add."""
+    rng = np.random.default_rng(0)
+    x = rng.random((2, 6, 5, 4)).astype(np.float32)
+    changed = x * np.float32([3, 1, 0.5, 2]) + np.float32([5, -1, 0, 9])
+    maps = ({2: jnp.asarray(image)} for image in (x, changed))
+    plain, shifted = (patch_embedding.embed(image, 3, 0, per_image=True) for image in maps)
+    np.testing.assert_allclose(shifted, plain, atol=0.02)  # STEADY is a share of other variances
+    once = np.asarray(patch_embedding.standardise(jnp.asarray(x)))
+    np.testing.assert_allclose(once.mean(axis=(1, 2)), 0, atol=1e-6)
+    np.testing.assert_allclose(once.std(axis=(1, 2)), 1, atol=0.01)
+    empty = patch_embedding.standardise(jnp.full((1, 3, 3, 2), 7.0))
+    np.testing.assert_array_equal(empty, 0)
+
+
 def test_without_a_width_an_embedding_is_the_mean_of_each_channels_neighbourhood():
     rng = np.random.default_rng(0)
     fine, coarse = rng.random((1, 4, 6, 2)), rng.random((1, 2, 3, 3))

@@ -36,6 +36,7 @@ def test_a_scorer_with_this_teacher_gives_the_maps_of_predict(name, tiny_config)
     config = tiny_config.copy_and_resolve_references()
     config.teacher.name, config.teacher.weights = "efficientnet_lite0", "embedded"
     config.patchcore.width, config.patchcore.layers = 0, (1, 3)
+    config.patchcore.per_image = True
     method = methods.create(name, config)
     frozen, _ = method.load_frozen()
     variables, _ = method.init(jax.random.key(0), frozen)
