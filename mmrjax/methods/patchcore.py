@@ -114,9 +114,8 @@ class PatchCore(base.Method):
         options = self.config.patchcore
         size = patch_embedding.scaled(images.shape[1:3], scale, self.teacher)
         images = self.teacher.normalise(patch_embedding.resize(images, size))
-        features = self.teacher.apply(frozen["teacher"], images)
         sizes = options.patch, options.width, options.per_image
-        return patch_embedding.embed(features, *sizes)
+        return patch_embedding.embed(self.teacher.apply(frozen["teacher"], images), *sizes)
 
     def fit(self, variables, frozen, batches, count, key):
         """Fills the bank of every scale with a greedy coreset of the training patches there.

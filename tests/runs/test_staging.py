@@ -364,7 +364,8 @@ def programs(tiny_raw, tiny_fields, tmp_path):
             return report.main([f"--workdir={address}/runs"])
         if name == "compare":
             return compare.main([f"{address}/runs/mmr/parts", f"{address}/runs/mmr/parts"])
-        out = f"--output={tmp_path / 'out.safetensors'}"
+        suffix = "jax" if name == "export" else "safetensors"
+        out = f"--output={tmp_path / 'out'}.{suffix}"
         if name == "convert":
             return convert.main(["to-torch", "--kind=mmr", f"--input={address}/runs/{RUN}", out])
         program = {"predict": predict, "export": export}[name]
