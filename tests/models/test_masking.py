@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmrjax import methods
-from mmrjax.models import masking
+from mmrjax.models import backbones, masking
 from mmrjax.runtime import mesh as mesh_lib
 
 # Section 6.1 of the paper at 224 px and ratio 0.4: side of a unit, hidden units, all units.
@@ -72,6 +72,9 @@ class Stub:
     def apply(self, variables, images, *rest):
         self.images, self.rest = images, rest
         return self.features
+
+    def normalise(self, images):
+        return backbones.build("resnet18").normalise(images)
 
 
 def shown(tiny_config, batch, predict=False, **student):
