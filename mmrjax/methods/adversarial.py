@@ -67,10 +67,8 @@ def update(
             wanted = 0.0 if options.plpm == "adversarial" else 1.0
             logits, _ = _judged(judge, params[JUDGE], collections["batch_stats"], painted)
             parts["judged"] = _mean_label(logits, wanted)
-        total = sum(
-            w * part for w, part in zip(options.paint_weights, parts.values(), strict=False)
-        )
-        return total, parts
+        weights = options.paint_weights  # without a judge, the last has no part
+        return sum(w * x for w, x in zip(weights, parts.values(), strict=False)), parts
 
     (loss, parts), gradient = jax.value_and_grad(painter_loss, has_aux=True)(painted)
     gradients = {PAINTER: back(gradient)[0]}
