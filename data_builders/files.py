@@ -11,6 +11,7 @@ _IGNORED_NAMES = ("__MACOSX", "Thumbs.db")
 OWN_OUTPUTS = (
     {"config.json", "results.json"}, {"gallery.json"}, {"scores.csv", "scores.jsonl"},
 )  # fmt: skip
+OWN_FOLDERS = ("overlays", "heat", "maps")
 UNREAD_SUFFIXES = frozenset(
     ".gif .heic .heif .avif .jp2 .j2k .jxl .jfif .jpe .dng .raw .cr2 .nef .arw .pgm .ppm .pnm .exr "
     ".hdr .tga .ico .psd .svg .pdf .eps .ps .dcm .npy .npz .dib .pcx .fits .czi".split()
@@ -47,7 +48,10 @@ def _walk(folder: os.PathLike, recursive: bool) -> list[pathlib.Path]:
         is_new = real not in visited  # a link may lead back up
         visited.add(real)
         own = any(marks <= {*names, *folders} for marks in OWN_OUTPUTS)
-        is_new = is_new and not own
+        if own and pathlib.Path(parent) != pathlib.Path(folder):
+            is_new = False
+        elif own:  # results were written among the pictures themselves
+            folders[:] = [name for name in folders if name not in OWN_FOLDERS]
         folders[:] = [name for name in folders if is_new and recursive and is_visible(name)]
         if is_new:
             found += [pathlib.Path(parent, n) for n in names if is_visible(n)]

@@ -101,6 +101,8 @@ def main() -> None:
         verdict = "-"  # without a threshold
         if about["threshold"] is not None:
             verdict = "anomaly" if found > about["threshold"] else "good"
+            if not np.isfinite(found):
+                verdict, status = "cannot judge", 3
         print(f"{found:.6f} {verdict:7} {path}")
     if status:
         sys.exit(status)

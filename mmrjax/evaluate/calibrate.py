@@ -187,14 +187,22 @@ def read(path: pathlib.Path) -> Calibration | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        if content.get("schema") != SCHEMA:
+            raise ValueError(f"schema {content.get('schema')!r}, this version reads {SCHEMA}")
         rows = content["images"]
         columns = [[row[name] for row in rows] for name in ("id", "group", "score", "peak")]
+        if not np.isfinite(np.array([*columns[2], *columns[3], content["floor"]], float)).all():
+            raise ValueError("a score is no finite number")  # such a threshold would pass anything
         floor = np.array([content["floor"]])
         guarantee = content.get("guarantee", guarantees.SPLIT)
         return Calibration.of(*columns, floor, content["source"], guarantee)
-    except (KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} is no calibration ({e}); delete it and evaluate again") from e
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is no number")
 
 
 def threshold(

@@ -94,7 +94,9 @@ def serialise(detector: detector_lib.Detector) -> bytes:
 
     def score(images):
         out = _map_and_score(method, variables, frozen, images)
-        return out if threshold is None else out | {"is_anomaly": out["score"] > threshold}
+        return (
+            out if threshold is None else out | {"is_anomaly": ~(out["score"] <= threshold)}
+        )  # NaN too
 
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *detector.view.size, 3), np.uint8)

@@ -18,6 +18,7 @@ false-positive rate. Unreadable files are listed and skipped; the exit status is
 import argparse
 import csv
 import glob
+import hashlib
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from absl import logging
 from PIL import Image
 
 from data_builders import files as image_folders
+from data_builders.files import printable
 from data_builders.folder import layout
 from mmrjax.predict import video
 from mmrjax.report import pictures
@@ -42,6 +44,7 @@ from mmrjax.runtime import command_line, files, logs
 SOME_UNREADABLE = 3  # exit status
 SHOWN = 20  # verdicts that are printed, image by image
 MANY = 5  # images of which most are flagged, before the threshold is doubted
+LONGEST_NAME = 240  # bytes of a file's name; 255, less .part
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +83,9 @@ def _run(arguments: argparse.Namespace) -> int:
     print("\n".join([*verdicts(rows), summary(detector, rows, arguments.output)]))
     print(next_step(detector, rows, place))
     for line in unreadable:
-        print(f"skipped: {line}", file=sys.stderr)
-    return SOME_UNREADABLE if unreadable else 0
+        print(f"skipped: {printable(line)}", file=sys.stderr)
+    unjudged = any(row["score"] is None for row in rows)
+    return SOME_UNREADABLE if unreadable or unjudged else 0
 
 
 def check_output(output: pathlib.Path) -> None:
@@ -109,13 +113,14 @@ def choose_threshold(
     if arguments.calibration is not None:
         detector = detector.with_file(arguments.calibration)
     if arguments.recalibrate is not None:
-        paths, _ = find_images(arguments.recalibrate, "--recalibrate")
-        detector = detector.recalibrated(paths, f"good images of {arguments.recalibrate}")
+        paths = good_images(arguments.recalibrate, detector.full_scale)
+        source, groups = f"good images of {arguments.recalibrate}", list(paths.values())
+        detector = detector.recalibrated(list(paths), source, groups)
         target = detector.target_fpr if arguments.target_fpr is None else arguments.target_fpr
         detector = detector.with_target(target)  # refused before an older file is replaced
         detector.calibration.write(arguments.output / "calibration.json")
         print(
-            f"threshold {detector.thresholds[0]:.6g} from {len(paths)} good images\n"
+            f"threshold {detector.thresholds[0]:.6g} from {len(set(groups))} good images\n"
             f"wrote {arguments.output / 'calibration.json'}"
         )
         return detector
@@ -134,7 +139,7 @@ def find_images(given: str, flag: str = "--input") -> tuple[list[pathlib.Path], 
     Raises:
       FileNotFoundError: there is no image.
     """
-    path = pathlib.Path(given)
+    path = pathlib.Path(given).expanduser()
     if path.is_dir():
         images, masks = layout.tell_masks_apart(path)
         paths, root = list(images), path
@@ -143,7 +148,7 @@ def find_images(given: str, flag: str = "--input") -> tuple[list[pathlib.Path], 
     elif path.is_file():
         paths, root = [path], path.parent
     else:
-        paths = sorted(pathlib.Path(p) for p in glob.glob(given, recursive=True))
+        paths = sorted(pathlib.Path(p) for p in glob.glob(str(path), recursive=True))
         paths = [p for p in paths if p.is_file() and image_folders.is_image(p.name)]
         root = pathlib.Path(os.path.commonpath([p.parent for p in paths])) if paths else path
     if not paths:
@@ -162,6 +167,36 @@ def find_all(given: Sequence[str]) -> tuple[list[pathlib.Path], pathlib.Path]:
     paths = {path.absolute(): path for some, _ in found for path in some}
     root = pathlib.Path(os.path.commonpath([root.absolute() for _, root in found]))
     return [*paths], root
+
+
+def good_images(given: str, full_scale: int) -> dict[pathlib.Path, str]:
+    """The images of --recalibrate that may be good, each with a hash of its pixels.
+
+    Equal pixels are one part. Left out are, with a warning, images that the names of their folders
+    or their masks call defective, and files that cannot be read.
+
+    Raises:
+      FileNotFoundError, ValueError: no image is left.
+    """
+    paths, root = find_images(given, "--recalibrate")
+    if root.is_dir() and len(paths) > 1:
+        try:
+            bad = {i.path for i in layout.read_layout(root).items if i.defect != "good"}
+        except ValueError:
+            bad = set()  # its folders say nothing of good and defective
+        if bad:
+            logging.warning("%d images in %s are left out as defective", len(bad), given)
+        paths = [path for path in paths if path not in bad]
+    unreadable: list[str] = []
+    hashes = {
+        path: hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+        for path, image in readable(paths, full_scale, unreadable)
+    }
+    for line in unreadable:
+        logging.warning("left out: %s", line)
+    if not hashes:
+        raise ValueError(f"--recalibrate={given}: no good image there that can be read")
+    return hashes
 
 
 def readable(
@@ -197,10 +232,12 @@ def score_images(
     unreadable = []
     if detector.scale is None:
         logging.warning("no pictures: the run was never evaluated, so it has no colour scale")
+    if root.is_dir() and len(paths) > 1:
+        unreadable += [line for line in image_folders.list_others(root) if ": " in line]
     items = readable(logs.progress(paths, "scoring"), detector.full_scale, unreadable)
     for path, image, prediction in detector.stream(items):
         name = path.absolute().relative_to(root.absolute())
-        rows.append({"path": name.as_posix(), **prediction.row()})
+        rows.append({"path": printable(name.as_posix()), **prediction.row()})
         if detector.scale and not arguments.no_pictures:
             write_pictures(arguments.output, name, image, prediction, detector.scale)
         if arguments.raw_maps:
@@ -238,7 +275,17 @@ def write_pictures(
     heat, overlay = np.nan_to_num(prediction.map, nan=-np.inf), prediction.overlay(image)
     colour, _ = pictures.colour_and_opacity(pictures.scale_position(heat, scale))
     for folder, picture in (("overlays", overlay), ("heat", colour)):
-        pictures.write_png((output / folder / name).with_name(f"{name.name}.png"), picture)
+        pictures.write_png(output / folder / short_name(name, ".png"), picture)
+
+
+def short_name(name: pathlib.PurePath, ending: str) -> pathlib.PurePath:
+    """A name with another ending; a name too long for a file system is cut, with its hash."""
+    whole = os.fsencode(name.name)
+    if len(whole) + len(ending) > LONGEST_NAME:
+        digest = hashlib.sha256(whole).hexdigest()[:12]
+        cut = whole[: LONGEST_NAME - len(ending) - len(digest) - 1]
+        return name.with_name(f"{cut.decode(errors='ignore')}_{digest}{ending}")
+    return name.with_name(name.name + ending)
 
 
 def write_map(path: pathlib.Path, anomaly_map: np.ndarray, kind: str) -> None:
@@ -248,7 +295,7 @@ def write_map(path: pathlib.Path, anomaly_map: np.ndarray, kind: str) -> None:
         np.save(buffer, anomaly_map)
     else:
         Image.fromarray(anomaly_map).save(buffer, "TIFF")
-    files.write_bytes(path.with_name(f"{path.name}.{kind}"), buffer.getvalue())
+    files.write_bytes(short_name(path, f".{kind}"), buffer.getvalue())
 
 
 def write_scores(output: pathlib.Path, rows: Sequence[dict]) -> None:
@@ -259,14 +306,22 @@ def write_scores(output: pathlib.Path, rows: Sequence[dict]) -> None:
     for row in rows:
         cells = dict(row)
         cells["boxes"] = "; ".join(" ".join(map(str, box)) for box in row["boxes"] or ())
-        writer.writerow(["" if cell is None else cell for cell in cells.values()])
+        writer.writerow(["" if cell is None else harmless(cell) for cell in cells.values()])
     files.write_text(output / "scores.csv", out.getvalue())
     files.write_text(output / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def harmless(cell: object) -> object:
+    """A cell that no spreadsheet takes for a formula."""
+    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@"))
+    return f"'{cell}" if is_formula else cell
 
 
 def summary(detector: detector_lib.Detector, rows: Sequence[dict], output: pathlib.Path) -> str:
     """The result in a line or two."""
     line = f"{len(rows)} scored"
+    if unjudged := sum(row["score"] is None for row in rows):
+        line += f", {unjudged} CANNOT BE JUDGED (the score is no finite number)"
     if detector.thresholds[0] is not None:
         flagged = sum(row["verdict"] == "anomaly" for row in rows)
         line += (
@@ -284,6 +339,9 @@ def verdicts(rows: Sequence[dict]) -> list[str]:
     lines = []
     for row in rows:
         p_value = "" if row["p_value"] is None else f"  p {row['p_value']:.3f}"
+        if row["score"] is None:
+            lines.append(f"{'not judged':11} {row['path']}")
+            continue
         verdict = row["verdict"] or "no verdict"
         lines.append(f"{verdict:11} score {row['score']:.6g}{p_value}  {row['path']}")
     return lines

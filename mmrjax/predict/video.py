@@ -95,7 +95,7 @@ def run(
 
 def _write_overlay(detector, path, output, rate, rows, maps) -> None:
     """The second pass: every frame with its map, boxes and the curve."""
-    scores = np.array([row["score"] for row in rows])
+    scores = np.array([row["score"] for row in rows], float)  # None becomes NaN
     target, view = output / f"{path.stem}_overlay.mp4", detector.view
     panel, writer = None, None
     items = logs.progress(zip(frames(path), rows, strict=False), "drawing", len(rows))

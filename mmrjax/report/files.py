@@ -68,7 +68,7 @@ def read_workdir(workdir: pathlib.Path, about: Mapping[str, MethodInfo]) -> tupl
         )
     try:
         aggregate = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is damaged ({e}); evaluate the run again") from e
     runs = []
     for method, content in aggregate.get("methods", {}).items():  # a sweep has no methods
@@ -91,7 +91,7 @@ def _read_run(workdir: pathlib.Path, method: str, title: str, key: str, listed: 
             return parse((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             missing.extend([f"{name} is absent"] if required else [])
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             missing.append(f"{name} cannot be read ({e})")
         return empty
 

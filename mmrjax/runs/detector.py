@@ -33,6 +33,7 @@ from mmrjax.runs import places, restore, staging
 from mmrjax.runtime import devices, files, logs
 
 FULL_SCALE = 65535  # white of 16-bit images by default
+CANNOT_JUDGE = "cannot judge"  # the verdict of a score that is no finite number
 THREADS = 4  # that decode images
 GALLERY = 3  # pictures of the test that a detector shows of itself
 SMALL_BATCHES = (1, 8)  # images; one picture costs one, not a whole batch
@@ -77,8 +78,10 @@ class Prediction:
 
     @property
     def is_anomaly(self) -> bool | None:
-        """The verdict; None without threshold."""
-        return None if self.threshold is None else self.score > self.threshold
+        """The verdict; None without threshold, and for a score that is no finite number."""
+        if self.threshold is None or not np.isfinite(self.score):
+            return None
+        return self.score > self.threshold
 
     @functools.cached_property
     def map(self) -> np.ndarray:
@@ -88,9 +91,11 @@ class Prediction:
     def row(self) -> dict:
         """Score, threshold, verdict, p-value and boxes as plain values, for a table."""
         return {
-            "score": self.score,
+            "score": self.score if np.isfinite(self.score) else None,
             "threshold": self.threshold,
-            "verdict": {None: "", False: "good", True: "anomaly"}[self.is_anomaly],
+            "verdict": {None: "", False: "good", True: "anomaly"}[self.is_anomaly]
+            if np.isfinite(self.score)
+            else CANNOT_JUDGE,
             "p_value": self.p_value,
             "boxes": self.boxes and [[box.x, box.y, box.width, box.height] for box in self.boxes],
         }

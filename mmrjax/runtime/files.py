@@ -49,7 +49,7 @@ def local_path(text: str) -> pathlib.Path:
     """
     if is_remote(text):
         raise argparse.ArgumentTypeError(f"{text}: {LOCAL_ONLY}")
-    return pathlib.Path(text)
+    return pathlib.Path(text).expanduser()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -64,7 +64,8 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
       OSError: naming `path`, which is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    # Three seeds that run at once write one results.json; each has a file of its own until then.
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             file.write(data)
@@ -105,7 +106,7 @@ def read_json(path: pathlib.Path) -> dict | None:
     """The object in a JSON file; None if the file is absent or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

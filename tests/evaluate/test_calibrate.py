@@ -101,6 +101,32 @@ def test_a_file_holds_it_to_the_last_bit(tmp_path):
         calibrate.read(tmp_path / "calibration.json")
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"score": 1.0', '"score": NaN'),
+        ('"score": 1.0', '"score": Infinity'),
+        ('"score": 1.0', '"score": null'),
+        ('"score": 1.0', '"score": 1e999'),
+        ('"schema": 1', '"schema": 99'),
+        ('"schema": 1', '"schema": "1"'),
+        ('"floor": 0.5', '"floor": NaN'),
+    ],
+)
+def test_a_file_without_finite_scores_or_of_another_schema_is_refused(tmp_path, old, new):
+    path, names = tmp_path / "calibration.json", ["a", "b"]
+    made = calibrate.Calibration.of(names, names, [1.0, 2.0], [1.0, 2.0], [0.5, 0.5], "x")
+    made.write(path)
+    calibrate.read(path)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=r"calibration\.json is no calibration"):
+        calibrate.read(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"calibration\.json is no calibration"):
+        calibrate.read(path)
+
+
 def test_rates_are_counted_per_domain_with_exact_intervals():
     scores = np.array([1, 2, 3, 4, 5, 6.0])
     is_anomaly = np.array([0, 0, 1, 0, 1, 1], bool)

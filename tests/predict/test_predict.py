@@ -2,12 +2,15 @@
 
 import csv
 import json
+import os
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+import mmrjax
 from mmrjax.predict import __main__ as predict
 from mmrjax.report import pictures as pictures_lib
 
@@ -79,6 +82,59 @@ def test_unreadable_files_are_listed_skipped_and_shown_by_the_exit_status(
     assert "broken.jpg" in said.err
     assert [row["path"] for row in rows_of(out)[1]] == ["fine.png"]
     assert np.asarray(Image.open(out / "maps" / "fine.png.tiff")).dtype == np.float32
+
+
+ODD_NAMES = [
+    b"pr\xfcf.png",
+    b"a\rb.png",
+    b"a\nb.png",
+    b"\x1b[31m.png",
+    b"=1+1.png",
+    b"n" * 249 + b".png",
+]
+
+
+def test_no_name_of_a_file_costs_the_scores(run, tiny_raw, tmp_path, capsys):
+    folder, picture = tmp_path / "in", (tiny_raw / "good" / "00.png").read_bytes()
+    folder.mkdir()
+    for name in ODD_NAMES:
+        (folder / os.fsdecode(name)).write_bytes(picture)
+    (folder / "dead.png").symlink_to("/nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    out = folder / "results"  # below the input
+    for _ in range(2):  # the second call does not score the pictures of the first
+        assert command(run, out, f"--input={folder}", "--raw_maps=npy") == 3
+        by_csv, by_json = rows_of(out)
+        assert len(by_json) == len(ODD_NAMES)
+        assert all(row["path"].isprintable() for row in by_json)
+        assert sum(row["path"].startswith("'=") for row in by_csv) == 1
+        assert len([*(out / "overlays").iterdir()]) == len(ODD_NAMES)
+    said = capsys.readouterr().err
+    assert "dead.png: a link to nothing" in said
+    assert "pipe.png: no ordinary file" in said
+
+
+def test_results_among_the_pictures_themselves_are_not_scored(run, tiny_raw, tmp_path):
+    shutil.copy(tiny_raw / "good" / "00.png", tmp_path / "a.png")
+    for _ in range(2):
+        assert command(run, tmp_path, f"--input={tmp_path}") == 0
+        assert [row["path"] for row in rows_of(tmp_path)[1]] == ["a.png"]
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_no_number_is_never_good(run, score):
+    detector = mmrjax.load(run)
+    row = detector._prediction(score, np.zeros(detector.view.frame, np.float32), (64, 64)).row()
+    assert (row["score"], row["verdict"]) == (None, "cannot judge")
+    assert "1 CANNOT BE JUDGED" in predict.summary(detector, [row], "out")
+
+
+def test_recalibration_leaves_defects_out_and_counts_equal_pixels_once(run, tiny_raw, tmp_path):
+    good = predict.good_images(str(tiny_raw), 0)
+    assert {path.parent.name for path in good} == {"good"}
+    shutil.copy(tiny_raw / "good" / "00.png", tmp_path / "a.png")
+    shutil.copy(tiny_raw / "good" / "00.png", tmp_path / "b.png")
+    assert len(set(predict.good_images(str(tmp_path), 0).values())) == 1
 
 
 def test_recalibration_is_written_and_can_be_used_again(run, tiny_raw, tmp_path):

@@ -52,3 +52,16 @@ def test_a_file_system_that_cannot_lock_keeps_nobody_out(tmp_path, monkeypatch):
     monkeypatch.setattr(files.fcntl, "flock", flock)
     with files.held(tmp_path), files.held(tmp_path):
         pass
+
+
+def test_two_processes_that_write_one_file_do_not_fight(tmp_path):
+    code = (
+        "import pathlib, sys\n"
+        "from mmrjax.runtime import files\n"
+        "for i in range(60): files.write_text(pathlib.Path(sys.argv[1]), sys.argv[2] * 1000)\n"
+    )
+    target = tmp_path / "results.json"
+    started = [subprocess.Popen([sys.executable, "-c", code, target, text]) for text in "abc"]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    assert len(set(target.read_text())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
