@@ -340,7 +340,7 @@ def verdicts(rows: Sequence[dict]) -> list[str]:
     for row in rows:
         p_value = "" if row["p_value"] is None else f"  p {row['p_value']:.3f}"
         if row["score"] is None:
-            lines.append(f"{'not judged':11} {row['path']}")
+            lines.append(f"{row['verdict']:12} {row['path']}")
             continue
         verdict = row["verdict"] or "no verdict"
         lines.append(f"{verdict:11} score {row['score']:.6g}{p_value}  {row['path']}")
