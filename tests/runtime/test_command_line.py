@@ -46,7 +46,7 @@ def test_ctrl_c_leaves_no_traceback_and_no_file(tmp_path, capsys, monkeypatch):
     command = ["from-torch", "--kind=teacher", "--input=a.pth"]
     assert convert.main([*command, f"--output={tmp_path / 'b.safetensors'}"]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was written\n"
-    monkeypatch.setattr(predict.detector_lib, "load", press_ctrl_c)
+    monkeypatch.setattr(predict, "find_all", press_ctrl_c)
     assert predict.main(["--workdir=run", "--input=a", f"--output={tmp_path}"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from mmrjax.runtime import devices
 
@@ -92,6 +93,9 @@ def test_programs_show_the_cores_before_jax_runs_and_keep_what_they_compile(
         pytest.importorskip("torch")
     code = STARTED.format(words=tuple(word.format(folder=tmp_path) for word in words))
     if words[0] == "predict":
+        (tmp_path / "config.json").write_text("{}")
+        for name in "ab":  # a single picture cannot be shared among cores
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
         code = code.replace("program, ", CONFIG + "program, ")
     assert in_a_new_process(code, HOME=str(tmp_path)) == [str(devices)]
     entries = list(tmp_path.glob(".cache/mmrjax/xla/jit__lambda*-cache"))
