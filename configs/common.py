@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     teacher.seed = 0  # of random weights
     # Stages or blocks after which the maps called layers 1, 2, 3, … are taken; () = by the family
     teacher.taps = ()
-    # Of ViTs alone: how learned positions come to another image size, official (as the authors of
+    # For ViTs: how learned positions come to another image size, official (as the authors of
     # the weights do) | offset | antialias; and whether every map passes the network's final norm
     teacher.positions = "official"
     teacher.normed = True

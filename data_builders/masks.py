@@ -1,4 +1,4 @@
-"""What a mask of unknown making marks as defect: decided by its levels, and said.
+"""The defect in a mask of unknown making: decided by the mask's levels, and said.
 
 Understood are 0 and 255, 0 and 1, label numbers, colours on black, palettes, soft edges, files of a
 lossy format, a defect drawn in the alpha channel, and black on white. A mask that can be meant in
@@ -21,7 +21,7 @@ FAINT = 64  # a lossy mask without a level this high is empty
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """What a mask file marks.
+    """The marked pixels of a mask file.
 
     Attributes:
       marked: bool [h, w]; nothing is marked in a mask that is in doubt.
@@ -118,7 +118,7 @@ def _fills_areas(grey: np.ndarray) -> bool:
 
 
 def _of_colours(colours: np.ndarray, is_lossy: bool) -> np.ndarray:
-    """What differs from the most frequent colour, as red on white."""
+    """Pixels that differ from the most frequent colour, as red on white."""
     found, counts = np.unique(colours.reshape(-1, 3), axis=0, return_counts=True)
     common = found[counts.argmax()].astype(int)
     distance = np.abs(colours.astype(int) - common).max(axis=-1)
@@ -126,7 +126,7 @@ def _of_colours(colours: np.ndarray, is_lossy: bool) -> np.ndarray:
 
 
 def _with_alpha(marked: np.ndarray, note: str, alpha: np.ndarray) -> tuple[np.ndarray, str, str]:
-    """Of a mask whose alpha varies: alpha is the mask, unless the colours say otherwise."""
+    """A mask whose alpha varies: alpha is the mask, unless the colours say otherwise."""
     own = alpha > int(alpha.max()) // 2
     if marked.all() or not marked.any():
         return own, "drawn in the alpha channel", ""
@@ -141,7 +141,7 @@ def _with_alpha(marked: np.ndarray, note: str, alpha: np.ndarray) -> tuple[np.nd
 
 
 def _mostly_marked(marked: np.ndarray, note: str) -> tuple[np.ndarray, str, str]:
-    """Of a mask that marks most of its picture: its negative, if the rest is an island inside."""
+    """A mask that marks most of its picture: its negative, if the rest is an island inside."""
     border = np.concatenate([marked[0], marked[-1], marked[:, 0], marked[:, -1]])
     if border.all() and not marked.all():
         return ~marked, "mostly white, read as its negative", ""

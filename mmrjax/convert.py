@@ -240,7 +240,7 @@ def _of_run(
 
 
 def _autoencoder(config, folder: pathlib.Path, store: checkpoint.Store | None) -> tuple:
-    """What `_of_run` gives of the masked autoencoder of a run."""
+    """The masked autoencoder of a run, as `_of_run` gives it."""
     variables, step, model = restore.autoencoder(config, folder, store)
     size = f"{model.width},{model.depth},{model.heads}"
     facts = {

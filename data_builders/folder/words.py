@@ -120,7 +120,7 @@ _UNSPACED = sorted((w for w in KINDS if not w.isascii() and ord(w[0]) > 0x2E80),
 
 
 def meaning(name: str) -> tuple[frozenset[str], bool]:
-    """What the name of a folder says.
+    """The meaning of a folder's name.
 
     Returns:
       (kinds, whether the whole name is a word of the table). No kind if the name says nothing, or

@@ -15,7 +15,7 @@ SIDE = 224  # px of the view
 
 
 class Choice(NamedTuple):
-    """What `choose` chose: method.names, other fields ("group.field": value), and the reason."""
+    """The choice of `choose`: method.names, other fields ("group.field": value), and the reason."""
 
     names: tuple[str, ...]
     fields: dict[str, object]

@@ -200,7 +200,7 @@ class MALA(base.Method):
         return self.tbm.apply({"params": variables["params"]["tbm"]}, *tokens, self.grid)
 
     def loss(self, stage, variables, frozen, batch, key, progress):
-        """Of "localise": L1 and focal loss between the map and the drawn defects."""
+        """The loss of "localise": L1 and focal loss between the map and the drawn defects."""
         anomaly = jax.nn.softmax(self.logits(variables, batch["image"]))[..., 0]
         logs = losses.of_map(anomaly, batch["mask"], batch["weight"])
         total = sum(

@@ -49,8 +49,8 @@ def embed(features: dict, patch: int, width: int, per_image: bool = False) -> ja
 def standardise(x: jax.Array) -> jax.Array:
     """Each channel of each image less its mean over the places, over its deviation.
 
-    What light, colour cast or another background add to all places alike goes; so does what a
-    defect changes everywhere. Float32 [b, h, w, c]; not in the paper of PatchCore.
+    A change that light, colour cast or another background brings to all places alike goes; so does
+    one that a defect brings everywhere. Float32 [b, h, w, c]; not in the paper of PatchCore.
     """
     x = x - x.mean(axis=(1, 2), keepdims=True)
     variance = (x**2).mean(axis=(1, 2), keepdims=True)

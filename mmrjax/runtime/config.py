@@ -208,7 +208,7 @@ def _set(config: ConfigDict, name: str, text: str) -> None:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """What to type in place of a field that does not exist."""
+    """The fields to type in place of a field that does not exist."""
     by_leaf = [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
     near = by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:

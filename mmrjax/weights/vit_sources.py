@@ -68,7 +68,7 @@ PUBLISHED: dict[str, Published] = {
 
 
 def advice(name: str) -> str:
-    """What to do without the file, beyond fetching it; "" if nothing."""
+    """Advice for those without the file, beyond fetching it; "" if there is none."""
     return DINO3_ADVICE if PUBLISHED[name].licence == DINO3_LICENCE else ""
 
 

@@ -106,7 +106,7 @@ def formula_noise(key, shape):
 
 
 def digest(a, count=2048):
-    """What outputs.npz keeps of a large array: every step-th value, and seven numbers about it."""
+    """The stored part of a large array: every step-th value, and seven numbers about it."""
     a = np.asarray(a)
     step = -(-a.size // count)
     return a.ravel()[::step], np.array(
