@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrjax.models import efficientnet
-from mmrjax.weights import layouts
+from mmrjax.weights import batch_norm, layouts
 from mmrjax.weights.layouts import Name, State
-from mmrjax.weights.resnet_names import BATCH_NORM
 
 BATCH_NORM_EPSILON = 1e-3
 _UNUSED = re.compile(r"(conv_head|bn2|classifier|_conv_head|_bn1|_fc)\.|.*num_batches_tracked$")
@@ -50,14 +49,7 @@ def from_torch(state: State, arch: efficientnet.Architecture) -> dict:
       ValueError: naming tensors that are missing, unexpected or of another shape, with both shapes.
     """
     check(state, arch, "weights of another architecture")
-    given, flat = _timm(used(state), arch), {}
-    for conv, bn, path in names(arch):
-        gamma, beta, mean, var = (given[f"{bn}.{part}"].astype(np.float32) for part in BATCH_NORM)
-        scale = gamma / np.sqrt(var + np.float32(BATCH_NORM_EPSILON))
-        kernel = given[f"{conv}.weight"].astype(np.float32).transpose(2, 3, 1, 0) * scale
-        flat[f"params/{path}/kernel"] = np.ascontiguousarray(kernel)
-        flat[f"params/{path}/bias"] = beta - mean * scale
-    return layouts.unflatten(flat)
+    return batch_norm.fold(_timm(used(state), arch), names(arch), BATCH_NORM_EPSILON)
 
 
 def to_torch(variables: dict, arch: efficientnet.Architecture) -> State:
@@ -113,17 +105,4 @@ def _timm(state: State, arch: efficientnet.Architecture) -> State:
 
 
 def _views(variables: dict, arch: efficientnet.Architecture) -> State:
-    rows = [
-        row
-        for conv, bn, path in names(arch)
-        for row in (
-            (f"{conv}.weight", f"params/{path}/kernel", "conv"),
-            (f"{bn}.bias", f"params/{path}/bias", "same"),
-        )
-    ]
-    state = layouts.to_torch(variables, rows, "a teacher of this architecture")
-    for _, bn, _ in names(arch):
-        ones = np.ones(state[f"{bn}.bias"].shape, np.float32)
-        state |= {f"{bn}.weight": ones, f"{bn}.running_mean": 0 * ones}
-        state[f"{bn}.running_var"] = ones - np.float32(BATCH_NORM_EPSILON)
-    return state
+    return batch_norm.unfold(variables, names(arch), BATCH_NORM_EPSILON)
