@@ -1,4 +1,4 @@
-"""Convolutions with BatchNorm, folded into kernel and bias, and back: for all families of teachers."""
+"""Convolutions with BatchNorm folded into kernel and bias, and back, for all families."""
 
 from collections.abc import Iterable
 
